@@ -1,0 +1,1 @@
+"""Benchmarks: each prints the machine, the peer and us in one run."""

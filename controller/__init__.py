@@ -1,0 +1,1 @@
+"""The controller program: the client API, the workers' steering streams and the operator's API."""

@@ -1,0 +1,139 @@
+"""The interface every kernel backend implements, and the values that pass through it.
+
+Backends: ``kernels.reference`` (torch, the definition) and ``kernels.cpu`` (Numba). Both must pass the same tests.
+All arrays a backend sees are host numpy arrays unless said otherwise; arenas are flat uint8 torch tensors, one a tier.
+
+A *table* is (sequence slot, layer, KV head). ``Tables`` holds all of them; a backend only reads it, except for the
+masses, which decode attention adds to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format
+
+I32 = npt.NDArray[np.int32]
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+F16 = npt.NDArray[np.float16]
+
+
+@dataclass
+class Tables:
+    """Block tables of all sequence slots. S slots, L layers, H KV heads, B blocks and T = 32 * B tokens at most.
+
+    Block b of a table holds its kept tokens 32 b .. 32 b + 31, oldest first; only the last block may be partly filled.
+    """
+
+    address: I32  # [S, L, H, B] unit offset in the block's tier's arena
+    format: U8  # [S, L, H, B] kernels.layout.Format
+    tier: U8  # [S, L, H, B] kernels.layout.Tier
+    length: I32  # [S, L, H] kept tokens
+    position: I32  # [S, L, H, T] original position of each kept token, rising
+    mass: F32  # [S, L, H, T] attention received by each kept token, summed over queries and the head's query group
+    votes: F16  # [S, L, H, T] the same, but each step multiplies what is there by VOTE_DECAY first
+
+    @staticmethod
+    def allocate(slots: int, shape: CacheShape, max_tokens: int) -> Tables:
+        """Zeroed tables with room for ``max_tokens`` (rounded up to whole blocks, plus one block) per table."""
+        blocks = -(-max_tokens // BLOCK_TOKENS) + 1
+        heads = (slots, shape.layers, shape.kv_heads)
+        return Tables(
+            address=np.zeros((*heads, blocks), np.int32),
+            format=np.zeros((*heads, blocks), np.uint8),
+            tier=np.zeros((*heads, blocks), np.uint8),
+            length=np.zeros(heads, np.int32),
+            position=np.zeros((*heads, blocks * BLOCK_TOKENS), np.int32),
+            mass=np.zeros((*heads, blocks * BLOCK_TOKENS), np.float32),
+            votes=np.zeros((*heads, blocks * BLOCK_TOKENS), np.float16),
+        )
+
+
+VOTE_DECAY = 1.0 - 1.0 / 64.0
+"""Decay of ``Tables.votes`` per decode step: a window of about 64 queries, SnapKV's observation window."""
+
+
+@dataclass
+class DecodePlan:
+    """One decode step: which slots are in the batch, in row order. Made by ``Backend.plan``, read by ``decode``.
+
+    ``length`` of every table already counts the step's new token, whose K and V ``decode`` writes first.
+    ``block_mass`` is an output: the share of attention each block got, mean over the head's query group.
+    """
+
+    slots: I32  # [R] slot of each batch row
+    block_mass: F32 = field(default_factory=lambda: np.zeros((0, 0, 0, 0), np.float32))  # [L, R, H, B'] B' = most blocks
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Where the tokens of new blocks come from: N blocks of 32 tokens, each token named by block and row.
+
+    Rows past the end of a partly filled block have ``address`` -1; their bytes are written as zeros.
+    """
+
+    address: I32  # [N, 32] unit offset of the block that holds the token
+    format: U8  # [N, 32]
+    tier: U8  # [N, 32]
+    row: U8  # [N, 32] token's row in that block
+
+
+class Backend(Protocol):
+    """Kernels over one worker's arenas. ``arenas`` is indexed by Tier."""
+
+    shape: CacheShape
+    arenas: tuple[torch.Tensor, ...]
+    tables: Tables
+
+    def plan(self, slots: I32) -> DecodePlan:
+        """Makes the host-side decisions of one decode step over these slots."""
+        ...
+
+    def decode(
+        self, plan: DecodePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Writes the step's K and V to each row's tail block, then attends over all kept tokens of the row's slot.
+
+        Args:
+            q: [R, query_heads, D] after rotary embedding; query head i reads KV head i // queries_per_kv_head.
+            k, v: [R, kv_heads, D] of the new token, which becomes the last kept token of every table of its row.
+            scaling: factor on the scores.
+
+        Returns:
+            [R, query_heads, D] in q's dtype. Also fills ``plan.block_mass[layer]`` and adds to the tables' masses.
+        """
+        ...
+
+    def write(self, slot: int, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores K and V [kv_heads, N, D] as kept tokens start .. start + N - 1 of a slot's raw device blocks."""
+        ...
+
+    def read(self, source: TokenSource) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gathers tokens out of blocks of any format and tier.
+
+        Returns:
+            K and V, each [N, 32, D] in the model's dtype (raw: bit for bit; else dequantised).
+        """
+        ...
+
+    def encode(self, source: TokenSource, fmt: Format) -> torch.Tensor:
+        """Builds new blocks from tokens of existing ones: gather, transcode, compact in one pass.
+
+        Returns:
+            uint8 [N, block_bytes(fmt)], each row a block ready to be copied to its place. Raw to raw is bit for bit.
+        """
+        ...
+
+    def store(self, tier: int, address: I32, blocks: torch.Tensor) -> None:
+        """Copies built blocks uint8 [N, block_bytes] to unit offsets ``address`` [N] of a tier's arena."""
+        ...
+
+    def load(self, tier: int, address: I32, fmt: Format) -> torch.Tensor:
+        """Copies blocks out of a tier's arena: uint8 [N, block_bytes(fmt)]."""
+        ...

@@ -1,0 +1,1 @@
+"""kvpilot's public Python face."""

@@ -1,0 +1,146 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from kvpilot.v1 import policy_pb2 as _policy_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODE_UNSPECIFIED: _ClassVar[Mode]
+    MODE_OFF: _ClassVar[Mode]
+    MODE_ADVISORY: _ClassVar[Mode]
+    MODE_ACTIVE: _ClassVar[Mode]
+
+class DecisionOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DECISION_OUTCOME_UNSPECIFIED: _ClassVar[DecisionOutcome]
+    DECISION_OUTCOME_KEEP: _ClassVar[DecisionOutcome]
+    DECISION_OUTCOME_ADVISED: _ClassVar[DecisionOutcome]
+    DECISION_OUTCOME_SENT: _ClassVar[DecisionOutcome]
+    DECISION_OUTCOME_APPLIED: _ClassVar[DecisionOutcome]
+    DECISION_OUTCOME_REFUSED: _ClassVar[DecisionOutcome]
+MODE_UNSPECIFIED: Mode
+MODE_OFF: Mode
+MODE_ADVISORY: Mode
+MODE_ACTIVE: Mode
+DECISION_OUTCOME_UNSPECIFIED: DecisionOutcome
+DECISION_OUTCOME_KEEP: DecisionOutcome
+DECISION_OUTCOME_ADVISED: DecisionOutcome
+DECISION_OUTCOME_SENT: DecisionOutcome
+DECISION_OUTCOME_APPLIED: DecisionOutcome
+DECISION_OUTCOME_REFUSED: DecisionOutcome
+
+class ListWorkersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListWorkersResponse(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[Worker]
+    def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ...) -> None: ...
+
+class Worker(_message.Message):
+    __slots__ = ("hello", "state", "attach_time", "report_time")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_TIME_FIELD_NUMBER: _ClassVar[int]
+    REPORT_TIME_FIELD_NUMBER: _ClassVar[int]
+    hello: _policy_pb2.Hello
+    state: _policy_pb2.WorkerState
+    attach_time: _timestamp_pb2.Timestamp
+    report_time: _timestamp_pb2.Timestamp
+    def __init__(self, hello: _Optional[_Union[_policy_pb2.Hello, _Mapping]] = ..., state: _Optional[_Union[_policy_pb2.WorkerState, _Mapping]] = ..., attach_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., report_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ListRequestsRequest(_message.Message):
+    __slots__ = ("worker",)
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    def __init__(self, worker: _Optional[str] = ...) -> None: ...
+
+class ListRequestsResponse(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[LiveRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[LiveRequest, _Mapping]]] = ...) -> None: ...
+
+class LiveRequest(_message.Message):
+    __slots__ = ("worker", "state", "decision", "overridden")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    OVERRIDDEN_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    state: _policy_pb2.RequestState
+    decision: Decision
+    overridden: bool
+    def __init__(self, worker: _Optional[str] = ..., state: _Optional[_Union[_policy_pb2.RequestState, _Mapping]] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., overridden: _Optional[bool] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("pipeline", "reason", "time", "outcome", "refusal")
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    pipeline: str
+    reason: str
+    time: _timestamp_pb2.Timestamp
+    outcome: DecisionOutcome
+    refusal: str
+    def __init__(self, pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., outcome: _Optional[_Union[DecisionOutcome, str]] = ..., refusal: _Optional[str] = ...) -> None: ...
+
+class OverridePipelineRequest(_message.Message):
+    __slots__ = ("request_id", "pipeline", "reason")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    pipeline: str
+    reason: str
+    def __init__(self, request_id: _Optional[str] = ..., pipeline: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class OverridePipelineResponse(_message.Message):
+    __slots__ = ("ack",)
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    ack: _policy_pb2.Ack
+    def __init__(self, ack: _Optional[_Union[_policy_pb2.Ack, _Mapping]] = ...) -> None: ...
+
+class ReleasePipelineRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ReleasePipelineResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetModeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetModeResponse(_message.Message):
+    __slots__ = ("mode",)
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    mode: Mode
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+
+class SetModeRequest(_message.Message):
+    __slots__ = ("mode",)
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    mode: Mode
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+
+class SetModeResponse(_message.Message):
+    __slots__ = ("previous",)
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    previous: Mode
+    def __init__(self, previous: _Optional[_Union[Mode, str]] = ...) -> None: ...

@@ -1,0 +1,230 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from kvpilot.v1 import common_pb2 as _common_pb2
+from kvpilot.v1 import generation_pb2 as _generation_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SteerRequest(_message.Message):
+    __slots__ = ("hello", "report", "ack", "nack")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    NACK_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    report: Report
+    ack: Ack
+    nack: Nack
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., nack: _Optional[_Union[Nack, _Mapping]] = ...) -> None: ...
+
+class SteerResponse(_message.Message):
+    __slots__ = ("welcome", "directive")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    DIRECTIVE_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    directive: Directive
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., directive: _Optional[_Union[Directive, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("worker", "version", "model", "layers", "kv_heads", "query_heads", "head_dim", "raw_dtype", "formats", "tiers", "feature_schema_hash", "far_horizons_tokens", "epochs")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    QUERY_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    RAW_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    FORMATS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_SCHEMA_HASH_FIELD_NUMBER: _ClassVar[int]
+    FAR_HORIZONS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    version: str
+    model: _generation_pb2.Model
+    layers: int
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    raw_dtype: str
+    formats: _containers.RepeatedScalarFieldContainer[str]
+    tiers: _containers.RepeatedCompositeFieldContainer[Tier]
+    feature_schema_hash: str
+    far_horizons_tokens: _containers.RepeatedScalarFieldContainer[int]
+    epochs: _containers.RepeatedCompositeFieldContainer[RequestEpoch]
+    def __init__(self, worker: _Optional[str] = ..., version: _Optional[str] = ..., model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., query_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., raw_dtype: _Optional[str] = ..., formats: _Optional[_Iterable[str]] = ..., tiers: _Optional[_Iterable[_Union[Tier, _Mapping]]] = ..., feature_schema_hash: _Optional[str] = ..., far_horizons_tokens: _Optional[_Iterable[int]] = ..., epochs: _Optional[_Iterable[_Union[RequestEpoch, _Mapping]]] = ...) -> None: ...
+
+class Tier(_message.Message):
+    __slots__ = ("name", "budget_bytes", "bandwidth_bytes_per_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    budget_bytes: int
+    bandwidth_bytes_per_s: float
+    def __init__(self, name: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., bandwidth_bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class RequestEpoch(_message.Message):
+    __slots__ = ("request_id", "epoch")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class Report(_message.Message):
+    __slots__ = ("sequence_number", "time", "worker", "requests", "ended_request_ids")
+    SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    sequence_number: int
+    time: _timestamp_pb2.Timestamp
+    worker: WorkerState
+    requests: _containers.RepeatedCompositeFieldContainer[RequestState]
+    ended_request_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sequence_number: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., worker: _Optional[_Union[WorkerState, _Mapping]] = ..., requests: _Optional[_Iterable[_Union[RequestState, _Mapping]]] = ..., ended_request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class WorkerState(_message.Message):
+    __slots__ = ("running", "waiting", "tiers", "step_ms", "tokens_per_s", "preemptions")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    tiers: _containers.RepeatedCompositeFieldContainer[TierUse]
+    step_ms: float
+    tokens_per_s: float
+    preemptions: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., step_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ...) -> None: ...
+
+class TierUse(_message.Message):
+    __slots__ = ("name", "used_bytes", "budget_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    used_bytes: int
+    budget_bytes: int
+    def __init__(self, name: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ...) -> None: ...
+
+class RequestState(_message.Message):
+    __slots__ = ("request_id", "epoch", "session_id", "scenario", "objective", "pinned", "pipeline", "prompt_tokens", "generated_tokens", "max_tokens", "kept_tokens", "cache", "signals", "loss_class", "last_switch", "prefilling")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    SCENARIO_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    SIGNALS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_CLASS_FIELD_NUMBER: _ClassVar[int]
+    LAST_SWITCH_FIELD_NUMBER: _ClassVar[int]
+    PREFILLING_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    session_id: str
+    scenario: _common_pb2.Scenario
+    objective: _common_pb2.Objective
+    pinned: bool
+    pipeline: str
+    prompt_tokens: int
+    generated_tokens: int
+    max_tokens: int
+    kept_tokens: float
+    cache: _common_pb2.CacheBytes
+    signals: Signals
+    loss_class: _common_pb2.LossClass
+    last_switch: _common_pb2.Switch
+    prefilling: bool
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pinned: _Optional[bool] = ..., pipeline: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept_tokens: _Optional[float] = ..., cache: _Optional[_Union[_common_pb2.CacheBytes, _Mapping]] = ..., signals: _Optional[_Union[Signals, _Mapping]] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., last_switch: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., prefilling: _Optional[bool] = ...) -> None: ...
+
+class Signals(_message.Message):
+    __slots__ = ("steps", "far_mass", "far_mass_max", "sink_mass", "attention_entropy", "next_token_entropy", "top1_probability", "repeat_rate")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    FAR_MASS_FIELD_NUMBER: _ClassVar[int]
+    FAR_MASS_MAX_FIELD_NUMBER: _ClassVar[int]
+    SINK_MASS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TOKEN_ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    TOP1_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    REPEAT_RATE_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    far_mass: _containers.RepeatedScalarFieldContainer[float]
+    far_mass_max: _containers.RepeatedScalarFieldContainer[float]
+    sink_mass: float
+    attention_entropy: float
+    next_token_entropy: float
+    top1_probability: float
+    repeat_rate: float
+    def __init__(self, steps: _Optional[int] = ..., far_mass: _Optional[_Iterable[float]] = ..., far_mass_max: _Optional[_Iterable[float]] = ..., sink_mass: _Optional[float] = ..., attention_entropy: _Optional[float] = ..., next_token_entropy: _Optional[float] = ..., top1_probability: _Optional[float] = ..., repeat_rate: _Optional[float] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("controller", "report_interval_tokens", "default_pipeline", "version")
+    CONTROLLER_FIELD_NUMBER: _ClassVar[int]
+    REPORT_INTERVAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    controller: str
+    report_interval_tokens: int
+    default_pipeline: str
+    version: str
+    def __init__(self, controller: _Optional[str] = ..., report_interval_tokens: _Optional[int] = ..., default_pipeline: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class Directive(_message.Message):
+    __slots__ = ("nonce", "epoch", "request_id", "pipeline", "reason", "bundle", "deadline_token", "ordered_by")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ORDERED_BY_FIELD_NUMBER: _ClassVar[int]
+    nonce: str
+    epoch: int
+    request_id: str
+    pipeline: str
+    reason: str
+    bundle: str
+    deadline_token: int
+    ordered_by: _common_pb2.Orderer
+    def __init__(self, nonce: _Optional[str] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., bundle: _Optional[str] = ..., deadline_token: _Optional[int] = ..., ordered_by: _Optional[_Union[_common_pb2.Orderer, str]] = ...) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("nonce", "request_id", "applied", "epoch")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    nonce: str
+    request_id: str
+    applied: _common_pb2.Switch
+    epoch: int
+    def __init__(self, nonce: _Optional[str] = ..., request_id: _Optional[str] = ..., applied: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class Nack(_message.Message):
+    __slots__ = ("nonce", "request_id", "problem")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    nonce: str
+    request_id: str
+    problem: _common_pb2.Problem
+    def __init__(self, nonce: _Optional[str] = ..., request_id: _Optional[str] = ..., problem: _Optional[_Union[_common_pb2.Problem, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The worker process: runs the model and each request's cache pipeline."""

@@ -1,0 +1,1 @@
+"""Where keys and values live: tiers, tables, shadows, prefixes, switch transactions."""

@@ -1,0 +1,1 @@
+"""Stages that choose how the rest is stored."""
