@@ -93,9 +93,7 @@ class _Reader:
             match = _TOKEN.match(self._text, place)
             if match is None:
                 start = place + len(self._text[place:]) - len(self._text[place:].lstrip())
-                raise PipelineError(
-                    f"unexpected {self._text[start]!r} at character {start} of pipeline {self._text!r}"
-                )
+                raise PipelineError(f"unexpected {self._text[start]!r} at character {start} of pipeline {self._text!r}")
             kind = str(match.lastgroup)
             yield kind, match.group(kind), match.start(kind)
             place = match.end()

@@ -1,4 +1,4 @@
-"""What the asyncio side of a worker (jobs, steering) sees of the engine thread. All methods may be called from any thread."""
+"""What the asyncio side of a worker (jobs, steering) sees of the engine thread; callable from any thread."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class EngineApi(Protocol):
         ...
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the step loop after the step at work; unfinished requests are simply dropped (the job store re-runs them)."""
+        """Ends the step loop after the step at work; unfinished requests are dropped (the job store re-runs them)."""
         ...
 
     def submit(self, job: job_pb2.Job, emitted: Sequence[int] = ()) -> None:
-        """Admits a job. ``emitted`` are tokens already delivered by an earlier worker: they are computed again as part of
-        the prompt, not emitted again, and their number is where token indices and random numbers go on.
+        """Admits a job. ``emitted`` are tokens already delivered by an earlier worker: they are computed again as part
+        of the prompt, not emitted again, and their number is where token indices and random numbers go on.
 
         Raises:
             ProblemError: INVALID_ARGUMENT or RESOURCE_EXHAUSTED; the job was not admitted and no event will come.

@@ -1,0 +1,157 @@
+"""The connection to Redis, the reads that both sides need, and the one place where Redis' errors are translated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any, Self
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import (
+    BusyLoadingError,
+    ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+from redis.retry import Retry
+
+from kvpilot.bus import keys
+from kvpilot.bus.values import BusError, BusSettings, BusUnavailableError, JobNotFoundError, JobRecord
+from kvpilot.v1 import generation_pb2, job_pb2
+
+STATES = {
+    b"queued": generation_pb2.JOB_STATE_QUEUED,
+    b"running": generation_pb2.JOB_STATE_RUNNING,
+    b"finished": generation_pb2.JOB_STATE_FINISHED,
+}
+_UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OutOfMemoryError)
+_PAGE = 256
+
+
+class Connection:
+    """A pool of connections to the job store and the reads that front doors and workers share."""
+
+    def __init__(self, client: Redis, settings: BusSettings) -> None:
+        self.settings = settings
+        self._client: Any = client  # redis-py's annotations leave open whether replies are bytes or str; ours are bytes
+
+    @classmethod
+    async def connect(cls, url: str, settings: BusSettings | None = None) -> Self:
+        """Connects to the Redis at ``url`` (``redis://host:port/db``; ``rediss://`` for TLS).
+
+        Raises:
+            BusUnavailableError: it does not answer.
+        """
+        settings = settings or BusSettings()
+        pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=settings.connections,
+            timeout=settings.timeout_s,
+            protocol=2,
+            socket_timeout=settings.timeout_s + settings.block_s,
+            socket_connect_timeout=settings.timeout_s,
+            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), settings.retries),
+            health_check_interval=15,
+        )
+        bus = cls(Redis(connection_pool=pool), settings)
+        try:
+            await bus.ping()
+        except BaseException:
+            await bus.close()
+            raise
+        return bus
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()
+        await self._client.connection_pool.disconnect()
+
+    async def ping(self) -> None:
+        """Asks for a sign of life.
+
+        Raises:
+            BusUnavailableError: there is none.
+        """
+        with translated_errors():
+            await self._client.ping()
+
+    async def record(self, job_id: str) -> JobRecord:
+        """Returns where a job stands.
+
+        Raises:
+            JobNotFoundError: unknown or expired.
+            BusUnavailableError: Redis is out of reach.
+        """
+        with translated_errors():
+            job, state, owner, attempts, events, create_ms = await self._client.hmget(
+                keys.job(job_id), ["job", "state", "owner", "attempts", "events", "create_ms"]
+            )
+        if state is None:
+            raise JobNotFoundError(job_id)
+        return JobRecord(
+            job=job_pb2.Job.FromString(job),
+            state=STATES[state],
+            create_time=datetime.fromtimestamp(int(create_ms) / 1000, UTC),
+            worker=owner.decode(),
+            attempts=int(attempts),
+            next_offset=int(events),
+        )
+
+    async def history(self, job_id: str, offset: int = 0) -> list[generation_pb2.GenerationEvent]:
+        """Returns a job's events so far, from ``offset`` on.
+
+        Raises:
+            JobNotFoundError: unknown or expired.
+            BusUnavailableError: Redis is out of reach.
+        """
+        found: list[generation_pb2.GenerationEvent] = []
+        while page := await self._page(job_id, offset + len(found)):
+            found += page
+            if len(page) < _PAGE:
+                break
+        if not found:
+            await self.record(job_id)
+        return found
+
+    async def _page(self, job_id: str, offset: int) -> list[generation_pb2.GenerationEvent]:
+        with translated_errors():
+            found = await self._client.xrange(keys.events(job_id), min=f"{offset + 1}-0", count=_PAGE)
+        return [generation_pb2.GenerationEvent.FromString(parse_entry(entry)[1]) for entry in found]
+
+
+def parse_entry(entry: tuple[bytes, dict[bytes, bytes]]) -> tuple[int, bytes]:
+    """Reads an entry of an event stream: the event's offset and its serialised form."""
+    entry_id, fields = entry
+    return int(entry_id.partition(b"-")[0]) - 1, fields[b"event"]
+
+
+def read_streams(reply: Any) -> Iterator[tuple[str, list[tuple[bytes, dict[bytes, bytes]]]]]:
+    """Goes through an XREAD answer, which client versions give as a mapping or as pairs."""
+    for name, entries in reply.items() if isinstance(reply, dict) else reply or ():
+        if entries:
+            yield name.decode(), entries
+
+
+def milliseconds(seconds: float) -> int:
+    """Whole milliseconds, at least one: Redis takes 0 for "without end" or refuses it."""
+    return max(1, int(seconds * 1000))
+
+
+@contextlib.contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turns Redis' errors into the bus's."""
+    try:
+        yield
+    except _UNAVAILABLE as error:
+        raise BusUnavailableError(f"the job store is out of reach: {error}") from error
+    except ResponseError as error:
+        if str(error).startswith(("MISCONF", "LOADING", "OOM", "CLUSTERDOWN", "MASTERDOWN")):
+            raise BusUnavailableError(f"the job store cannot write now: {error}") from error
+        raise BusError(f"the job store refused: {error}") from error
+    except RedisError as error:
+        raise BusError(f"the job store failed: {error}") from error

@@ -1,0 +1,84 @@
+"""Logging of every kvpilot process: structlog events, also for the standard loggers of grpc and asyncio.
+
+Events are one line each: coloured columns on a terminal, JSON otherwise. Bind ids once and they are on every line::
+
+    log = structlog.get_logger().bind(worker="w0")
+    log.info("directive", request="job-1", to_pipeline="kivi(bits=4)")
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from enum import StrEnum
+from typing import TextIO
+
+import structlog
+from structlog.types import Processor
+
+
+class LogLevel(StrEnum):
+    """Least severe events that are written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    """How an event is spelled. ``auto``: ``console`` on a terminal, ``json`` otherwise."""
+
+    AUTO = "auto"
+    CONSOLE = "console"
+    JSON = "json"
+
+
+def configure_logging(
+    level: LogLevel = LogLevel.INFO,
+    log_format: LogFormat = LogFormat.AUTO,
+    stream: TextIO | None = None,
+) -> None:
+    """Sets up structlog and the standard library's root logger to write to ``stream`` (default: stderr).
+
+    May be called again; the last call holds. Context bound with ``structlog.contextvars`` is on every event, also on
+    those of foreign loggers.
+    """
+    out = sys.stderr if stream is None else stream
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    console = log_format is LogFormat.CONSOLE or (log_format is LogFormat.AUTO and out.isatty())
+    final: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if console:
+        final.append(structlog.dev.ConsoleRenderer(colors=out.isatty()))
+    else:
+        final += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name], processors=final
+        )
+    )
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        if getattr(old, "kvpilot", False):
+            root.removeHandler(old)
+    handler.kvpilot = True  # type: ignore[attr-defined]  # marks ours, so that a second call replaces only it
+    root.addHandler(handler)
+    root.setLevel(level.value.upper())
+
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.processors.StackInfoRenderer(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )

@@ -1,0 +1,34 @@
+"""``python -m workers``: one worker process until SIGTERM or SIGINT. Exit code 1 if its engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import structlog
+from kvpilot.log import configure_logging
+from pydantic import ValidationError
+
+from workers.process import run_worker
+from workers.settings import WorkerSettings
+
+
+def main() -> int:
+    """Reads settings and works; returns the exit code."""
+    try:
+        settings = WorkerSettings.from_command_line(sys.argv[1:], "python -m workers")
+    except (ValidationError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    configure_logging(settings.log_level, settings.log_format)
+    structlog.contextvars.bind_contextvars(process=settings.name)
+    try:
+        asyncio.run(run_worker(settings))
+    except Exception:
+        structlog.get_logger().exception("worker failed")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What a request's cache takes, to the byte: blocks as allocated, and the tables that describe them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from kvpilot.v1 import common_pb2
+
+from kernels.api import U8
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+
+TABLE_BYTES_PER_BLOCK = 4 + 1 + 1 + BLOCK_TOKENS * (4 + 4 + 2)
+"""Address, format and tier of a block; position, mass and votes of its tokens (``kernels.api.Tables``)."""
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """Bytes of one request's cache; the ``_16bit`` figures are as if raw blocks held a 16-bit dtype."""
+
+    device_bytes: int = 0
+    host_bytes: int = 0
+    shadow_bytes: int = 0
+    full_bytes: int = 0
+    device_bytes_16bit: int = 0
+    full_bytes_16bit: int = 0
+    peak_device_bytes: int = 0
+    peak_device_bytes_16bit: int = 0
+
+    def peak_with(self, now: CacheUse) -> CacheUse:
+        """The larger device figures of a peak so far and ``now``."""
+        return replace(
+            now,
+            peak_device_bytes=max(self.peak_device_bytes, now.device_bytes),
+            peak_device_bytes_16bit=max(self.peak_device_bytes_16bit, now.device_bytes_16bit),
+        )
+
+    def with_peak(self, peak: CacheUse) -> CacheUse:
+        """These figures with the peaks of ``peak``."""
+        return peak.peak_with(self)
+
+    def plus_raw_device_blocks(self, shape: CacheShape, blocks: int) -> CacheUse:
+        """These figures with so many more raw blocks on the device."""
+        return replace(
+            self,
+            device_bytes=self.device_bytes + blocks * (shape.block_bytes(Format.RAW) + TABLE_BYTES_PER_BLOCK),
+            device_bytes_16bit=self.device_bytes_16bit
+            + blocks * (shape.block_bytes_16bit(Format.RAW) + TABLE_BYTES_PER_BLOCK),
+        )
+
+    def to_proto(self) -> common_pb2.CacheBytes:
+        """The API's form."""
+        return common_pb2.CacheBytes(
+            device_bytes=self.device_bytes,
+            host_bytes=self.host_bytes,
+            shadow_bytes=self.shadow_bytes,
+            peak_device_bytes=self.peak_device_bytes,
+            full_cache_bytes=self.full_bytes,
+            device_bytes_16bit=self.device_bytes_16bit,
+            peak_device_bytes_16bit=self.peak_device_bytes_16bit,
+            full_cache_bytes_16bit=self.full_bytes_16bit,
+        )
+
+
+def measure(
+    shape: CacheShape, valid: npt.NDArray[np.bool_], format_: U8, tier: U8, seen: int, shadow_bytes: int
+) -> CacheUse:
+    """Counts the blocks [L, H, B] that ``valid`` marks; tables are charged to the device, where kernels read them."""
+    blocks = np.bincount(tier[valid].astype(int) * len(Format) + format_[valid], minlength=2 * len(Format))
+    on_device, on_host = blocks[: len(Format)], blocks[len(Format) :]
+    tables = int(blocks.sum()) * TABLE_BYTES_PER_BLOCK
+    sizes = np.array([shape.block_bytes(fmt) for fmt in Format])
+    sizes_16bit = np.array([shape.block_bytes_16bit(fmt) for fmt in Format])
+    rows = -(-seen // BLOCK_TOKENS) * shape.layers * shape.kv_heads
+    return CacheUse(
+        device_bytes=int(on_device @ sizes) + tables,
+        host_bytes=int(on_host @ sizes),
+        shadow_bytes=shadow_bytes,
+        full_bytes=rows * (int(sizes[Format.RAW]) + TABLE_BYTES_PER_BLOCK),
+        device_bytes_16bit=int(on_device @ sizes_16bit) + tables,
+        full_bytes_16bit=rows * (int(sizes_16bit[Format.RAW]) + TABLE_BYTES_PER_BLOCK),
+    )
+
+
+assert len(Tier) == 2, "measure() splits the counts in two"

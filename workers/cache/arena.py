@@ -1,0 +1,177 @@
+"""One tier's memory: a byte arena of fixed size, cut into pages that any format can use.
+
+A tier holds blocks of several sizes under one budget. So the arena is cut into equal pages; a page holds blocks of one
+*lot*, and a lot is blocks of one format that belong together (a row of raw blocks over all layers and heads, or all of
+a request's int4 blocks). A page goes back to the arena when its last block is released, so what one request gives up
+in one format another can use in any. The arena is allocated once: the budget cannot be exceeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kernels.api import I32
+from kernels.layout import UNIT_BYTES, CacheShape, Format, Tier
+
+_EMPTY = np.zeros(0, np.int32)
+
+
+class TierFull(Exception):
+    """A tier cannot hold what was asked for; nothing was changed."""
+
+    def __init__(self, tier: Tier, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(f"{tier.name.lower()} tier: {needed_bytes} bytes needed, {free_bytes} free")
+        self.tier = tier
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
+@dataclass(eq=False)
+class Lot:
+    """Blocks of one format that share pages."""
+
+    id: int
+    format: Format
+    free: I32 = field(default_factory=lambda: _EMPTY)
+    """Addresses on the lot's pages that hold no block."""
+    borrowed: bool = False
+    """Owned by a prefix or a shadow: block tables may refer to its blocks, but never release them."""
+    pages: int = 0
+
+
+def page_blocks(shape: CacheShape) -> int:
+    """Raw blocks per page: a divisor of a row's blocks near 10, so that rows waste nothing, else 8."""
+    row = shape.layers * shape.kv_heads
+    return next((n for n in (10, 9, 8, 12, 11, 7, 6, 5, 4) if row % n == 0), 8)
+
+
+class Arena:
+    """The memory of one tier and who has which of its pages."""
+
+    def __init__(self, tier: Tier, budget_bytes: int, shape: CacheShape, device: torch.device) -> None:
+        self.tier = tier
+        self.shape = shape
+        self.page_units = page_blocks(shape) * shape.block_units(Format.RAW)
+        self.page_bytes = self.page_units * UNIT_BYTES
+        pages = budget_bytes // self.page_bytes
+        if pages < 2 and tier is Tier.DEVICE:
+            raise ValueError(
+                f"{tier.name.lower()} budget of {budget_bytes} bytes: at least {2 * self.page_bytes} are needed"
+            )
+        self.budget_bytes = pages * self.page_bytes
+        pinned = tier is Tier.HOST and torch.cuda.is_available()
+        self.data = torch.empty(self.budget_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self._free_pages = np.arange(pages - 1, -1, -1, dtype=np.int32)  # a stack; its top is at the end
+        self._page_blocks_used = np.zeros(pages, np.int32)
+        self._page_lot = np.zeros(pages, np.int32)
+        self._lots: dict[int, Lot] = {}
+        self._next_lot = 1
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of pages that belong to nobody."""
+        return len(self._free_pages) * self.page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of pages that belong to a lot."""
+        return self.budget_bytes - self.free_bytes
+
+    def open_lot(self, fmt: Format, borrowed: bool = False) -> Lot:
+        """Starts an empty lot, which takes pages as it needs them."""
+        self._next_lot += 1
+        return Lot(self._next_lot - 1, fmt, borrowed=borrowed)
+
+    def close_lot(self, lot: Lot) -> None:
+        """Gives back all pages of a lot, whatever they hold."""
+        pages = np.flatnonzero(self._page_lot == lot.id).astype(np.int32)
+        lot.free = _EMPTY
+        self._return_pages(lot, pages)
+
+    def pages_needed(self, lot: Lot | None, fmt: Format, blocks: int) -> int:
+        """Pages a lot (or a new one) must take to hold so many more blocks."""
+        missing = max(0, blocks - (len(lot.free) if lot else 0))
+        return -(-missing // self._blocks_per_page(fmt))
+
+    def allocate(self, lot: Lot, blocks: int) -> I32:
+        """Addresses [blocks] for new blocks of a lot.
+
+        Raises:
+            TierFull: too few free pages; nothing was taken.
+        """
+        pages_needed = self.pages_needed(lot, lot.format, blocks)
+        if pages_needed > len(self._free_pages):
+            raise TierFull(self.tier, pages_needed * self.page_bytes, self.free_bytes)
+        if pages_needed:
+            split = len(self._free_pages) - pages_needed
+            pages = self._free_pages[split:][::-1]
+            self._free_pages = self._free_pages[:split]
+            self._page_lot[pages] = lot.id
+            self._lots[lot.id] = lot
+            lot.pages += pages_needed
+            within = np.arange(self._blocks_per_page(lot.format), dtype=np.int32) * self.shape.block_units(lot.format)
+            fresh = (pages[:, None] * self.page_units + within).reshape(-1)
+            lot.free = np.concatenate([lot.free, fresh]).astype(np.int32)
+        taken, lot.free = lot.free[:blocks], lot.free[blocks:]
+        np.add.at(self._page_blocks_used, taken // self.page_units, 1)
+        return taken
+
+    def release(self, addresses: I32) -> None:
+        """Gives back blocks. Those that a prefix or a shadow owns stay."""
+        addresses = self.owned(addresses)
+        pages = addresses // self.page_units
+        np.subtract.at(self._page_blocks_used, pages, 1)
+        lots = self._page_lot[pages]
+        for lot_id in np.unique(lots):
+            lot = self._lots[int(lot_id)]
+            mine = pages[lots == lot_id]
+            emptied = np.unique(mine[self._page_blocks_used[mine] == 0])
+            free = np.concatenate([lot.free, addresses[lots == lot_id]])
+            lot.free = free[~np.isin(free // self.page_units, emptied)]
+            self._return_pages(lot, emptied)
+
+    def owned(self, addresses: I32) -> I32:
+        """Those of the addresses whose lot is not borrowed."""
+        if not len(addresses):
+            return addresses
+        lots, inverse = np.unique(self._page_lot[addresses // self.page_units], return_inverse=True)
+        keep = np.array([not self._lots[int(lot)].borrowed for lot in lots])
+        return np.asarray(addresses[keep[inverse]], np.int32)
+
+    def lots_of(self, addresses: I32) -> list[Lot]:
+        """The lots these blocks belong to."""
+        return [self._lots[int(lot)] for lot in np.unique(self._page_lot[addresses // self.page_units])]
+
+    def pages_freed_by(self, addresses: I32) -> int:
+        """Pages that :meth:`release` of these addresses would return to the arena."""
+        pages, counts = np.unique(self.owned(addresses) // self.page_units, return_counts=True)
+        return int((self._page_blocks_used[pages] == counts).sum())
+
+    def require(self, released: I32, wanted: Iterable[tuple[Lot | None, Format, int]]) -> None:
+        """Checks that, once ``released`` is given back, the ``wanted`` (lot or a new one, format, blocks) fit.
+
+        Raises:
+            TierFull: they do not.
+        """
+        shrinking = {lot.id for lot in self.lots_of(released)}  # what they have free now may go with their pages
+        needed = sum(
+            self.pages_needed(None if lot and lot.id in shrinking else lot, fmt, blocks) for lot, fmt, blocks in wanted
+        )
+        available = len(self._free_pages) + self.pages_freed_by(released)
+        if needed > available:
+            raise TierFull(self.tier, needed * self.page_bytes, available * self.page_bytes)
+
+    def _blocks_per_page(self, fmt: Format) -> int:
+        return self.page_units // self.shape.block_units(fmt)
+
+    def _return_pages(self, lot: Lot, pages: I32) -> None:
+        lot.pages -= len(pages)
+        if lot.pages == 0:
+            self._lots.pop(lot.id, None)
+        self._page_blocks_used[pages] = 0
+        self._page_lot[pages] = 0
+        self._free_pages = np.concatenate([self._free_pages, pages[::-1]]).astype(np.int32)

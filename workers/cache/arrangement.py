@@ -1,0 +1,179 @@
+"""Where a request's tokens are and where a pipeline wants them: values that a switch transaction works on.
+
+Shapes: L layers, H KV heads, B blocks and T tokens of the longest table. Tables may differ in length; ``valid`` masks
+say which entries exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels.api import F16, F32, I32, U8, Tables, TokenSource
+from kernels.layout import BLOCK_TOKENS, Format, Tier
+
+Mask = npt.NDArray[np.bool_]
+ROWS: U8 = np.arange(BLOCK_TOKENS, dtype=np.uint8)
+BUILD = -1
+"""Address of a block that is yet to be built."""
+
+
+def block_count(length: I32) -> I32:
+    """Blocks that hold so many tokens."""
+    return np.asarray(-(-length // BLOCK_TOKENS), np.int32)
+
+
+@dataclass
+class Blocks:
+    """The blocks of all of a request's tables."""
+
+    length: I32  # [L, H] tokens
+    address: I32  # [L, H, B], BUILD where there is none yet
+    format: U8  # [L, H, B]
+    tier: U8  # [L, H, B]
+
+    @property
+    def valid(self) -> Mask:
+        """[L, H, B] which entries are blocks."""
+        return np.arange(self.address.shape[2]) < block_count(self.length)[..., None]
+
+    @property
+    def full(self) -> Mask:
+        """[L, H, B] which blocks hold 32 tokens."""
+        return np.arange(self.address.shape[2]) < (self.length // BLOCK_TOKENS)[..., None]
+
+    def on(self, tier: Tier) -> I32:
+        """Addresses of the blocks on a tier."""
+        return self.address[self.valid & (self.tier == tier)]
+
+
+@dataclass
+class Tokens:
+    """The tokens of all of a request's tables, and where each can be read."""
+
+    valid: Mask  # [L, H, T]
+    position: I32  # [L, H, T]
+    address: I32  # [L, H, T] of the block that holds the token
+    format: U8  # [L, H, T]
+    tier: U8  # [L, H, T]
+    row: U8  # [L, H, T] in that block
+    mass: F32  # [L, H, T]
+    votes: F16  # [L, H, T]
+
+
+def blocks_of(tables: Tables, slot: int) -> Blocks:
+    """A copy of a slot's block tables, cut to what is in use."""
+    length = tables.length[slot].copy()
+    used = int(block_count(length).max(initial=0))
+    return Blocks(
+        length,
+        tables.address[slot, :, :, :used].copy(),
+        tables.format[slot, :, :, :used].copy(),
+        tables.tier[slot, :, :, :used].copy(),
+    )
+
+
+def tokens_of(tables: Tables, slot: int) -> Tokens:
+    """A copy of a slot's tables, token by token."""
+    length = tables.length[slot]
+    count = int(length.max(initial=0))
+    index = np.arange(count)
+    block = index // BLOCK_TOKENS
+    return Tokens(
+        valid=index < length[..., None],
+        position=tables.position[slot, :, :, :count].copy(),
+        address=tables.address[slot][:, :, block],
+        format=tables.format[slot][:, :, block],
+        tier=tables.tier[slot][:, :, block],
+        row=np.broadcast_to((index % BLOCK_TOKENS).astype(np.uint8), (*length.shape, count)),
+        mass=tables.mass[slot, :, :, :count].copy(),
+        votes=tables.votes[slot, :, :, :count].copy(),
+    )
+
+
+@dataclass
+class Arrangement:
+    """A whole new set of tables, of which some blocks are yet to be built from ``source``."""
+
+    blocks: Blocks
+    source: TokenSource  # one row per block to build, in the order layer, head, block
+    source_position: I32  # [N, 32] original positions of the source's tokens, -1 beyond the end
+    moved: Tokens | None = None  # the kept tokens [valid, packed to the left] where they changed; None: the same tokens
+
+
+def restyle(now: Blocks, position: I32, residual: int | None, fmt: Format, device_tokens: int | None) -> Arrangement:
+    """The same tokens in other formats and tiers.
+
+    Args:
+        now: the tables.
+        position: [L, H, T] original positions of the tokens.
+        residual: how many last tokens stay raw; None: all.
+        fmt: the format of the blocks that are wholly older than those.
+        device_tokens: how many last tokens stay on the device; None: all.
+    """
+    wanted_format, wanted_tier = _styles(now, residual, fmt, device_tokens)
+    build = now.full & ((wanted_format != now.format) | (wanted_tier != now.tier))
+    address = np.where(build, np.int32(BUILD), now.address)
+    blocks = Blocks(now.length, address, wanted_format, wanted_tier)
+    spread = np.ones(BLOCK_TOKENS, np.int32)
+    source = TokenSource(
+        address=now.address[build][:, None] * spread,
+        format=(now.format[build][:, None] * spread).astype(np.uint8),
+        tier=(now.tier[build][:, None] * spread).astype(np.uint8),
+        row=np.broadcast_to(ROWS, (int(build.sum()), BLOCK_TOKENS)).copy(),
+    )
+    whole = position.shape[2] // BLOCK_TOKENS
+    by_block = position[:, :, : whole * BLOCK_TOKENS].reshape(*position.shape[:2], whole, BLOCK_TOKENS)
+    return Arrangement(blocks, source, by_block[build[:, :, :whole]])
+
+
+def regroup(tokens: Tokens, keep: Mask, residual: int | None, fmt: Format, device_tokens: int | None) -> Arrangement:
+    """Other tokens: those of ``tokens`` that ``keep`` [L, H, T] marks, packed into new blocks.
+
+    A block that would hold exactly what an existing block of the wanted format and tier holds is taken as it is.
+    """
+    length = keep.sum(axis=2, dtype=np.int32)
+    width = int(block_count(length).max()) * BLOCK_TOKENS
+    layer, head, index = np.nonzero(keep)
+    starts = np.cumsum(length.reshape(-1)) - length.reshape(-1)
+    rank = np.arange(len(index)) - np.repeat(starts, length.reshape(-1))
+
+    def pack(values: npt.NDArray[np.generic], empty: int, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+        packed = np.full((*length.shape, width), empty, dtype)
+        packed[layer, head, rank] = values[layer, head, index]
+        return packed
+
+    moved = Tokens(
+        valid=np.arange(width) < length[..., None],
+        position=pack(tokens.position, -1, np.int32),  # type: ignore[arg-type]
+        address=pack(tokens.address, BUILD, np.int32),  # type: ignore[arg-type]
+        format=pack(tokens.format, 0, np.uint8),  # type: ignore[arg-type]
+        tier=pack(tokens.tier, 0, np.uint8),  # type: ignore[arg-type]
+        row=pack(tokens.row, 0, np.uint8),  # type: ignore[arg-type]
+        mass=pack(tokens.mass, 0, np.float32),  # type: ignore[arg-type]
+        votes=pack(tokens.votes, 0, np.float16),  # type: ignore[arg-type]
+    )
+    by_block = (*length.shape, width // BLOCK_TOKENS, BLOCK_TOKENS)
+    address, row = moved.address.reshape(by_block), moved.row.reshape(by_block)
+    format_, tier = moved.format.reshape(by_block), moved.tier.reshape(by_block)
+    blocks = Blocks(length, address[..., 0].copy(), format_[..., 0].copy(), tier[..., 0].copy())
+    wanted_format, wanted_tier = _styles(blocks, residual, fmt, device_tokens)
+    whole = blocks.full & (address == address[..., :1]).all(-1) & (row == ROWS).all(-1)
+    reuse = whole & (blocks.format == wanted_format) & (blocks.tier == wanted_tier)
+    build = blocks.valid & ~reuse
+    blocks = Blocks(length, np.where(reuse, blocks.address, np.int32(BUILD)), wanted_format, wanted_tier)
+    source = TokenSource(address[build], format_[build], tier[build], row[build])
+    return Arrangement(blocks, source, moved.position.reshape(by_block)[build], moved)
+
+
+def _styles(blocks: Blocks, residual: int | None, fmt: Format, device_tokens: int | None) -> tuple[U8, U8]:
+    """Wanted format and tier [L, H, B] of each block, by its distance from the table's end."""
+    ends = (np.arange(blocks.address.shape[2]) + 1) * BLOCK_TOKENS
+    younger = blocks.length[..., None] - ends  # [L, H, B] tokens behind a block; negative where it is not full
+    coded = younger >= residual if residual is not None else np.zeros(younger.shape, bool)
+    away = younger >= device_tokens if device_tokens is not None else np.zeros(younger.shape, bool)
+    wanted_format = np.where(coded, np.uint8(fmt), np.uint8(Format.RAW)).astype(np.uint8)
+    wanted_tier = np.where(away, np.uint8(Tier.HOST), np.uint8(Tier.DEVICE)).astype(np.uint8)
+    return wanted_format, wanted_tier

@@ -1,0 +1,492 @@
+"""The KV cache of one worker: all requests' tables, both tiers, shadows, prefixes, and the switch transaction.
+
+Used by the engine thread alone. Every method that can run out of memory raises TierFull and then has changed nothing
+that a reader could see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.api import I32, Backend, Tables, TokenSource
+from kernels.backends import make_backend
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from workers.cache.accounting import CacheUse, measure
+from workers.cache.arena import Arena, Lot, TierFull
+from workers.cache.arrangement import (
+    BUILD,
+    Arrangement,
+    Blocks,
+    Mask,
+    Tokens,
+    block_count,
+    blocks_of,
+    regroup,
+    restyle,
+    tokens_of,
+)
+from workers.cache.prefix import PrefixIndex, PrefixRow
+from workers.cache.selection import choose
+from workers.cache.shadow import Shadow
+from workers.stages.base import LossClass, Pipeline
+
+
+class Occasion(Enum):
+    """Why a pipeline is applied: the prompt is complete, another one took over, or 32 more tokens have come."""
+
+    PROMPT = "prompt"
+    SWITCH = "switch"
+    SETTLE = "settle"
+
+
+@dataclass
+class SequenceCache:
+    """One request's share of the cache. Changed by :class:`KVCache` only."""
+
+    slot: int
+    max_tokens: int
+    seen: int = 0
+    """Tokens stored so far, kept or not."""
+    evicted: bool = False
+    """Whether its tables lack tokens."""
+    lost: bool = False
+    """Whether something was dropped or rounded for good."""
+    exact_tokens: int | None = None
+    """Tokens computed before the first lossy pipeline; None while all are."""
+    shadow: Shadow | None = None
+    lots: dict[tuple[Tier, Format], Lot] = field(default_factory=dict)
+    prefix: list[PrefixRow] = field(default_factory=list)
+    peak: CacheUse = field(default_factory=CacheUse)
+
+
+class KVCache:
+    """Cache of all requests of a worker.
+
+    Args:
+        shape: the model's cache dimensions.
+        device_bytes, host_bytes: tier budgets, rounded down to whole pages.
+        slots: most requests at once.
+        max_tokens: longest request.
+        model: name that prefixes are hashed with.
+        device: where the device tier lives.
+        backend: kernel backend, see ``kernels.backends``.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        device_bytes: int,
+        host_bytes: int,
+        slots: int,
+        max_tokens: int,
+        model: str,
+        device: torch.device,
+        backend: str = "auto",
+    ) -> None:
+        self.shape = shape
+        self.device = Arena(Tier.DEVICE, device_bytes, shape, device)
+        self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
+        self.tables = Tables.allocate(slots, shape, max_tokens)
+        self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
+        self.prefixes = PrefixIndex(self.device, model)
+        self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._row_blocks = shape.layers * shape.kv_heads
+
+    # -- life of a request ---------------------------------------------------------------------------------------------
+
+    def open(self, max_tokens: int) -> SequenceCache:
+        """Starts an empty cache for a request of at most so many tokens. There must be a free slot."""
+        slot = self._free_slots.pop()
+        self.tables.length[slot] = 0
+        return SequenceCache(slot, max_tokens)
+
+    def close(self, seq: SequenceCache) -> None:
+        """Gives back everything a request holds."""
+        now = blocks_of(self.tables, seq.slot)
+        for tier, arena in self._arenas.items():
+            arena.release(now.on(tier))
+        self._drop_shadow(seq)
+        for row in seq.prefix:
+            row.users -= 1
+        seq.prefix = []
+        self.tables.length[seq.slot] = 0
+        self._free_slots.append(seq.slot)
+
+    def reuse_prefix(self, seq: SequenceCache, token_ids: Sequence[int]) -> int:
+        """Starts an empty cache with published rows of the same prompt. Returns tokens that need not be computed.
+
+        At least the last token is left to compute, for its logits.
+        """
+        rows = self.prefixes.match(token_ids, (len(token_ids) - 1) // BLOCK_TOKENS)
+        for index, row in enumerate(rows):
+            row.users += 1
+            self.tables.address[seq.slot, :, :, index] = row.address
+        self.tables.format[seq.slot, :, :, : len(rows)] = Format.RAW
+        self.tables.tier[seq.slot, :, :, : len(rows)] = Tier.DEVICE
+        seq.prefix = rows
+        self.advance(seq, len(rows) * BLOCK_TOKENS)
+        return len(rows) * BLOCK_TOKENS
+
+    def publish(self, seq: SequenceCache, token_ids: Sequence[int]) -> None:
+        """Offers the exact rows of these tokens to later requests."""
+        exact = seq.seen if seq.exact_tokens is None else seq.exact_tokens
+        rows = min(len(token_ids), exact, seq.seen) // BLOCK_TOKENS
+        if seq.evicted or not rows:
+            return
+        tables, slot = self.tables, seq.slot
+        parent: PrefixRow | None = None
+        for index, name in enumerate(self.prefixes.names(token_ids, rows)):
+            known = self.prefixes.get(name)
+            if known is None:
+                if tables.format[slot, :, :, index].any() or tables.tier[slot, :, :, index].any():
+                    return
+                address = tables.address[slot, :, :, index].copy()
+                lots = self.device.lots_of(address.reshape(-1))
+                if len(lots) > 1 or lots[0].borrowed or lots[0] is seq.lots.get((Tier.DEVICE, Format.RAW)):
+                    return
+                known = self.prefixes.publish(name, parent, address, lots[0])
+                seq.prefix.append(known)
+            parent = known
+
+    # -- growth --------------------------------------------------------------------------------------------------------
+
+    def reserve(self, seq: SequenceCache, tokens: int) -> None:
+        """Makes room for the next ``tokens`` tokens of every table.
+
+        Raises:
+            TierFull: the device tier has too few pages.
+        """
+        slot, tables = seq.slot, self.tables
+        length = tables.length[slot]
+        before, after = block_count(length), block_count(length + tokens)
+        grown = after - before
+        if not grown.any():
+            return
+        first, rows = int(before.min()), int(grown.max())
+        if (before == first).all() and (grown == rows).all():
+            self.device.require(_NOTHING, [(None, Format.RAW, self._row_blocks)] * rows)
+            for row in range(first, first + rows):
+                fresh = self.device.allocate(self.device.open_lot(Format.RAW), self._row_blocks)
+                tables.address[slot, :, :, row] = fresh.reshape(length.shape)
+        else:
+            index = np.arange(tables.address.shape[3])
+            new = (index >= before[..., None]) & (index < after[..., None])
+            lot = self._lot(seq, Tier.DEVICE, Format.RAW)
+            tables.address[slot][new] = self.device.allocate(lot, int(grown.sum()))
+        last = int(after.max())
+        index = np.arange(first, last)
+        new = (index >= before[..., None]) & (index < after[..., None])
+        tables.format[slot, :, :, first:last][new] = Format.RAW
+        tables.tier[slot, :, :, first:last][new] = Tier.DEVICE
+        self._note_peak(seq, extra_rows=grown)
+
+    def advance(self, seq: SequenceCache, tokens: int) -> None:
+        """Counts the next ``tokens`` tokens in; their keys and values are written by the forward pass that follows."""
+        slot, tables = seq.slot, self.tables
+        length = tables.length[slot]
+        positions = np.arange(seq.seen, seq.seen + tokens, dtype=np.int32)
+        start = int(length.flat[0])
+        if (length == start).all():
+            places: tuple[object, ...] = (slot, slice(None), slice(None), slice(start, start + tokens))
+        else:
+            layer, head = np.indices(length.shape)
+            index = length[..., None] + np.arange(tokens)
+            places = (slot, layer[..., None], head[..., None], index)
+        tables.position[places] = positions  # type: ignore[index]
+        tables.mass[places] = 0  # type: ignore[index]
+        tables.votes[places] = 0  # type: ignore[index]
+        length += tokens
+        seq.seen += tokens
+
+    def context(self, seq: SequenceCache) -> PromptContext:
+        """Reader of a prompt's exact keys and values, layer by layer, while it is being computed."""
+        return PromptContext(self.backend, blocks_of(self.tables, seq.slot))
+
+    def evacuate(self, seq: SequenceCache) -> None:
+        """Moves a prompt's finished rows to the host tier, because its pipeline will not keep them raw on the device.
+
+        Without it, the device would hold the whole raw prompt before the first token. Raises TierFull when the host
+        has no room; the rows then simply stay.
+        """
+        self._extend_shadow(seq)
+        now = blocks_of(self.tables, seq.slot)
+        position = self._positions(seq)
+        self._commit(seq, restyle(now, position, residual=None, fmt=Format.RAW, device_tokens=0))
+
+    # -- pipelines -----------------------------------------------------------------------------------------------------
+
+    def apply(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
+        """Brings a request's blocks to where ``pipeline`` wants them: one transaction.
+
+        Reserve, build the new blocks beside the old, then free the old, place the new and swap the tables. Tokens and
+        blocks that are already right stay untouched.
+
+        Raises:
+            TierFull: a tier lacks room for the result; the request is as it was.
+        """
+        if occasion is not Occasion.PROMPT and not pipeline.is_full and seq.seen < BLOCK_TOKENS:
+            return
+        had_shadow = seq.shadow is not None
+        try:
+            if seq.shadow or (pipeline.wants_shadow and not seq.lost):
+                self._extend_shadow(seq)
+            self._commit(seq, self._arrange(seq, pipeline, occasion))
+        except TierFull:
+            if not had_shadow:
+                self._drop_shadow(seq)
+            raise
+        self._after(seq, pipeline)
+
+    def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
+        codec, placer, evictor = pipeline.codec, pipeline.placer, pipeline.evictor
+        style = (
+            BLOCK_TOKENS if codec else None,
+            codec.format if codec else Format.RAW,
+            placer.device_tokens() if placer else None,
+        )
+        settle = occasion is Occasion.SETTLE
+        restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
+        if evictor and (not settle or evictor.evicts_while_decoding):
+            tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
+            keep = choose(evictor, tokens, seq.seen, self.backend)
+            if restore or not keep[tokens.valid].all():
+                return regroup(tokens, keep, *style)
+        elif restore:
+            tokens = self._everything(seq)
+            return regroup(tokens, tokens.valid, *style)
+        return restyle(blocks_of(self.tables, seq.slot), self._positions(seq), *style)
+
+    def _commit(self, seq: SequenceCache, target: Arrangement) -> None:
+        now, new = blocks_of(self.tables, seq.slot), target.blocks
+        self._refer_to_shadow(seq, target)
+        build = new.valid & (new.address == BUILD)
+        self._prefer_exact(seq, target, build)
+        groups: dict[tuple[Tier, Format], Mask] = {}
+        for code in np.unique(new.tier[build].astype(int) * len(Format) + new.format[build]):
+            tier, fmt = Tier(int(code) // len(Format)), Format(int(code) % len(Format))
+            groups[tier, fmt] = build & (new.tier == tier) & (new.format == fmt)
+        released = {tier: np.setdiff1d(now.on(tier), new.on(tier)).astype(np.int32) for tier in Tier}
+        for tier, arena in self._arenas.items():
+            wanted = [(seq.lots.get(key), key[1], int(mask.sum())) for key, mask in groups.items() if key[0] is tier]
+            arena.require(released[tier], wanted)
+
+        of_build = np.cumsum(build.reshape(-1)) - 1  # place of each block to build among the sources
+        built = {
+            key: self.backend.encode(_take(target.source, of_build[mask.reshape(-1)]), key[1])
+            for key, mask in groups.items()
+        }
+        if target.moved is not None and seq.shadow is not None:
+            before = tokens_of(self.tables, seq.slot)
+            seq.shadow.remember(before.position, before.valid, before.mass, before.votes)
+
+        for tier, arena in self._arenas.items():
+            arena.release(released[tier])
+        for (tier, fmt), mask in groups.items():
+            addresses = self._arenas[tier].allocate(self._lot(seq, tier, fmt), int(mask.sum()))
+            self.backend.store(tier, addresses, built[tier, fmt])
+            new.address[mask] = addresses
+        self._swap_tables(seq, target)
+        self._release_prefixes(seq)
+        self._note_peak(seq)
+
+    def _swap_tables(self, seq: SequenceCache, target: Arrangement) -> None:
+        tables, slot, blocks = self.tables, seq.slot, target.blocks
+        width = blocks.address.shape[2]
+        tables.address[slot, :, :, :width] = blocks.address
+        tables.format[slot, :, :, :width] = blocks.format
+        tables.tier[slot, :, :, :width] = blocks.tier
+        tables.length[slot] = blocks.length
+        if target.moved is not None:
+            count = target.moved.position.shape[2]
+            tables.position[slot, :, :, :count] = target.moved.position
+            tables.mass[slot, :, :, :count] = target.moved.mass
+            tables.votes[slot, :, :, :count] = target.moved.votes
+            seq.evicted = bool((blocks.length < seq.seen).any())
+
+    def _after(self, seq: SequenceCache, pipeline: Pipeline) -> None:
+        """Settles what a pipeline means for exactness, and drops a shadow that nothing needs."""
+        lossy = seq.evicted or bool(self.tables.format[seq.slot][self._valid(seq)].any())
+        if lossy and seq.exact_tokens is None:
+            seq.exact_tokens = seq.seen
+        if lossy and pipeline.loss_class is LossClass.PERMANENT:
+            seq.lost = True
+        if seq.shadow and not pipeline.wants_shadow:
+            on_host = blocks_of(self.tables, seq.slot).on(Tier.HOST)
+            if len(self.host.owned(on_host)) == len(on_host):
+                self._drop_shadow(seq)
+
+    # -- exact copies --------------------------------------------------------------------------------------------------
+
+    def _extend_shadow(self, seq: SequenceCache) -> None:
+        shadow = seq.shadow or Shadow(self.host, seq.max_tokens)
+        first, rows = shadow.rows, seq.seen // BLOCK_TOKENS - shadow.rows
+        if rows > 0:
+            tables, slot = self.tables, seq.slot
+            # The last tokens of every table are the last positions, whatever was evicted before them.
+            offset = tables.length[slot] - seq.seen  # [L, H] from a position to its place in the table
+            position = np.arange(first * BLOCK_TOKENS, (first + rows) * BLOCK_TOKENS).reshape(rows, 1, 1, BLOCK_TOKENS)
+            index = position + offset[..., None]  # [rows, L, H, 32]
+            layer, head = (axis[None, ..., None] for axis in np.indices(offset.shape))
+            block = index // BLOCK_TOKENS
+            flat = (rows * self._row_blocks, BLOCK_TOKENS)
+            source = TokenSource(
+                tables.address[slot, layer, head, block].reshape(flat),
+                tables.format[slot, layer, head, block].reshape(flat),
+                tables.tier[slot, layer, head, block].reshape(flat),
+                (index % BLOCK_TOKENS).astype(np.uint8).reshape(flat),
+            )
+            shadow.add_rows(self.backend, source, rows)
+        seq.shadow = shadow
+
+    def _everything(self, seq: SequenceCache) -> Tokens:
+        """All tokens of a request, those evicted included: from its shadow, and from its tables beyond the last row."""
+        shadow = seq.shadow
+        assert shadow is not None
+        now = tokens_of(self.tables, seq.slot)
+        shadow.remember(now.position, now.valid, now.mass, now.votes)
+        assert shadow.mass is not None and shadow.votes is not None
+        heads = (self.shape.layers, self.shape.kv_heads)
+        position = np.broadcast_to(np.arange(seq.seen, dtype=np.int32), (*heads, seq.seen)).copy()
+        row = position // BLOCK_TOKENS
+        layer, head = (axis[..., None] for axis in np.indices(heads))
+        everything = Tokens(
+            valid=np.ones(position.shape, bool),
+            position=position,
+            address=shadow.address[row, layer, head],
+            format=np.full(position.shape, Format.RAW, np.uint8),
+            tier=np.full(position.shape, Tier.HOST, np.uint8),
+            row=(position % BLOCK_TOKENS).astype(np.uint8),
+            mass=shadow.mass[:, :, : seq.seen].copy(),
+            votes=shadow.votes[:, :, : seq.seen].copy(),
+        )
+        tail = now.valid & (now.position >= shadow.rows * BLOCK_TOKENS)
+        layers, head_, index = np.nonzero(tail)
+        place = (layers, head_, now.position[tail])
+        for name in ("address", "format", "tier", "row"):
+            getattr(everything, name)[place] = getattr(now, name)[layers, head_, index]
+        return everything
+
+    def _prefer_exact(self, seq: SequenceCache, target: Arrangement, build: Mask) -> None:
+        """Lets blocks be built from the shadow's exact tokens instead of rounded ones."""
+        if seq.shadow is None:
+            return
+        source, position = target.source, target.source_position
+        rounded = (source.format != Format.RAW) & (position >= 0) & (position < seq.shadow.rows * BLOCK_TOKENS)
+        if not rounded.any():
+            return
+        layer, head, _ = np.nonzero(build)
+        block, _ = np.nonzero(rounded)
+        exact = position[rounded]
+        source.address[rounded] = seq.shadow.address[exact // BLOCK_TOKENS, layer[block], head[block]]
+        source.format[rounded] = Format.RAW
+        source.tier[rounded] = Tier.HOST
+        source.row[rounded] = exact % BLOCK_TOKENS
+
+    def _refer_to_shadow(self, seq: SequenceCache, target: Arrangement) -> None:
+        """Where a raw host block is wanted and the shadow has that very row, the table refers to it: no copy."""
+        blocks = target.blocks
+        wanted = blocks.valid & (blocks.address == BUILD) & (blocks.tier == Tier.HOST) & (blocks.format == Format.RAW)
+        if seq.shadow is None or not wanted.any() or (blocks.length != seq.seen).any():
+            return
+        layer, head, index = np.nonzero(wanted)
+        have = index < seq.shadow.rows
+        layer, head, index = layer[have], head[have], index[have]
+        build = blocks.valid & (blocks.address == BUILD)
+        blocks.address[layer, head, index] = seq.shadow.address[index, layer, head]
+        still = (blocks.valid & (blocks.address == BUILD))[build]
+        target.source = _take(target.source, np.flatnonzero(still).astype(np.int32))
+        target.source_position = target.source_position[still]
+
+    def _drop_shadow(self, seq: SequenceCache) -> None:
+        if seq.shadow:
+            seq.shadow.close()
+            seq.shadow = None
+
+    # -- accounting ----------------------------------------------------------------------------------------------------
+
+    def use(self, seq: SequenceCache) -> CacheUse:
+        """Bytes a request takes now, its peak included."""
+        now = self._measure(seq)
+        return now.with_peak(seq.peak)
+
+    def loss_class(self, seq: SequenceCache, pipeline: Pipeline) -> LossClass:
+        """The loss class of a request: its pipeline's, or permanent once something is gone."""
+        return LossClass.PERMANENT if seq.lost else pipeline.loss_class
+
+    def worst_bytes(self, tokens: int) -> int:
+        """Device bytes that so many raw tokens take, in whole pages."""
+        pages = self.device.pages_needed(None, Format.RAW, self._row_blocks)
+        return -(-tokens // BLOCK_TOKENS) * pages * self.device.page_bytes
+
+    def _measure(self, seq: SequenceCache) -> CacheUse:
+        now = blocks_of(self.tables, seq.slot)
+        own = len(self.host.owned(now.on(Tier.HOST)))
+        referred = len(now.on(Tier.HOST)) - own
+        shadow_bytes = seq.shadow.nbytes - referred * self.shape.block_bytes(Format.RAW) if seq.shadow else 0
+        return measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
+
+    def _note_peak(self, seq: SequenceCache, extra_rows: I32 | None = None) -> None:
+        now = self._measure(seq)
+        if extra_rows is not None:  # reserved, but not yet counted by the tables' lengths
+            now = now.plus_raw_device_blocks(self.shape, int(extra_rows.sum()))
+        seq.peak = seq.peak.peak_with(now)
+
+    # -- small helpers -------------------------------------------------------------------------------------------------
+
+    def _lot(self, seq: SequenceCache, tier: Tier, fmt: Format) -> Lot:
+        return seq.lots.setdefault((tier, fmt), self._arenas[tier].open_lot(fmt))
+
+    def _valid(self, seq: SequenceCache) -> Mask:
+        return np.arange(self.tables.address.shape[3]) < block_count(self.tables.length[seq.slot])[..., None]
+
+    def _positions(self, seq: SequenceCache) -> I32:
+        count = int(self.tables.length[seq.slot].max(initial=0))
+        return self.tables.position[seq.slot, :, :, :count]
+
+    def _release_prefixes(self, seq: SequenceCache) -> None:
+        """Stops counting as a user of published rows that its tables no longer refer to."""
+        if not seq.prefix:
+            return
+        used = {lot.id for lot in self.device.lots_of(blocks_of(self.tables, seq.slot).on(Tier.DEVICE))}
+        for row in seq.prefix:
+            if row.lot.id not in used:
+                row.users -= 1
+        seq.prefix = [row for row in seq.prefix if row.lot.id in used]
+
+
+_NOTHING = np.zeros(0, np.int32)
+
+
+class PromptContext:
+    """Exact keys and values of a prompt so far, wherever its blocks live."""
+
+    def __init__(self, backend: Backend, blocks: Blocks) -> None:
+        self._backend = backend
+        self._blocks = blocks
+        self.tokens = int(blocks.length.flat[0])
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, each [kv_heads, tokens, head_dim]."""
+        blocks = self._blocks
+        heads, count = blocks.address.shape[1:]
+        spread = (heads * count, BLOCK_TOKENS)
+
+        def repeat(values: Any) -> Any:
+            return np.repeat(values[layer].reshape(-1), BLOCK_TOKENS).reshape(spread)
+
+        row = np.broadcast_to(np.arange(BLOCK_TOKENS, dtype=np.uint8), spread).copy()
+        source = TokenSource(repeat(blocks.address), repeat(blocks.format), repeat(blocks.tier), row)
+        k, v = self._backend.read(source)  # [heads * count, 32, D]
+        whole = (heads, count * BLOCK_TOKENS, -1)
+        return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]
+
+
+def _take(source: TokenSource, index: I32) -> TokenSource:
+    return TokenSource(source.address[index], source.format[index], source.tier[index], source.row[index])

@@ -1,0 +1,62 @@
+"""The exact copy of a request's cache on the host tier, kept so that a lossy pipeline can be undone."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels.api import F16, F32, I32, Backend, TokenSource
+from kernels.layout import BLOCK_TOKENS, Format, Tier
+from workers.cache.arena import Arena
+
+
+class Shadow:
+    """Raw blocks of whole rows: row r holds the tokens at positions 32 r .. 32 r + 31 of every layer and KV head.
+
+    Its blocks double as a request's host-tier blocks: block tables may refer to them. It also remembers the masses of
+    tokens that were evicted, so that a restored token has a score.
+    """
+
+    def __init__(self, arena: Arena, max_tokens: int) -> None:
+        shape = arena.shape
+        rows = -(-max_tokens // BLOCK_TOKENS) + 1
+        self._arena = arena
+        self.lot = arena.open_lot(Format.RAW, borrowed=True)
+        self.rows = 0
+        self.address: I32 = np.full((rows, shape.layers, shape.kv_heads), -1, np.int32)
+        self.mass: F32 | None = None  # [L, H, tokens] by position, once something was evicted
+        self.votes: F16 | None = None  # likewise
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its blocks."""
+        shape = self._arena.shape
+        return self.rows * shape.layers * shape.kv_heads * shape.block_bytes(Format.RAW)
+
+    def add_rows(self, backend: Backend, source: TokenSource, rows: int) -> None:
+        """Appends ``rows`` rows whose tokens ``source`` names, in the order row, layer, head.
+
+        Raises:
+            TierFull: nothing was added.
+        """
+        addresses = self._arena.allocate(self.lot, len(source.address))
+        backend.store(Tier.HOST, addresses, backend.encode(source, Format.RAW))
+        self.address[self.rows : self.rows + rows] = addresses.reshape(rows, *self.address.shape[1:])
+        self.rows += rows
+
+    def covers(self, seen: int) -> bool:
+        """Whether every whole row of ``seen`` tokens is here."""
+        return self.rows >= seen // BLOCK_TOKENS
+
+    def remember(self, position: I32, valid: npt.NDArray[np.bool_], mass: F32, votes: F16) -> None:
+        """Keeps the masses [L, H, T] of tokens at ``position`` [L, H, T] for the day they are restored."""
+        if self.mass is None or self.votes is None:
+            shape = (*self.address.shape[1:], self.address.shape[0] * BLOCK_TOKENS)
+            self.mass, self.votes = np.zeros(shape, np.float32), np.zeros(shape, np.float16)
+        layer, head, _ = np.nonzero(valid)
+        self.mass[layer, head, position[valid]] = mass[valid]
+        self.votes[layer, head, position[valid]] = votes[valid]
+
+    def close(self) -> None:
+        """Gives its memory back."""
+        self._arena.close_lot(self.lot)

@@ -1,0 +1,540 @@
+"""The engine: one thread that owns the device and runs the step loop for all requests of a worker."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from concurrent.futures import Future
+
+import numba
+import structlog
+import torch
+from kvpilot.pipeline import PipelineError
+from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
+
+from kernels.layout import BLOCK_TOKENS, Format, Tier
+from workers.cache.arena import TierFull
+from workers.cache.kvcache import KVCache, Occasion
+from workers.engine.api import Event
+from workers.engine.attention import cache_shape
+from workers.engine.intake import Intake, Limits
+from workers.engine.memory import EngineMemory
+from workers.engine.reports import Reporter
+from workers.engine.runner import LoadedModel, ModelRunner, load_model
+from workers.engine.sampler import Choice, SampleRequest, sample
+from workers.engine.scheduler import Scheduler
+from workers.engine.sequence import Phase, Sequence
+from workers.errors import (
+    DEADLINE_EXCEEDED,
+    FAILED_PRECONDITION,
+    INVALID_ARGUMENT,
+    NOT_FOUND,
+    RESOURCE_EXHAUSTED,
+    ProblemError,
+)
+from workers.settings import ModelDtype, WorkerSettings
+from workers.signals import FAR_HORIZONS_TOKENS
+from workers.stages.base import LossClass, Pipeline
+from workers.stages.registry import build, describe
+
+VERSION = "0.1.0"
+IDLE_POLL_S = 0.5
+
+log = structlog.get_logger(__name__)
+
+
+class Engine:
+    """A worker's engine; see ``workers.engine.api`` for what other threads may call.
+
+    Args:
+        settings: the worker's settings.
+        loaded: a model already in memory, instead of ``settings.model``.
+
+    Raises:
+        ValueError: for a model or default pipeline that cannot be served.
+        OSError: for a folder that holds no model.
+    """
+
+    def __init__(self, settings: WorkerSettings, loaded: LoadedModel | None = None) -> None:
+        device = torch.device(settings.device)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+            numba.set_num_threads(min(settings.threads, numba.get_num_threads()))
+        self._settings = settings
+        self._loaded = loaded or load_model(settings.model, settings.served_name, device, _dtype(settings))
+        self.shape = cache_shape(self._loaded.model.config, next(self._loaded.model.parameters()).dtype)
+        self._context_tokens = min(
+            self._loaded.context_tokens, settings.max_context_tokens or self._loaded.context_tokens
+        )
+        self.cache = KVCache(
+            self.shape,
+            settings.device_budget_bytes,
+            settings.host_budget_bytes,
+            settings.max_running,
+            self._context_tokens,
+            self._loaded.name,
+            device,
+            settings.kernel_backend.value,
+        )
+        default = build(settings.default_pipeline, self.shape)
+        self._intake = Intake(self._loaded, self.shape, self._limits(), default)
+        self._runner = ModelRunner(self._loaded, self.cache)
+        self._memory = EngineMemory(self.cache, lambda: list(self._scheduler.running), self._switch_for_pressure)
+        self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
+        self._reporter = Reporter(self.cache, settings.report_interval_tokens)
+        self._bandwidths = _measure_bandwidths(self.cache)
+        self._live: dict[str, Sequence] = {}
+        self._lock = threading.Lock()  # guards _live, which other threads read
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._events: list[Event] = []
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._on_events: Callable[[list[Event]], None] = lambda events: None
+        self._on_report: Callable[[policy_pb2.Report], None] = lambda report: None
+
+    def _limits(self) -> Limits:
+        row_bytes = self.cache.worst_bytes(1)
+        return Limits(
+            context_tokens=self._context_tokens,
+            capacity_bytes=self.cache.device.budget_bytes + self.cache.host.budget_bytes,
+            bytes_per_token=row_bytes // BLOCK_TOKENS,
+        )
+
+    # -- called from other threads -------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        on_events: Callable[[list[Event]], None],
+        on_report: Callable[[policy_pb2.Report], None],
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        """See EngineApi."""
+        self._on_events, self._on_report = on_events, on_report
+
+        def run() -> None:
+            try:
+                self._run()
+            except BaseException as error:
+                log.exception("engine died")
+                on_death(error)
+
+        self._thread = threading.Thread(target=run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """See EngineApi."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+        if self._thread:
+            self._thread.join(timeout_s)
+
+    def submit(self, job: job_pb2.Job, emitted: Ids[int] = ()) -> None:
+        """See EngineApi."""
+        seq = self._intake.read(job, emitted)
+        with self._lock:
+            if seq.job_id in self._live:
+                raise ProblemError(FAILED_PRECONDITION, f"job {seq.job_id} is already here")
+            self._live[seq.job_id] = seq
+        self._commands.put(lambda: self._add(seq))
+
+    def cancel(self, job_id: str) -> None:
+        """See EngineApi."""
+        self._commands.put(lambda: self._cancel(job_id))
+
+    def direct(self, directive: policy_pb2.Directive) -> Future[policy_pb2.Ack]:
+        """See EngineApi."""
+        answer: Future[policy_pb2.Ack] = Future()
+
+        def carry_out() -> None:
+            try:
+                answer.set_result(self._direct(directive))
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._commands.put(carry_out)
+        return answer
+
+    def free_slots(self) -> int:
+        """See EngineApi."""
+        with self._lock:
+            return self._settings.max_running - len(self._live)
+
+    def live_jobs(self) -> list[str]:
+        """See EngineApi."""
+        with self._lock:
+            return list(self._live)
+
+    def hello(self) -> policy_pb2.Hello:
+        """See EngineApi."""
+        with self._lock:
+            epochs = [policy_pb2.RequestEpoch(request_id=seq.job_id, epoch=seq.epoch) for seq in self._live.values()]
+        shape, limits = self.shape, self._limits()
+        return policy_pb2.Hello(
+            worker=self._settings.name,
+            version=VERSION,
+            model=generation_pb2.Model(
+                name=self._loaded.name,
+                context_tokens=self._context_tokens,
+                vocabulary_size=self._loaded.vocabulary_size,
+                chat=self._loaded.chat,
+                workers=1,
+                stages=describe(),
+                default_pipeline=self._intake.default_pipeline.text,
+                capacity_bytes=limits.capacity_bytes,
+                raw_bytes_per_token=limits.bytes_per_token,
+            ),
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            query_heads=shape.query_heads,
+            head_dim=shape.head_dim,
+            raw_dtype=str(shape.dtype).removeprefix("torch."),
+            formats=[fmt.name.lower() for fmt in Format],
+            tiers=[
+                policy_pb2.Tier(
+                    name=arena.tier.name.lower(),
+                    budget_bytes=arena.budget_bytes,
+                    bandwidth_bytes_per_s=self._bandwidths[arena.tier],
+                )
+                for arena in (self.cache.device, self.cache.host)
+            ],
+            far_horizons_tokens=FAR_HORIZONS_TOKENS,
+            epochs=epochs,
+        )
+
+    def configure(self, welcome: policy_pb2.Welcome) -> None:
+        """See EngineApi. An unknown default pipeline is refused with a log line; the worker's own stays."""
+        if welcome.report_interval_tokens:
+            self._reporter.interval_tokens = welcome.report_interval_tokens
+        if welcome.default_pipeline:
+            try:
+                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape)
+            except PipelineError as error:
+                log.error("controller's default pipeline refused", pipeline=welcome.default_pipeline, why=str(error))
+
+    def steered(self, connected: bool) -> None:
+        """See EngineApi."""
+        self._memory.steered = connected
+
+    # -- the step loop -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            if not self.step():
+                try:
+                    self._commands.get(timeout=IDLE_POLL_S)()
+                except queue.Empty:
+                    continue
+
+    def step(self) -> bool:
+        """Carries out waiting commands and one step. False: there was nothing to compute."""
+        self._drain_commands()
+        began = time.monotonic()
+        step = self._scheduler.schedule()
+        for seq in step.stuck:
+            self._fail_stuck(seq)
+        tokens = 0
+        if step.decode:
+            self._decode(step.decode)
+            tokens = len(step.decode)
+        for seq, count in step.prefill:
+            self._prefill(seq, count)
+        if not step.empty:
+            self._reporter.stepped(tokens, time.monotonic() - began)
+        self._flush()
+        return not step.empty or bool(step.stuck)
+
+    def _drain_commands(self) -> None:
+        while True:
+            try:
+                self._commands.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        caches = [seq.cache for seq in sequences if seq.cache]
+        logits, plan = self._runner.decode(caches, [seq.token_ids[-1] for seq in sequences])
+        for row, seq in enumerate(sequences):
+            seq.computed += 1
+            self._reporter.decoded(seq, plan, row)
+        for seq, choice in zip(sequences, self._sample(logits, sequences), strict=True):
+            self._take_token(seq, choice)
+        for seq in sequences:
+            if seq.cache and (seq.cache.seen % BLOCK_TOKENS == 0):
+                self._settle(seq)
+
+    def _prefill(self, seq: Sequence, count: int) -> None:
+        assert seq.cache is not None
+        chunk = seq.token_ids[seq.computed : seq.computed + count]
+        evictor = seq.pipeline.evictor
+        logits = self._runner.prefill(
+            seq.cache, chunk, len(seq.token_ids), all_queries=bool(evictor and evictor.needs_prompt_mass)
+        )
+        seq.computed += count
+        if seq.to_compute:
+            if not seq.pipeline.is_full:
+                self._memory.evacuate(seq)
+            return
+        self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
+        if not seq.pipeline.is_full:
+            self._memory.evacuate(seq)
+        seq.phase = Phase.DECODE
+        seq.settled = self._try_apply(seq, Occasion.PROMPT)
+        self._reporter.changed(seq)
+        self._take_token(seq, self._sample(logits, [seq])[0])
+
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+        requests = [SampleRequest(seq.sampling, seq.token_ids, seq.generated, seq.top_logprobs) for seq in sequences]
+        return sample(logits, requests)
+
+    def _take_token(self, seq: Sequence, choice: Choice) -> None:
+        index = seq.generated
+        seq.token_ids.append(choice.token_id)
+        now = time.time()
+        seq.first_token_time_s = seq.first_token_time_s or now
+        seq.last_token_time_s = now
+        self._reporter.chose(seq, choice)
+        text = ""
+        if seq.text and choice.token_id not in seq.stop_token_ids:
+            text = seq.text.add(choice.token_id)
+        token = generation_pb2.Token(
+            id=choice.token_id,
+            logprob=choice.logprob,
+            top=[generation_pb2.TopLogprob(id=token_id, logprob=value) for token_id, value in choice.top],
+        )
+        reason = self._finish_reason(seq)
+        if reason and seq.text:
+            text += seq.text.finish()
+        self._emit(seq, tokens=generation_pb2.Tokens(first_index=index, tokens=[token], text=text))
+        if reason:
+            self._finish(seq, reason)
+
+    def _finish_reason(self, seq: Sequence) -> generation_pb2.FinishReason:
+        if seq.generated and seq.token_ids[-1] in seq.stop_token_ids:
+            return generation_pb2.FINISH_REASON_STOP_TOKEN
+        if seq.text and seq.text.stopped:
+            return generation_pb2.FINISH_REASON_STOP_STRING
+        if seq.generated >= seq.max_tokens:
+            return generation_pb2.FINISH_REASON_LENGTH
+        return generation_pb2.FINISH_REASON_UNSPECIFIED
+
+    # -- pipelines -----------------------------------------------------------------------------------------------------
+
+    def _settle(self, seq: Sequence) -> None:
+        """Keeps a request's blocks where its pipeline wants them, as tokens come."""
+        if seq.pinned and seq.pipeline != seq.pinned and self._roomy(seq):
+            self._switch_for_pressure(seq, seq.pinned, "pressure has gone; back to the pipeline the client named")
+        elif not seq.settled:
+            seq.settled = self._try_apply(seq, Occasion.SWITCH)
+        elif not seq.pipeline.is_full:
+            seq.settled = self._try_apply(seq, Occasion.SETTLE)
+
+    def _roomy(self, seq: Sequence) -> bool:
+        """Whether a request could hold everything on the device and leave twice the watermark free."""
+        needed = self.cache.worst_bytes(len(seq.token_ids)) + 2 * self._memory.watermark_bytes()
+        return self._memory.free_bytes() >= needed
+
+    def _try_apply(self, seq: Sequence, occasion: Occasion) -> bool:
+        assert seq.cache is not None
+        try:
+            self.cache.apply(seq.cache, seq.pipeline, occasion)
+            return True
+        except TierFull as full:
+            log.warning("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
+            return False
+
+    def _switch_for_pressure(self, seq: Sequence, pipeline: Pipeline, reason: str) -> bool:
+        try:
+            self._switch(seq, pipeline, reason, common_pb2.ORDERER_WORKER)
+            return True
+        except TierFull:
+            return False
+
+    def _switch(self, seq: Sequence, pipeline: Pipeline, reason: str, orderer: common_pb2.Orderer) -> common_pb2.Switch:
+        """Moves a decoding request to another pipeline, now. TierFull: there is no room, and nothing changed."""
+        assert seq.cache is not None
+        before = self._reporter.cache_bytes(seq)
+        began = time.monotonic()
+        self.cache.apply(seq.cache, pipeline, Occasion.SWITCH)
+        switch = common_pb2.Switch(
+            at_token=seq.generated,
+            from_pipeline=seq.pipeline.text,
+            to_pipeline=pipeline.text,
+            reason=reason,
+            ordered_by=orderer,
+            before=before,
+            after=self._reporter.cache_bytes(seq),
+            stall_ms=(time.monotonic() - began) * 1e3,
+        )
+        seq.pipeline, seq.settled = pipeline, True
+        seq.switches.append(switch)
+        self._emit(seq, switch=switch)
+        self._reporter.changed(seq)
+        log.info(
+            "switched",
+            job=seq.job_id,
+            at_token=switch.at_token,
+            from_pipeline=switch.from_pipeline,
+            to_pipeline=switch.to_pipeline,
+            reason=reason,
+            stall_ms=round(switch.stall_ms, 1),
+        )
+        return switch
+
+    def _direct(self, directive: policy_pb2.Directive) -> policy_pb2.Ack:
+        seq = self._live.get(directive.request_id)
+        if seq is None:
+            raise ProblemError(NOT_FOUND, f"request {directive.request_id!r} is not live on this worker")
+        if directive.epoch <= seq.epoch:
+            raise ProblemError(
+                FAILED_PRECONDITION, f"epoch {directive.epoch} is stale; the request is at epoch {seq.epoch}"
+            )
+        if directive.deadline_token and seq.generated > directive.deadline_token:
+            raise ProblemError(
+                DEADLINE_EXCEEDED, f"deadline was token {directive.deadline_token}; the request is at {seq.generated}"
+            )
+        by_operator = directive.ordered_by == common_pb2.ORDERER_OPERATOR
+        pipeline = self._directed_pipeline(seq, directive.pipeline, by_operator)
+        orderer = directive.ordered_by or common_pb2.ORDERER_CONTROLLER
+        if seq.phase is Phase.DECODE:
+            try:
+                switch = self._switch(seq, pipeline, directive.reason, orderer)
+            except TierFull as full:
+                raise ProblemError(RESOURCE_EXHAUSTED, f"no room for {pipeline.text!r}: {full}") from None
+        else:  # takes effect when the prompt is complete
+            switch = common_pb2.Switch(
+                from_pipeline=seq.pipeline.text,
+                to_pipeline=pipeline.text,
+                reason=directive.reason,
+                ordered_by=orderer,
+                at_token=seq.generated,
+            )
+            seq.pipeline = pipeline
+            seq.switches.append(switch)
+            self._emit(seq, switch=switch)
+        if by_operator and seq.pinned:
+            seq.pinned = pipeline
+        seq.epoch = directive.epoch
+        return policy_pb2.Ack(nonce=directive.nonce, request_id=seq.job_id, applied=switch, epoch=seq.epoch)
+
+    def _directed_pipeline(self, seq: Sequence, text: str, by_operator: bool) -> Pipeline:
+        try:
+            pipeline = build(text, self.shape)
+        except PipelineError as error:
+            raise ProblemError(INVALID_ARGUMENT, str(error), {"pipeline": str(error)}) from None
+        if not by_operator and seq.pinned:
+            raise ProblemError(FAILED_PRECONDITION, f"the client pinned this request to {seq.pinned.text!r}")
+        if not by_operator and seq.objective.max_divergence == 0 and pipeline.loss_class is not LossClass.EXACT:
+            raise ProblemError(
+                FAILED_PRECONDITION,
+                f"{pipeline.text!r} is {pipeline.loss_class.name.lower()}; this request is exact only",
+            )
+        return pipeline
+
+    # -- life of a request ---------------------------------------------------------------------------------------------
+
+    def _add(self, seq: Sequence) -> None:
+        seq.admit_time_s = time.time()
+        self._reporter.started(seq)
+        self._emit(
+            seq,
+            started=generation_pb2.Started(
+                worker=self._settings.name, pipeline=seq.pipeline.text, prompt_tokens=seq.prompt_tokens
+            ),
+        )
+        if reason := self._finish_reason(seq):  # an earlier worker delivered the last token, but not the end
+            self._finish(seq, reason)
+        else:
+            self._scheduler.add(seq)
+
+    def _cancel(self, job_id: str) -> None:
+        seq = self._live.get(job_id)
+        if seq:
+            self._finish(seq, generation_pb2.FINISH_REASON_CANCELLED)
+
+    def _fail_stuck(self, seq: Sequence) -> None:
+        seq.problem = common_pb2.Problem(
+            code=RESOURCE_EXHAUSTED,
+            message=f"at {len(seq.token_ids)} tokens neither the device nor the host tier has room for more, though no"
+            " other request runs",
+        )
+        self._finish(seq, generation_pb2.FINISH_REASON_FAILED)
+
+    def _finish(self, seq: Sequence, reason: generation_pb2.FinishReason) -> None:
+        cache_bytes = self._reporter.cache_bytes(seq)
+        if seq.cache:
+            self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
+            self.cache.close(seq.cache)
+            seq.cache = None
+        self._scheduler.remove(seq)
+        self._reporter.preemptions += seq.preemptions
+        self._reporter.ended(seq)
+        if seq.text and (rest := seq.text.finish()):
+            self._emit(seq, tokens=generation_pb2.Tokens(first_index=seq.generated, text=rest))
+        decoded_s = seq.last_token_time_s - seq.first_token_time_s
+        self._emit(
+            seq,
+            finished=generation_pb2.Finished(
+                reason=reason,
+                problem=seq.problem,
+                usage=generation_pb2.Usage(
+                    prompt_tokens=seq.prompt_tokens,
+                    reused_prompt_tokens=seq.reused_prompt_tokens,
+                    generated_tokens=seq.generated,
+                    preemptions=seq.preemptions,
+                ),
+                cache=cache_bytes,
+                timings=generation_pb2.Timings(
+                    queued_ms=max(0.0, seq.admit_time_s - seq.accept_time_s) * 1e3 if seq.accept_time_s else 0.0,
+                    prefill_ms=max(0.0, seq.first_token_time_s - seq.admit_time_s) * 1e3,
+                    decode_ms=decoded_s * 1e3,
+                ),
+                switches=seq.switches,
+                pipeline=seq.pipeline.text,
+            ),
+        )
+        with self._lock:
+            del self._live[seq.job_id]
+
+    def _emit(self, seq: Sequence, **event: object) -> None:
+        self._events.append((seq.job_id, generation_pb2.GenerationEvent(**event)))  # type: ignore[arg-type]
+
+    def _flush(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._on_events(events)
+        with self._lock:
+            live = dict(self._live)
+        if report := self._reporter.take(live, len(self._scheduler.waiting)):
+            self._on_report(report)
+
+
+def _dtype(settings: WorkerSettings) -> torch.dtype:
+    if settings.dtype is not ModelDtype.AUTO:
+        return getattr(torch, settings.dtype.value)  # type: ignore[no-any-return]
+    return torch.float32 if settings.device == "cpu" else torch.bfloat16
+
+
+def _measure_bandwidths(cache: KVCache) -> dict[Tier, float]:
+    """Copy bandwidth in bytes per second: within the device tier, and from the host tier to it."""
+    device, host = cache.device.data, cache.host.data
+    size = min(len(device) // 2, 16 << 20)
+    bandwidths = {Tier.DEVICE: _copy_rate(device[:size], device[size : 2 * size])}
+    size = min(size, len(host))
+    bandwidths[Tier.HOST] = _copy_rate(host[:size], device[:size]) if size else 0.0
+    return bandwidths
+
+
+def _copy_rate(source: torch.Tensor, target: torch.Tensor) -> float:
+    best = float("inf")
+    for _ in range(3):
+        if target.is_cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        target.copy_(source)
+        if target.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return len(source) / best

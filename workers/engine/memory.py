@@ -1,0 +1,135 @@
+"""How a worker makes room: the order in which pressure is relieved before a request is preempted.
+
+Drop published prefixes that nobody uses; without a controller, compress requests whose objective allows it (the static
+rule); move older blocks to the host tier, which changes no logits. Only then does the scheduler preempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
+
+from kernels.layout import BLOCK_TOKENS
+from workers.cache.arena import TierFull
+from workers.cache.kvcache import KVCache
+from workers.engine.sequence import Phase, Sequence
+from workers.stages.base import Pipeline
+from workers.stages.compress.kivi import Kivi
+from workers.stages.offload.host import Host
+
+log = structlog.get_logger(__name__)
+
+DENSER_DIVERGENCE = 0.02
+"""Nats per token; a request whose objective allows this much may be compressed to 4 bits by the static rule."""
+PRESSURE_RECENT_TOKENS = 4 * BLOCK_TOKENS
+"""What stays on the device of a request that pressure moves to the host."""
+WATERMARK_SHARE = 0.05
+"""Share of the device tier left free when a request is admitted."""
+
+Switcher = Callable[[Sequence, Pipeline, str], bool]
+"""Moves a request to a pipeline for a reason; False where that fails, and then nothing has changed."""
+
+
+class EngineMemory:
+    """The scheduler's view of the cache, with relief of pressure.
+
+    Args:
+        cache: the worker's cache.
+        running: the requests that hold cache now.
+        switch: carries out a pipeline change, for pressure's sake.
+    """
+
+    def __init__(self, cache: KVCache, running: Callable[[], list[Sequence]], switch: Switcher) -> None:
+        self._cache = cache
+        self._running = running
+        self._switch = switch
+        self.steered = False
+        """Whether a controller is attached; it then decides on lossy pipelines."""
+
+    def free_bytes(self) -> int:
+        """Device bytes free now, unused prefixes counted as free."""
+        return self._cache.device.free_bytes + self._cache.prefixes.unused_bytes()
+
+    def watermark_bytes(self) -> int:
+        """Device bytes to leave free when a request is admitted."""
+        return int(WATERMARK_SHARE * self._cache.device.budget_bytes)
+
+    def prompt_bytes(self, tokens: int) -> int:
+        """Device bytes that so many prompt tokens take."""
+        return self._cache.worst_bytes(tokens)
+
+    def admit(self, seq: Sequence) -> None:
+        """Opens a request's cache and reuses a published prefix."""
+        seq.cache = self._cache.open(seq.most_tokens)
+        evictor = seq.pipeline.evictor
+        if not (evictor and evictor.needs_prompt_mass):
+            seq.computed = self._cache.reuse_prefix(seq.cache, seq.token_ids)
+            if seq.computed and not seq.pipeline.is_full:
+                self.evacuate(seq)
+        seq.reused_prompt_tokens = min(seq.computed, seq.prompt_tokens)
+
+    def evict(self, seq: Sequence) -> None:
+        """Takes all memory of a request."""
+        if seq.cache:
+            self._cache.close(seq.cache)
+            seq.cache = None
+
+    def evacuate(self, seq: Sequence) -> bool:
+        """Moves what is computed of a prompt to the host tier, where there is room."""
+        assert seq.cache is not None
+        try:
+            self._cache.evacuate(seq.cache)
+            return True
+        except TierFull as full:
+            log.warning("prompt stays on the device for now", job=seq.job_id, why=str(full))
+            return False
+
+    def grow(self, seq: Sequence, tokens: int) -> bool:
+        """Makes room for so many more tokens of a request, relieving pressure as far as that goes."""
+        assert seq.cache is not None
+        while True:
+            try:
+                self._cache.reserve(seq.cache, tokens)
+                return True
+            except TierFull as full:
+                if not self._relieve(full.needed_bytes - full.free_bytes):
+                    return False
+
+    def _relieve(self, missing_bytes: int) -> bool:
+        """Frees some device memory by the mildest means there is. False: there is none."""
+        if self._cache.prefixes.drop(missing_bytes):
+            return True
+        holders = sorted(self._running(), key=self._device_bytes, reverse=True)
+        measures = (self._compress, self._move_to_host) if not self.steered else (self._move_to_host,)
+        for measure in measures:
+            for seq in holders:
+                free = self._cache.device.free_bytes
+                if measure(seq) and self._cache.device.free_bytes > free:
+                    return True
+        return False
+
+    def _device_bytes(self, seq: Sequence) -> int:
+        return self._cache.use(seq.cache).device_bytes if seq.cache else 0
+
+    def _compress(self, seq: Sequence) -> bool:
+        allowed = not seq.pinned and seq.objective.max_divergence >= DENSER_DIVERGENCE
+        if seq.phase is not Phase.DECODE or not allowed or seq.pipeline.codec:
+            return False
+        stages = [stage for stage in (seq.pipeline.evictor, Kivi(bits=4), seq.pipeline.placer) if stage]
+        return self._switch(seq, Pipeline(tuple(stages)), "device tier is full and no controller is attached")
+
+    def _move_to_host(self, seq: Sequence) -> bool:
+        if seq.phase is Phase.PREFILL:
+            return self.evacuate(seq)
+        placer = seq.pipeline.placer
+        if seq.phase is not Phase.DECODE or (placer and placer.device_tokens() <= PRESSURE_RECENT_TOKENS):
+            return False
+        return self._switch(seq, with_host(seq.pipeline, PRESSURE_RECENT_TOKENS), "device tier is full")
+
+
+def with_host(pipeline: Pipeline, recent: int) -> Pipeline:
+    """The same pipeline with older blocks on the host tier."""
+    stages = [stage for stage in (pipeline.evictor, pipeline.codec) if stage]
+    return replace(pipeline, stages=(*stages, Host(recent=recent)))

@@ -1,0 +1,133 @@
+"""Reports to the controller: which requests have news, and the worker's load."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from kvpilot.v1 import common_pb2, policy_pb2
+
+from kernels.api import DecodePlan
+from workers.cache.kvcache import KVCache
+from workers.engine.sampler import Choice
+from workers.engine.sequence import Phase, Sequence
+from workers.signals import SignalMeter
+from workers.stages.registry import loss_class_proto
+
+RATE_WINDOW_S = 1.0
+
+
+class Reporter:
+    """Collects signals and says when a report is due.
+
+    Args:
+        cache: the worker's cache.
+        interval_tokens: tokens a request generates between two reports.
+    """
+
+    def __init__(self, cache: KVCache, interval_tokens: int) -> None:
+        self._cache = cache
+        self.interval_tokens = interval_tokens
+        self._meters: dict[str, SignalMeter] = {}
+        self._reported: dict[str, int] = {}  # generated tokens at a request's last report
+        self._news: set[str] = set()
+        self._ended: list[str] = []
+        self._sequence_number = 0
+        self._token_times: deque[tuple[float, int]] = deque()
+        self.step_ms = 0.0
+        self.preemptions = 0
+
+    def started(self, seq: Sequence) -> None:
+        """A request was admitted."""
+        self._meters[seq.job_id] = SignalMeter(seq.token_ids)
+        self._reported[seq.job_id] = seq.generated
+        self._news.add(seq.job_id)
+
+    def ended(self, seq: Sequence) -> None:
+        """A request is over."""
+        self._meters.pop(seq.job_id, None)
+        self._reported.pop(seq.job_id, None)
+        self._news.discard(seq.job_id)
+        self._ended.append(seq.job_id)
+
+    def changed(self, seq: Sequence) -> None:
+        """A request has news that should not wait for the interval."""
+        self._news.add(seq.job_id)
+
+    def decoded(self, seq: Sequence, plan: DecodePlan, row: int) -> None:
+        """A request took part in a decode step."""
+        self._meters[seq.job_id].note_attention(plan, row, self._cache.tables)
+
+    def chose(self, seq: Sequence, choice: Choice) -> None:
+        """A request got its next token."""
+        self._meters[seq.job_id].note_choice(choice.token_id, choice.entropy, choice.top1_probability)
+        if seq.generated - self._reported[seq.job_id] >= self.interval_tokens:
+            self._news.add(seq.job_id)
+
+    def stepped(self, tokens: int, duration_s: float) -> None:
+        """A step is over."""
+        now = time.monotonic()
+        self.step_ms = duration_s * 1e3
+        self._token_times.append((now, tokens))
+        while self._token_times and self._token_times[0][0] < now - RATE_WINDOW_S:
+            self._token_times.popleft()
+
+    def take(self, live: dict[str, Sequence], waiting: int) -> policy_pb2.Report | None:
+        """A report of everything new, or None where nothing is."""
+        if not self._news and not self._ended:
+            return None
+        self._sequence_number += 1
+        report = policy_pb2.Report(
+            sequence_number=self._sequence_number,
+            worker=self.worker_state(len(live) - waiting, waiting),
+            requests=[self._request_state(live[job_id]) for job_id in sorted(self._news) if job_id in live],
+            ended_request_ids=self._ended,
+        )
+        report.time.GetCurrentTime()
+        self._news, self._ended = set(), []
+        return report
+
+    def worker_state(self, running: int, waiting: int) -> policy_pb2.WorkerState:
+        """The worker's load now."""
+        return policy_pb2.WorkerState(
+            running=running,
+            waiting=waiting,
+            tiers=[
+                policy_pb2.TierUse(
+                    name=arena.tier.name.lower(), used_bytes=arena.used_bytes, budget_bytes=arena.budget_bytes
+                )
+                for arena in (self._cache.device, self._cache.host)
+            ],
+            step_ms=self.step_ms,
+            tokens_per_s=sum(tokens for _, tokens in self._token_times) / RATE_WINDOW_S,
+            preemptions=self.preemptions,
+        )
+
+    def _request_state(self, seq: Sequence) -> policy_pb2.RequestState:
+        self._reported[seq.job_id] = seq.generated
+        state = policy_pb2.RequestState(
+            request_id=seq.job_id,
+            epoch=seq.epoch,
+            session_id=seq.session_id,
+            scenario=seq.scenario,
+            objective=seq.objective,
+            pinned=seq.pinned is not None,
+            pipeline=seq.pipeline.text,
+            prompt_tokens=seq.prompt_tokens,
+            generated_tokens=seq.generated,
+            max_tokens=seq.max_tokens,
+            signals=self._meters[seq.job_id].take(),
+            last_switch=seq.switches[-1] if seq.switches else None,
+            prefilling=seq.phase is not Phase.DECODE,
+            loss_class=loss_class_proto(seq.pipeline.loss_class),
+        )
+        if seq.cache:
+            lengths = self._cache.tables.length[seq.cache.slot]
+            state.kept_tokens = float(lengths.mean())
+            state.cache.CopyFrom(self.cache_bytes(seq))
+            state.loss_class = loss_class_proto(self._cache.loss_class(seq.cache, seq.pipeline))
+        return state
+
+    def cache_bytes(self, seq: Sequence) -> common_pb2.CacheBytes:
+        """A request's cache bytes in the API's form."""
+        return self._cache.use(seq.cache).to_proto() if seq.cache else common_pb2.CacheBytes()

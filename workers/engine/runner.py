@@ -1,0 +1,122 @@
+"""Runs the model: one decode step of many requests, or one chunk of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kernels.api import DecodePlan
+from workers.cache.kvcache import KVCache, SequenceCache
+from workers.engine.attention import (
+    ATTENTION_NAME,
+    STEP_ARGUMENT,
+    Attend,
+    DecodeAttention,
+    PromptAttention,
+    check_servable,
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what the engine must know of it."""
+
+    name: str
+    model: Any  # a transformers PreTrainedModel
+    tokenizer: Any  # its tokenizer, or None where it has none
+    context_tokens: int
+    vocabulary_size: int
+    eos_token_ids: frozenset[int]
+
+    @property
+    def chat(self) -> bool:
+        """Whether it has a chat template."""
+        return bool(self.tokenizer is not None and self.tokenizer.chat_template)
+
+
+def load_model(path: Path, name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """Loads a transformers model folder.
+
+    Raises:
+        ValueError: a model that kvpilot does not serve, saying why.
+        OSError: a folder that holds no model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    check_servable(config)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    return wrap_model(model.to(device), AutoTokenizer.from_pretrained(path), name)
+
+
+def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+    """Describes a model object that already uses kvpilot's attention."""
+    eos = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return LoadedModel(
+        name=name,
+        model=model.eval(),
+        tokenizer=tokenizer,
+        context_tokens=model.config.max_position_embeddings,
+        vocabulary_size=model.config.vocab_size,
+        eos_token_ids=frozenset(eos_ids),
+    )
+
+
+class ModelRunner:
+    """Forward passes of one model over one cache."""
+
+    def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
+        self._model = loaded.model
+        self._cache = cache
+        self._device = next(loaded.model.parameters()).device
+
+    @torch.inference_mode()
+    def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> tuple[torch.Tensor, DecodePlan]:
+        """The next token of each sequence, whose memory is reserved.
+
+        Returns:
+            Logits [R, vocabulary], and the step's plan with each block's attention mass.
+        """
+        positions = [seq.seen for seq in sequences]
+        for seq in sequences:
+            self._cache.advance(seq, 1)
+        plan = self._cache.backend.plan(np.array([seq.slot for seq in sequences], np.int32))
+        attend = DecodeAttention(self._cache, plan)
+        return self._forward([[token] for token in token_ids], [[position] for position in positions], attend), plan
+
+    @torch.inference_mode()
+    def prefill(
+        self, seq: SequenceCache, token_ids: Sequence[int], prompt_tokens: int, all_queries: bool
+    ) -> torch.Tensor:
+        """The next chunk of a prompt, whose memory is reserved.
+
+        Args:
+            seq: the request's cache.
+            token_ids: the chunk.
+            prompt_tokens: length of the whole prompt.
+            all_queries: whether masses count every query.
+
+        Returns:
+            Logits [1, vocabulary] behind the chunk's last token.
+        """
+        start = seq.seen
+        self._cache.advance(seq, len(token_ids))
+        attend = PromptAttention(self._cache, seq.slot, self._cache.context(seq), start, prompt_tokens, all_queries)
+        positions = range(start, start + len(token_ids))
+        return self._forward([list(token_ids)], [list(positions)], attend)
+
+    def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
+        output = self._model(
+            input_ids=torch.tensor(token_ids, device=self._device),
+            position_ids=torch.tensor(positions, device=self._device),
+            use_cache=False,
+            logits_to_keep=1,
+            **{STEP_ARGUMENT: attend},
+        )
+        logits: torch.Tensor = output.logits
+        return logits[:, -1]

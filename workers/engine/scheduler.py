@@ -1,0 +1,146 @@
+"""Which requests take part in the next step: pure bookkeeping, no tensors.
+
+A step serves every decoding request with one token, then fills what is left of the token budget with prompt chunks.
+Memory is taken block by block as tokens come; admission leaves a watermark free so that running requests can grow.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from workers.engine.sequence import Phase, Sequence
+
+
+class Memory(Protocol):
+    """What the scheduler must know of the cache."""
+
+    def free_bytes(self) -> int:
+        """Device bytes free now, unused prefixes counted as free."""
+        ...
+
+    def watermark_bytes(self) -> int:
+        """Device bytes to leave free when a request is admitted."""
+        ...
+
+    def prompt_bytes(self, tokens: int) -> int:
+        """Device bytes that so many prompt tokens take."""
+        ...
+
+    def grow(self, seq: Sequence, tokens: int) -> bool:
+        """Makes room for so many more tokens of a request, relieving other pressure first. False: there is none."""
+        ...
+
+    def admit(self, seq: Sequence) -> None:
+        """Opens a request's cache and reuses a published prefix: ``seq.computed`` says how much."""
+        ...
+
+    def evict(self, seq: Sequence) -> None:
+        """Takes all memory of a request; it will be computed again."""
+        ...
+
+
+@dataclass
+class Step:
+    """One step's work."""
+
+    decode: list[Sequence] = field(default_factory=list)
+    prefill: list[tuple[Sequence, int]] = field(default_factory=list)
+    """Requests with the number of their tokens to compute now."""
+    stuck: list[Sequence] = field(default_factory=list)
+    """Requests that cannot grow though they have the worker to themselves."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not (self.decode or self.prefill)
+
+
+class Scheduler:
+    """Requests waiting and running.
+
+    Args:
+        memory: the cache's bookkeeping.
+        step_tokens: token budget of a step.
+        max_running: most requests that hold cache at once.
+        chunk_tokens: most tokens of one prompt in a step; None: the step's budget.
+    """
+
+    def __init__(self, memory: Memory, step_tokens: int, max_running: int, chunk_tokens: int | None = None) -> None:
+        self._memory = memory
+        self._step_tokens = step_tokens
+        self._chunk_tokens = chunk_tokens or step_tokens
+        self._max_running = max_running
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a request."""
+        self.waiting.append(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Takes a request out, whatever it was doing."""
+        if seq in self.waiting:
+            self.waiting.remove(seq)
+        if seq in self.running:
+            self.running.remove(seq)
+        seq.phase = Phase.FINISHED
+
+    def schedule(self) -> Step:
+        """Plans the next step and takes the memory it needs."""
+        step = Step()
+        for seq in [seq for seq in self.running if seq.phase is Phase.DECODE]:
+            if seq.phase is Phase.DECODE and self._grow(seq, 1, step):
+                step.decode.append(seq)
+        step.decode = [seq for seq in step.decode if seq.phase is Phase.DECODE]  # a later one may have preempted it
+        budget = self._step_tokens - len(step.decode)
+        for seq in [seq for seq in self.running if seq.phase is Phase.PREFILL]:
+            if budget > 0 and seq.phase is Phase.PREFILL:
+                budget -= self._prefill(seq, budget, step)
+        while budget > 0 and self.waiting and len(self.running) < self._max_running and self._admissible():
+            seq = self.waiting.popleft()
+            self._memory.admit(seq)
+            seq.phase = Phase.PREFILL
+            self.running.append(seq)
+            budget -= self._prefill(seq, budget, step)
+        step.decode = [seq for seq in step.decode if seq.phase is Phase.DECODE]
+        step.prefill = [(seq, tokens) for seq, tokens in step.prefill if seq.phase is Phase.PREFILL]
+        return step
+
+    def _admissible(self) -> bool:
+        """Whether the next request may start: alone always, else if its first chunk leaves the watermark free."""
+        if not self.running:
+            return True
+        first = min(self.waiting[0].to_compute, self._chunk_tokens)
+        return self._memory.free_bytes() >= self._memory.prompt_bytes(first) + self._memory.watermark_bytes()
+
+    def _prefill(self, seq: Sequence, budget: int, step: Step) -> int:
+        tokens = min(seq.to_compute, budget, self._chunk_tokens)
+        if not self._grow(seq, tokens, step):
+            return 0
+        step.prefill.append((seq, tokens))
+        return tokens
+
+    def _grow(self, seq: Sequence, tokens: int, step: Step) -> bool:
+        while not self._memory.grow(seq, tokens):
+            victim = self._victim()
+            if victim is seq and len(self.running) == 1:
+                step.stuck.append(seq)
+                return False
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _victim(self) -> Sequence:
+        """The least computed request: the one whose work is cheapest to repeat; the latest among equals."""
+        return min(reversed(self.running), key=lambda seq: seq.computed)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._memory.evict(seq)
+        self.running.remove(seq)
+        self.waiting.appendleft(seq)
+        seq.phase = Phase.WAITING
+        seq.computed = 0
+        seq.preemptions += 1

@@ -1,0 +1,78 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvpilot.v1 import common_pb2, generation_pb2
+
+from workers.cache.kvcache import SequenceCache
+from workers.engine.sampler import SamplingParameters
+from workers.engine.text import TextStream
+from workers.stages.base import Pipeline
+
+
+class Phase(Enum):
+    """Where a request stands in the scheduler."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request: what was asked, what has been generated, where it stands.
+
+    ``token_ids`` is prompt plus generated tokens. ``computed`` counts those whose keys and values are in the cache: all
+    but the newest one while decoding, and whatever prefill has reached before.
+    """
+
+    job_id: str
+    session_id: str
+    scenario: common_pb2.Scenario
+    objective: common_pb2.Objective
+    token_ids: list[int]
+    prompt_tokens: int
+    max_tokens: int
+    sampling: SamplingParameters
+    stop_token_ids: frozenset[int]
+    text: TextStream | None
+    top_logprobs: int
+    pipeline: Pipeline
+    """The pipeline in force, or that will be once the prompt is complete."""
+    pinned: Pipeline | None
+    """The pipeline the client named: the request returns to it when pressure has moved it elsewhere."""
+    accept_time_s: float
+
+    phase: Phase = Phase.WAITING
+    computed: int = 0
+    settled: bool = True
+    """Whether its blocks are where ``pipeline`` wants them; False after a tier had no room, until it has."""
+    cache: SequenceCache | None = None
+    epoch: int = 0
+    reused_prompt_tokens: int = 0
+    preemptions: int = 0
+    switches: list[common_pb2.Switch] = field(default_factory=list)
+    admit_time_s: float = 0.0
+    first_token_time_s: float = 0.0
+    last_token_time_s: float = 0.0
+    finish: generation_pb2.FinishReason = generation_pb2.FINISH_REASON_UNSPECIFIED
+    problem: common_pb2.Problem | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def to_compute(self) -> int:
+        """Tokens whose keys and values are missing."""
+        return len(self.token_ids) - self.computed
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens it may come to hold."""
+        return self.prompt_tokens + self.max_tokens

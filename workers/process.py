@@ -1,0 +1,143 @@
+"""The worker process: engine, job runner, steering client and health service under one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from kvpilot.bus import Bus
+from kvpilot.process import connect_bus, split_address, stop_on_signals, write_ready_file
+from kvpilot.v1 import policy_pb2
+
+from workers.engine.api import EngineApi
+from workers.jobs import JobRunner
+from workers.settings import WorkerSettings
+from workers.steering import SteeringClient, SteeringSettings
+
+log = structlog.get_logger(__name__)
+
+HEALTH_SERVICE = "kvpilot.v1.Worker"
+"""Name for readiness in the health service; ``""`` is liveness."""
+
+
+class EngineDiedError(Exception):
+    """The step loop ended by an exception, which is this one's cause. The process must exit."""
+
+
+def build_engine(settings: WorkerSettings) -> EngineApi:
+    """The real engine; loads the model, which takes seconds."""
+    from workers.engine.engine import Engine  # torch and the model code: only when a model is really loaded
+
+    return Engine(settings)
+
+
+async def run_worker(
+    settings: WorkerSettings, make_engine: Callable[[WorkerSettings], EngineApi] = build_engine
+) -> None:
+    """Runs a worker until SIGTERM or SIGINT, then hands its jobs back.
+
+    Raises:
+        EngineDiedError: the step loop failed.
+        Exception: the model cannot be loaded, the job store refuses us, or the job runner failed.
+    """
+    asked = stop_on_signals()
+    health_service = health.aio.HealthServicer()
+    await health_service.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+    server, address = await _serve_health(settings.health_listen, health_service)
+    bus: Bus | None = None
+    try:
+        bus = await connect_bus(settings.redis_url, asked)
+        if bus is None:
+            return
+        log.info("loading the model", worker=settings.name, model=str(settings.model))
+        engine = await asyncio.to_thread(make_engine, settings)
+        try:
+            await _work(settings, bus, engine, asked, health_service, address)
+        finally:
+            await health_service.enter_graceful_shutdown()
+            await asyncio.to_thread(engine.stop, settings.stop_timeout_s)
+    finally:
+        if bus is not None:
+            await bus.close()
+        await server.stop(0)
+
+
+async def _work(
+    settings: WorkerSettings,
+    bus: Bus,
+    engine: EngineApi,
+    asked: asyncio.Event,
+    health_service: health.aio.HealthServicer,
+    address: str,
+) -> None:
+    """Serves jobs with a started engine until asked to stop or something fails."""
+    loop = asyncio.get_running_loop()
+    runner = JobRunner(bus, engine, settings.name)
+    client: SteeringClient | None = None
+    if settings.controllers:
+        client = SteeringClient(
+            engine,
+            settings.controllers,
+            SteeringSettings(settings.reconnect_min_ms, settings.reconnect_max_ms, settings.welcome_timeout_ms),
+        )
+    died: asyncio.Future[None] = loop.create_future()
+
+    def on_report(report: policy_pb2.Report) -> None:
+        runner.on_report(report)
+        if client is not None:
+            client.on_report(report)
+
+    def note_death(error: BaseException) -> None:
+        if not died.done():
+            died.set_exception(error)
+
+    engine.start(runner.on_events, on_report, lambda error: _hand_over(loop, note_death, error))
+    working = asyncio.create_task(runner.run(), name="jobs")
+    steering = asyncio.create_task(client.run(), name="steering") if client is not None else None
+    stopping = asyncio.create_task(asked.wait(), name="signals")
+    await health_service.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    if settings.ready_file is not None:
+        write_ready_file(settings.ready_file, address)
+    log.info("serving", worker=settings.name, model=engine.hello().model.name, health=address)
+    watched: set[asyncio.Future[object]] = {died, working, stopping}  # type: ignore[arg-type]  # Future is invariant
+    if steering is not None:
+        watched.add(steering)  # type: ignore[arg-type]
+    try:
+        done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        if died in done:
+            raise EngineDiedError(f"the engine died: {died.exception()!r}") from died.exception()
+        for task in done:
+            task.result()
+        log.info("stopping", worker=settings.name, jobs=len(runner.held_jobs()))
+        await runner.stop()
+    finally:
+        unfinished = [task for task in (steering, stopping, working) if task is not None and not task.done()]
+        for other in unfinished:
+            other.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
+        died.cancel()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, take: Callable[[BaseException], None], error: BaseException) -> None:
+    """Calls ``take`` on the loop; from any thread."""
+    try:
+        loop.call_soon_threadsafe(take, error)
+    except RuntimeError:  # the loop is closed: the process is ending anyway
+        return
+
+
+async def _serve_health(listen: str, service: health.aio.HealthServicer) -> tuple[grpc.aio.Server, str]:
+    """Serves health alone, in plain text, so that an orchestrator's probes reach it; gives the address.
+
+    Raises:
+        RuntimeError: the address cannot be bound.
+    """
+    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+    health_pb2_grpc.add_HealthServicer_to_server(service, server)
+    host, _ = split_address(listen)
+    port = server.add_insecure_port(listen)
+    await server.start()
+    return server, f"{host}:{port}"

@@ -1,0 +1,107 @@
+"""The worker's settings: defaults, TOML file, ``KVPILOT_WORKER_*`` environment, flags."""
+
+from __future__ import annotations
+
+import os
+import socket
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from kvpilot.configuration import FileSettings
+from kvpilot.log import LogFormat, LogLevel
+from kvpilot.pipeline import parse_pipeline
+from kvpilot.process import split_address
+from pydantic import ByteSize, Field, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+
+class KernelBackend(StrEnum):
+    """Implementation of decode attention and block conversion. ``auto``: the fastest one for the device."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    REFERENCE = "reference"
+
+
+class ModelDtype(StrEnum):
+    """Dtype of weights and raw blocks. ``auto``: float32 on a CPU, bfloat16 elsewhere."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+MIB = 1 << 20
+
+
+def _process_name() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+class WorkerSettings(FileSettings):
+    """Settings of one worker process. Sizes are bytes; text such as ``512MiB`` is accepted."""
+
+    model_config = SettingsConfigDict(env_prefix="KVPILOT_WORKER_")
+
+    config: Path | None = Field(None, description="TOML file with these settings")
+    name: str = Field(default_factory=_process_name, description="unique name of this process")
+    model: Path = Field(..., description="directory with the model's config, tokenizer and safetensors")
+    model_name: str = Field("", description="name clients ask for; empty: the directory's name")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="job store")
+    controllers: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="host:port of controllers, comma-separated, tried in turn; none: the static rule steers"
+    )
+    device: str = Field("cpu", description="torch device")
+    dtype: ModelDtype = Field(ModelDtype.AUTO, description="dtype of weights and raw blocks")
+    device_budget_bytes: ByteSize = Field(ByteSize(512 * MIB), gt=0, description="cache bytes on the device tier")
+    host_budget_bytes: ByteSize = Field(ByteSize(1024 * MIB), ge=0, description="cache bytes on the host tier")
+    max_running: int = Field(8, ge=1, description="most requests decoded at once")
+    max_context_tokens: int = Field(0, ge=0, description="longest prompt plus answer; 0: the model's own limit")
+    step_tokens: int = Field(256, ge=1, description="most tokens computed in one step, decodes first")
+    kernel_backend: KernelBackend = Field(KernelBackend.AUTO, description="kernels to run")
+    default_pipeline: str = Field("full", description="pipeline of requests that name none")
+    report_interval_tokens: int = Field(
+        16, ge=1, description="generated tokens between two reports, until a controller says otherwise"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of torch and the kernels; 0: one per core")
+    health_listen: str = Field("127.0.0.1:0", description="host:port of the health service; port 0 takes a free one")
+    reconnect_min_ms: float = Field(100.0, gt=0, description="first wait before a lost controller is tried again")
+    reconnect_max_ms: float = Field(2000.0, gt=0, description="longest such wait, milliseconds")
+    welcome_timeout_ms: float = Field(5000.0, gt=0, description="longest wait for a controller's Welcome")
+    stop_timeout_s: float = Field(5.0, ge=0, description="time the step at work gets to end on shutdown, seconds")
+    ready_file: Path | None = Field(None, description="file to write the health service's host:port to once serving")
+    log_level: LogLevel = Field(LogLevel.INFO, description="least severe events that are logged")
+    log_format: LogFormat = Field(LogFormat.AUTO, description="console, json, or auto by terminal")
+
+    @field_validator("controllers", mode="before")
+    @classmethod
+    def _split_controllers(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("controllers")
+    @classmethod
+    def _are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            split_address(address)
+        return value
+
+    @field_validator("health_listen")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @field_validator("default_pipeline")
+    @classmethod
+    def _pipeline_parses(cls, value: str) -> str:
+        parse_pipeline(value)
+        return value
+
+    @property
+    def served_name(self) -> str:
+        """Name of the model for clients."""
+        return self.model_name or self.model.name

@@ -1,0 +1,215 @@
+"""The four kinds of stage, and the pipeline they form.
+
+A stage is a frozen dataclass of parameters; it holds no tensors and no state. What it decides is carried out by
+``workers.cache``: protection of sinks and recent tokens, top-k, compaction, shadows, byte accounting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from kvpilot.pipeline import StageSpec, format_pipeline
+
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format
+
+
+class LossClass(Enum):
+    """What a stage does to the logits; ordered from harmless to harmful."""
+
+    EXACT = 1
+    RECOVERABLE = 2
+    PERMANENT = 3
+
+
+class Kind(Enum):
+    """What a stage decides; a pipeline has at most one stage of each kind, in this order."""
+
+    FULL = "full"
+    EVICT = "evict"
+    COMPRESS = "compress"
+    OFFLOAD = "offload"
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What an evictor may look at: the tokens one layer keeps now. H KV heads, T tokens."""
+
+    position: torch.Tensor  # int32 [H, T] original positions, rising
+    mass: torch.Tensor  # float32 [H, T] attention received from all queries since the token was kept track of
+    votes: torch.Tensor  # float32 [H, T] attention received from about the last 64 queries
+    seen: int  # tokens of the request so far, kept or not
+    read: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # K and V, each [H, T, D], dequantised where need be
+
+
+def parameter(default: Any, accepts: str, check: Callable[[Any], bool], minor: bool = False) -> Any:
+    """A stage's parameter: its default, what it accepts in words, and the test of that.
+
+    A minor one is left out of pipeline text while it has its default.
+    """
+    return dataclasses.field(default=default, metadata={"accepts": accepts, "check": check, "minor": minor})
+
+
+def whole_blocks(default: int) -> Any:
+    """A parameter that counts recent tokens left alone: at least one block."""
+    return parameter(default, f"{BLOCK_TOKENS} or more tokens", lambda value: value >= BLOCK_TOKENS)
+
+
+def shadow() -> Any:
+    """The parameter of lossy stages: keep an exact copy on the host tier, so that a switch can undo the loss."""
+    return parameter(True, "true or false", lambda value: True, minor=True)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One policy object of a pipeline.
+
+    Raises:
+        ValueError: naming the parameter, its value and what is accepted.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    summary: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if not spec.metadata["check"](value):
+                raise ValueError(
+                    f"parameter {spec.name} of stage {self.name}: {value!r} is not accepted; {spec.metadata['accepts']}"
+                )
+
+    @property
+    def loss_class(self) -> LossClass:
+        """What this stage does to the logits."""
+        raise NotImplementedError
+
+    def refuses(self, shape: CacheShape) -> str | None:
+        """Why this stage cannot serve a model, or None if it can."""
+        return None
+
+    def spec(self) -> StageSpec:
+        """This stage as pipeline text writes it; equal stages are written alike."""
+        values = ((spec, getattr(self, spec.name)) for spec in dataclasses.fields(self))
+        written = ((spec.name, value) for spec, value in values if value != spec.default or not spec.metadata["minor"])
+        return StageSpec(self.name, tuple(written))
+
+
+@dataclass(frozen=True)
+class Lossy(Stage):
+    """A stage whose loss a shadow can undo."""
+
+    @property
+    def loss_class(self) -> LossClass:
+        """Recoverable with a shadow, else permanent."""
+        return LossClass.RECOVERABLE if getattr(self, "shadow", False) else LossClass.PERMANENT
+
+
+@dataclass(frozen=True)
+class Evictor(Lossy):
+    """Chooses which tokens stay: per head the ``budget`` tokens of highest score.
+
+    The cache calls an evictor when the prompt is complete or the request is switched to it, and, if
+    ``evicts_while_decoding``, again each time 32 more tokens have come.
+    """
+
+    kind: ClassVar[Kind] = Kind.EVICT
+    evicts_while_decoding: ClassVar[bool] = True
+    needs_prompt_mass: ClassVar[bool] = False
+    """Whether the masses must count every query of the prompt (slower prefill, no prefix reuse)."""
+
+    def budget(self, seen: int) -> int:
+        """Tokens each head keeps out of ``seen``."""
+        raise NotImplementedError
+
+    def protected(self, seen: int) -> tuple[int, int]:
+        """Tokens kept whatever their score: how many of the first positions, how many of the last (32 or more)."""
+        raise NotImplementedError
+
+    def score(self, layer: LayerView) -> torch.Tensor:
+        """Importance of each token, float [H, T]; higher stays."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Codec(Lossy):
+    """Chooses how full blocks are stored, all but those that hold one of the last 32 tokens."""
+
+    kind: ClassVar[Kind] = Kind.COMPRESS
+
+    @property
+    def format(self) -> Format:
+        """The format of older blocks."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Placer(Stage):
+    """Chooses which blocks live on the host tier."""
+
+    kind: ClassVar[Kind] = Kind.OFFLOAD
+
+    def device_tokens(self) -> int:
+        """How many of a head's last tokens stay on the device; blocks wholly older go to the host."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Full(Stage):
+    """Everything raw on the device."""
+
+    name: ClassVar[str] = "full"
+    kind: ClassVar[Kind] = Kind.FULL
+    summary: ClassVar[str] = "Every token, raw, on the device: the yardstick."
+
+    @property
+    def loss_class(self) -> LossClass:
+        """Exact."""
+        return LossClass.EXACT
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of one request. Build with :func:`workers.stages.registry.build`."""
+
+    stages: tuple[Stage, ...] = (Full(),)
+
+    @property
+    def text(self) -> str:
+        """Pipeline text that builds an equal pipeline."""
+        return format_pipeline(tuple(stage.spec() for stage in self.stages))
+
+    @property
+    def loss_class(self) -> LossClass:
+        """The weakest class of the stages."""
+        return max((stage.loss_class for stage in self.stages), key=lambda loss: loss.value)
+
+    @property
+    def evictor(self) -> Evictor | None:
+        """Its evict stage, if any."""
+        return next((stage for stage in self.stages if isinstance(stage, Evictor)), None)
+
+    @property
+    def codec(self) -> Codec | None:
+        """Its compress stage, if any."""
+        return next((stage for stage in self.stages if isinstance(stage, Codec)), None)
+
+    @property
+    def placer(self) -> Placer | None:
+        """Its offload stage, if any."""
+        return next((stage for stage in self.stages if isinstance(stage, Placer)), None)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every block stays raw on the device."""
+        return not (self.evictor or self.codec or self.placer)
+
+    @property
+    def wants_shadow(self) -> bool:
+        """Whether what it loses is to be kept exactly on the host tier."""
+        return self.loss_class is LossClass.RECOVERABLE

@@ -1,0 +1,42 @@
+"""H2O: heavy hitters and recent tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kernels.layout import BLOCK_TOKENS
+from workers.stages.base import Evictor, LayerView, parameter, shadow
+
+
+@dataclass(frozen=True)
+class H2O(Evictor):
+    """Half the budget to the tokens that received most attention so far, half to the most recent.
+
+    The score is attention summed over all past queries and the KV head's query group. Where a request is switched to
+    h2o in mid-generation, its prompt's masses count the last 64 prompt queries only (all of them where the request
+    started with h2o). Evicts once per 32 generated tokens instead of at every step: a head holds up to 31 more.
+
+    Source: Zhang et al., H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs, arXiv 2306.14048.
+    """
+
+    name: ClassVar[str] = "h2o"
+    summary: ClassVar[str] = "Tokens that received most attention so far (heavy hitters) and the most recent ones."
+    needs_prompt_mass: ClassVar[bool] = True
+    keep: float = parameter(0.5, "0 < keep <= 1, the share of all tokens seen", lambda value: 0 < value <= 1)
+    shadow: bool = shadow()
+
+    def budget(self, seen: int) -> int:
+        """The share ``keep`` of all tokens seen, at least two blocks."""
+        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
+
+    def protected(self, seen: int) -> tuple[int, int]:
+        """The recent half."""
+        return 0, max(BLOCK_TOKENS, self.budget(seen) // 2)
+
+    def score(self, layer: LayerView) -> torch.Tensor:
+        """Accumulated attention."""
+        return layer.mass

@@ -1,0 +1,38 @@
+"""StreamingLLM: attention sinks and a sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from workers.stages.base import Evictor, LayerView, parameter, shadow, whole_blocks
+
+
+@dataclass(frozen=True)
+class Window(Evictor):
+    """The first ``sinks`` tokens and the last ``recent``; positions are not re-indexed.
+
+    Evicts once per 32 generated tokens, so a head holds up to 31 tokens more than ``sinks + recent``.
+
+    Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453.
+    """
+
+    name: ClassVar[str] = "window"
+    summary: ClassVar[str] = "The first few tokens (attention sinks) and the most recent ones (StreamingLLM)."
+    sinks: int = parameter(4, "0 to 1024 tokens", lambda value: 0 <= value <= 1024)
+    recent: int = whole_blocks(512)
+    shadow: bool = shadow()
+
+    def budget(self, seen: int) -> int:
+        """Sinks plus window."""
+        return self.sinks + self.recent
+
+    def protected(self, seen: int) -> tuple[int, int]:
+        """All of the budget is protected: the rule is one of position alone."""
+        return self.sinks, self.recent
+
+    def score(self, layer: LayerView) -> torch.Tensor:
+        """Newer is higher."""
+        return layer.position.float()
