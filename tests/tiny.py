@@ -27,20 +27,20 @@ CHAT_TEMPLATE = (
 
 def tiny_config(model_type: str = "llama", **changes: object) -> object:
     """A configuration of two layers with grouped heads."""
-    common = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=EOS,
-        bos_token_id=256,
-        pad_token_id=EOS,
-        initializer_range=0.4,
-        tie_word_embeddings=False,
-    )
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "eos_token_id": EOS,
+        "bos_token_id": 256,
+        "pad_token_id": EOS,
+        "initializer_range": 0.4,
+        "tie_word_embeddings": False,
+    }
     return AutoConfig.for_model(model_type, **(common | changes))
 
 
@@ -72,15 +72,15 @@ def tiny_loaded(model_type: str = "llama", **changes) -> LoadedModel:
 
 def tiny_engine(loaded: LoadedModel | None = None, **settings: object) -> Engine:
     """An engine that is driven by hand: see :func:`run`."""
-    defaults = dict(
-        name="worker-1",
-        model=Path("tiny"),
-        model_name="tiny",
-        device_budget_bytes=64 << 20,
-        host_budget_bytes=64 << 20,
-        kernel_backend="cpu",
-        max_context_tokens=2048,
-    )
+    defaults = {
+        "name": "worker-1",
+        "model": Path("tiny"),
+        "model_name": "tiny",
+        "device_budget_bytes": 64 << 20,
+        "host_budget_bytes": 64 << 20,
+        "kernel_backend": "cpu",
+        "max_context_tokens": 2048,
+    }
     return Engine(WorkerSettings(**(defaults | settings)), loaded or tiny_loaded())
 
 

@@ -43,26 +43,26 @@ async def run_worker(
         EngineDiedError: the step loop failed.
         Exception: the model cannot be loaded, the job store refuses us, or the job runner failed.
     """
-    asked = stop_on_signals()
-    health_service = health.aio.HealthServicer()
-    await health_service.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-    server, address = await _serve_health(settings.health_listen, health_service)
-    bus: Bus | None = None
-    try:
-        bus = await connect_bus(settings.redis_url, asked)
-        if bus is None:
-            return
-        log.info("loading the model", worker=settings.name, model=str(settings.model))
-        engine = await asyncio.to_thread(make_engine, settings)
+    with stop_on_signals() as asked:
+        health_service = health.aio.HealthServicer()
+        await health_service.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+        server, address = await _serve_health(settings.health_listen, health_service)
+        bus: Bus | None = None
         try:
-            await _work(settings, bus, engine, asked, health_service, address)
+            bus = await connect_bus(settings.redis_url, asked)
+            if bus is None:
+                return
+            log.info("loading the model", worker=settings.name, model=str(settings.model))
+            engine = await asyncio.to_thread(make_engine, settings)
+            try:
+                await _work(settings, bus, engine, asked, health_service, address)
+            finally:
+                await health_service.enter_graceful_shutdown()
+                await asyncio.to_thread(engine.stop, settings.stop_timeout_s)
         finally:
-            await health_service.enter_graceful_shutdown()
-            await asyncio.to_thread(engine.stop, settings.stop_timeout_s)
-    finally:
-        if bus is not None:
-            await bus.close()
-        await server.stop(0)
+            if bus is not None:
+                await bus.close()
+            await server.stop(0)
 
 
 async def _work(

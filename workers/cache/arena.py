@@ -20,7 +20,7 @@ from kernels.layout import UNIT_BYTES, CacheShape, Format, Tier
 _EMPTY = np.zeros(0, np.int32)
 
 
-class TierFull(Exception):
+class TierFullError(Exception):
     """A tier cannot hold what was asked for; nothing was changed."""
 
     def __init__(self, tier: Tier, needed_bytes: int, free_bytes: int) -> None:
@@ -101,11 +101,11 @@ class Arena:
         """Addresses [blocks] for new blocks of a lot.
 
         Raises:
-            TierFull: too few free pages; nothing was taken.
+            TierFullError: too few free pages; nothing was taken.
         """
         pages_needed = self.pages_needed(lot, lot.format, blocks)
         if pages_needed > len(self._free_pages):
-            raise TierFull(self.tier, pages_needed * self.page_bytes, self.free_bytes)
+            raise TierFullError(self.tier, pages_needed * self.page_bytes, self.free_bytes)
         if pages_needed:
             split = len(self._free_pages) - pages_needed
             pages = self._free_pages[split:][::-1]
@@ -155,7 +155,7 @@ class Arena:
         """Checks that, once ``released`` is given back, the ``wanted`` (lot or a new one, format, blocks) fit.
 
         Raises:
-            TierFull: they do not.
+            TierFullError: they do not.
         """
         shrinking = {lot.id for lot in self.lots_of(released)}  # what they have free now may go with their pages
         needed = sum(
@@ -163,7 +163,7 @@ class Arena:
         )
         available = len(self._free_pages) + self.pages_freed_by(released)
         if needed > available:
-            raise TierFull(self.tier, needed * self.page_bytes, available * self.page_bytes)
+            raise TierFullError(self.tier, needed * self.page_bytes, available * self.page_bytes)
 
     def _blocks_per_page(self, fmt: Format) -> int:
         return self.page_units // self.shape.block_units(fmt)

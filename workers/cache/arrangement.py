@@ -46,7 +46,7 @@ class Blocks:
 
     def on(self, tier: Tier) -> I32:
         """Addresses of the blocks on a tier."""
-        return self.address[self.valid & (self.tier == tier)]
+        return np.asarray(self.address[self.valid & (self.tier == tier)], np.int32)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The KV cache of one worker: all requests' tables, both tiers, shadows, prefixes, and the switch transaction.
 
-Used by the engine thread alone. Every method that can run out of memory raises TierFull and then has changed nothing
-that a reader could see.
+Used by the engine thread alone. Every method that can run out of memory raises TierFullError and then has changed
+nothing that a reader could see.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.api import I32, Backend, Tables, TokenSource
+from kernels.api import F32, I32, Backend, Tables, TokenSource
 from kernels.backends import make_backend
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
-from workers.cache.arena import Arena, Lot, TierFull
+from workers.cache.arena import Arena, Lot, TierFullError
 from workers.cache.arrangement import (
     BUILD,
     Arrangement,
@@ -62,6 +62,9 @@ class SequenceCache:
     shadow: Shadow | None = None
     lots: dict[tuple[Tier, Format], Lot] = field(default_factory=dict)
     prefix: list[PrefixRow] = field(default_factory=list)
+    prompt_votes: F32 | None = None
+    """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
+    as often, would depend on where the prompt is cut."""
     peak: CacheUse = field(default_factory=CacheUse)
 
 
@@ -161,7 +164,7 @@ class KVCache:
         """Makes room for the next ``tokens`` tokens of every table.
 
         Raises:
-            TierFull: the device tier has too few pages.
+            TierFullError: the device tier has too few pages.
         """
         slot, tables = seq.slot, self.tables
         length = tables.length[slot]
@@ -212,8 +215,8 @@ class KVCache:
     def evacuate(self, seq: SequenceCache) -> None:
         """Moves a prompt's finished rows to the host tier, because its pipeline will not keep them raw on the device.
 
-        Without it, the device would hold the whole raw prompt before the first token. Raises TierFull when the host
-        has no room; the rows then simply stay.
+        Without it, the device would hold the whole raw prompt before the first token. Raises TierFullError when the
+        host has no room; the rows then simply stay.
         """
         self._extend_shadow(seq)
         now = blocks_of(self.tables, seq.slot)
@@ -229,7 +232,7 @@ class KVCache:
         blocks that are already right stay untouched.
 
         Raises:
-            TierFull: a tier lacks room for the result; the request is as it was.
+            TierFullError: a tier lacks room for the result; the request is as it was.
         """
         if occasion is not Occasion.PROMPT and not pipeline.is_full and seq.seen < BLOCK_TOKENS:
             return
@@ -237,8 +240,13 @@ class KVCache:
         try:
             if seq.shadow or (pipeline.wants_shadow and not seq.lost):
                 self._extend_shadow(seq)
-            self._commit(seq, self._arrange(seq, pipeline, occasion))
-        except TierFull:
+            try:
+                self._commit(seq, self._arrange(seq, pipeline, occasion))
+            except TierFullError as full:
+                if full.tier is not Tier.DEVICE or not self._take_back(seq):
+                    raise
+                self._commit(seq, self._arrange(seq, pipeline, occasion))
+        except TierFullError:
             if not had_shadow:
                 self._drop_shadow(seq)
             raise
@@ -351,7 +359,8 @@ class KVCache:
         assert shadow is not None
         now = tokens_of(self.tables, seq.slot)
         shadow.remember(now.position, now.valid, now.mass, now.votes)
-        assert shadow.mass is not None and shadow.votes is not None
+        assert shadow.mass is not None
+        assert shadow.votes is not None
         heads = (self.shape.layers, self.shape.kv_heads)
         position = np.broadcast_to(np.arange(seq.seen, dtype=np.int32), (*heads, seq.seen)).copy()
         row = position // BLOCK_TOKENS
@@ -449,6 +458,14 @@ class KVCache:
     def _positions(self, seq: SequenceCache) -> I32:
         count = int(self.tables.length[seq.slot].max(initial=0))
         return self.tables.position[seq.slot, :, :, :count]
+
+    def _take_back(self, seq: SequenceCache) -> bool:
+        """Withdraws published rows that only this request uses, so that a switch can free them. False: none there."""
+        mine = [row for row in seq.prefix if row.users == 1]
+        for row in mine:
+            self.prefixes.withdraw(row)
+        seq.prefix = [row for row in seq.prefix if row.users]
+        return bool(mine)
 
     def _release_prefixes(self, seq: SequenceCache) -> None:
         """Stops counting as a user of published rows that its tables no longer refer to."""

@@ -17,7 +17,7 @@ from kernels.layout import BLOCK_TOKENS
 from workers.cache.arena import Arena, Lot
 
 
-@dataclass
+@dataclass(eq=False)
 class PrefixRow:
     """A published row; ``users`` counts live requests whose tables refer to it, ``children`` rows right behind it."""
 
@@ -71,22 +71,35 @@ class PrefixIndex:
         self._rows[name] = row
         return row
 
+    def withdraw(self, row: PrefixRow) -> None:
+        """Gives a row back to its only user: nobody will find it any more."""
+        row.users, row.lot.borrowed = 0, False
+        if row.parent:
+            row.parent.children -= 1
+        del self._rows[row.name]
+
     def get(self, name: bytes) -> PrefixRow | None:
         """The row of that name, if published."""
         return self._rows.get(name)
 
     def drop(self, wanted_bytes: int) -> int:
-        """Forgets unused rows, least recently used first, until so many bytes are free again. Returns bytes freed."""
+        """Forgets unused rows until so many bytes are free again, and returns the bytes freed.
+
+        Least recently used first, but a row with others behind it only when nothing else is left: those behind it can
+        not be found without it.
+        """
         freed = 0
-        while freed < wanted_bytes:
-            leaf = next((row for row in self._rows.values() if not row.users and not row.children), None)
-            if leaf is None:
-                break
-            freed += leaf.lot.pages * self._arena.page_bytes
-            if leaf.parent:
-                leaf.parent.children -= 1
-            del self._rows[leaf.name]
-            self._arena.close_lot(leaf.lot)
+        unused = sorted((row for row in self._rows.values() if not row.users), key=lambda row: row.children > 0)
+        while freed < wanted_bytes and unused:
+            row = unused.pop(0)
+            freed += row.lot.pages * self._arena.page_bytes
+            if row.parent:
+                row.parent.children -= 1
+                if not row.parent.children and row.parent in unused:
+                    unused.remove(row.parent)
+                    unused.insert(0, row.parent)
+            del self._rows[row.name]
+            self._arena.close_lot(row.lot)
         return freed
 
     def unused_bytes(self) -> int:

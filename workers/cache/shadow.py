@@ -37,7 +37,7 @@ class Shadow:
         """Appends ``rows`` rows whose tokens ``source`` names, in the order row, layer, head.
 
         Raises:
-            TierFull: nothing was added.
+            TierFullError: nothing was added.
         """
         addresses = self._arena.allocate(self.lot, len(source.address))
         backend.store(Tier.HOST, addresses, backend.encode(source, Format.RAW))

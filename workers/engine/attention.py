@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from kernels.api import DecodePlan
+from kernels.api import F32, DecodePlan
 from kernels.layout import CacheShape
 from workers.cache.kvcache import KVCache, PromptContext
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW
@@ -79,18 +79,18 @@ class PromptAttention:
         slot: the request's slot.
         context: reader of its blocks, this chunk's included.
         start: tokens before this chunk.
-        prompt_tokens: tokens of the whole prompt; its last 64 queries are SnapKV's observation window.
+        votes: float32 [layers, kv_heads, prompt_tokens], to which the observation window's attention is added.
         all_queries: whether all queries count in the masses, not only the observation window's.
     """
 
     def __init__(
-        self, cache: KVCache, slot: int, context: PromptContext, start: int, prompt_tokens: int, all_queries: bool
+        self, cache: KVCache, slot: int, context: PromptContext, start: int, votes: F32, all_queries: bool
     ) -> None:
         self._cache = cache
         self._slot = slot
         self._context = context
         self._start = start
-        self._prompt_tokens = prompt_tokens
+        self._votes = votes
         self._all_queries = all_queries
         self._mask: torch.Tensor | None = None
 
@@ -110,7 +110,7 @@ class PromptAttention:
     def _count_attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, scaling: float) -> None:
         """Adds what this chunk's queries pay to each token to the masses."""
         end = self._start + q.shape[1]
-        first_vote = max(self._start, self._prompt_tokens - OBSERVATION_WINDOW)
+        first_vote = max(self._start, self._votes.shape[2] - OBSERVATION_WINDOW)
         first = self._start if self._all_queries else first_vote
         if first >= end:
             return
@@ -118,8 +118,7 @@ class PromptAttention:
         tables, slot = self._cache.tables, self._slot
         tables.mass[slot, layer, :, :end] += counted.sum(dim=1).cpu().numpy()
         if first_vote < end:
-            votes = counted[:, first_vote - first :].sum(dim=1).cpu().numpy()
-            tables.votes[slot, layer, :, :end] += votes.astype(tables.votes.dtype)
+            self._votes[layer, :, :end] += counted[:, first_vote - first :].sum(dim=1).cpu().numpy()
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:

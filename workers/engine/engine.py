@@ -16,7 +16,7 @@ from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 
 from kernels.layout import BLOCK_TOKENS, Format, Tier
-from workers.cache.arena import TierFull
+from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
@@ -341,7 +341,7 @@ class Engine:
         try:
             self.cache.apply(seq.cache, seq.pipeline, occasion)
             return True
-        except TierFull as full:
+        except TierFullError as full:
             log.warning("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
             return False
 
@@ -349,11 +349,11 @@ class Engine:
         try:
             self._switch(seq, pipeline, reason, common_pb2.ORDERER_WORKER)
             return True
-        except TierFull:
+        except TierFullError:
             return False
 
     def _switch(self, seq: Sequence, pipeline: Pipeline, reason: str, orderer: common_pb2.Orderer) -> common_pb2.Switch:
-        """Moves a decoding request to another pipeline, now. TierFull: there is no room, and nothing changed."""
+        """Moves a decoding request to another pipeline, now. TierFullError: there is no room, and nothing changed."""
         assert seq.cache is not None
         before = self._reporter.cache_bytes(seq)
         began = time.monotonic()
@@ -401,7 +401,7 @@ class Engine:
         if seq.phase is Phase.DECODE:
             try:
                 switch = self._switch(seq, pipeline, directive.reason, orderer)
-            except TierFull as full:
+            except TierFullError as full:
                 raise ProblemError(RESOURCE_EXHAUSTED, f"no room for {pipeline.text!r}: {full}") from None
         else:  # takes effect when the prompt is complete
             switch = common_pb2.Switch(

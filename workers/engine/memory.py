@@ -12,7 +12,7 @@ from dataclasses import replace
 import structlog
 
 from kernels.layout import BLOCK_TOKENS
-from workers.cache.arena import TierFull
+from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache
 from workers.engine.sequence import Phase, Sequence
 from workers.stages.base import Pipeline
@@ -82,7 +82,7 @@ class EngineMemory:
         try:
             self._cache.evacuate(seq.cache)
             return True
-        except TierFull as full:
+        except TierFullError as full:
             log.warning("prompt stays on the device for now", job=seq.job_id, why=str(full))
             return False
 
@@ -93,7 +93,7 @@ class EngineMemory:
             try:
                 self._cache.reserve(seq.cache, tokens)
                 return True
-            except TierFull as full:
+            except TierFullError as full:
                 if not self._relieve(full.needed_bytes - full.free_bytes):
                     return False
 
@@ -105,8 +105,8 @@ class EngineMemory:
         measures = (self._compress, self._move_to_host) if not self.steered else (self._move_to_host,)
         for measure in measures:
             for seq in holders:
-                free = self._cache.device.free_bytes
-                if measure(seq) and self._cache.device.free_bytes > free:
+                free = self.free_bytes()
+                if measure(seq) and self.free_bytes() > free:
                     return True
         return False
 

@@ -104,11 +104,17 @@ class ModelRunner:
         Returns:
             Logits [1, vocabulary] behind the chunk's last token.
         """
-        start = seq.seen
+        start, end = seq.seen, seq.seen + len(token_ids)
         self._cache.advance(seq, len(token_ids))
-        attend = PromptAttention(self._cache, seq.slot, self._cache.context(seq), start, prompt_tokens, all_queries)
-        positions = range(start, start + len(token_ids))
-        return self._forward([list(token_ids)], [list(positions)], attend)
+        if seq.prompt_votes is None:
+            heads = (self._cache.shape.layers, self._cache.shape.kv_heads)
+            seq.prompt_votes = np.zeros((*heads, prompt_tokens), np.float32)
+        attend = PromptAttention(self._cache, seq.slot, self._cache.context(seq), start, seq.prompt_votes, all_queries)
+        logits = self._forward([list(token_ids)], [list(range(start, end))], attend)
+        if end == prompt_tokens:
+            self._cache.tables.votes[seq.slot, :, :, :end] = seq.prompt_votes
+            seq.prompt_votes = None
+        return logits
 
     def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
         output = self._model(

@@ -48,6 +48,8 @@ class Step:
     decode: list[Sequence] = field(default_factory=list)
     prefill: list[tuple[Sequence, int]] = field(default_factory=list)
     """Requests with the number of their tokens to compute now."""
+    preempted: list[Sequence] = field(default_factory=list)
+    """Requests that lost their memory to others."""
     stuck: list[Sequence] = field(default_factory=list)
     """Requests that cannot grow though they have the worker to themselves."""
 
@@ -98,7 +100,8 @@ class Scheduler:
         for seq in [seq for seq in self.running if seq.phase is Phase.PREFILL]:
             if budget > 0 and seq.phase is Phase.PREFILL:
                 budget -= self._prefill(seq, budget, step)
-        while budget > 0 and self.waiting and len(self.running) < self._max_running and self._admissible():
+        # Nobody is admitted in a step that had to preempt: the room there is belongs to those that run.
+        while budget > 0 and not step.preempted and self._admissible():
             seq = self.waiting.popleft()
             self._memory.admit(seq)
             seq.phase = Phase.PREFILL
@@ -109,7 +112,9 @@ class Scheduler:
         return step
 
     def _admissible(self) -> bool:
-        """Whether the next request may start: alone always, else if its first chunk leaves the watermark free."""
+        """Whether a request waits that may start: alone always, else if its first chunk leaves the watermark free."""
+        if not self.waiting or len(self.running) >= self._max_running:
+            return False
         if not self.running:
             return True
         first = min(self.waiting[0].to_compute, self._chunk_tokens)
@@ -129,6 +134,7 @@ class Scheduler:
                 step.stuck.append(seq)
                 return False
             self._preempt(victim)
+            step.preempted.append(victim)
             if victim is seq:
                 return False
         return True
