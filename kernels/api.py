@@ -68,7 +68,9 @@ class DecodePlan:
     """
 
     slots: I32  # [R] slot of each batch row
-    block_mass: F32 = field(default_factory=lambda: np.zeros((0, 0, 0, 0), np.float32))  # [L, R, H, B'] B' = most blocks
+    block_mass: F32 = field(
+        default_factory=lambda: np.zeros((0, 0, 0, 0), np.float32)
+    )  # [L, R, H, B'] B' = most blocks
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class Backend(Protocol):
     shape: CacheShape
     arenas: tuple[torch.Tensor, ...]
     tables: Tables
+
+    def warm_up(self) -> None:
+        """Does what would make first calls slow, such as compiling."""
+        ...
 
     def plan(self, slots: I32) -> DecodePlan:
         """Makes the host-side decisions of one decode step over these slots."""

@@ -71,10 +71,12 @@ class CacheShape:
 
     @property
     def value_groups(self) -> int:
+        """G, the number of quantisation groups of one token's values."""
         return math.ceil(self.head_dim / GROUP)
 
     @property
     def queries_per_kv_head(self) -> int:
+        """Size of the query group that reads one KV head."""
         return self.query_heads // self.kv_heads
 
     def payload_bytes(self, fmt: Format) -> int:

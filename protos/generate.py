@@ -1,4 +1,4 @@
-"""Generates the Python stubs beside the .proto files: ``python protos/generate.py``; ``--check`` fails if they are stale."""
+"""Generates the Python stubs beside the .proto files: ``python protos/generate.py``; with ``--check``, compares only."""
 
 from __future__ import annotations
 

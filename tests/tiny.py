@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from kvpilot.v1 import generation_pb2, job_pb2, policy_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from kvpilot.v1 import generation_pb2, job_pb2, policy_pb2
 from workers.engine.attention import ATTENTION_NAME
 from workers.engine.engine import Engine
 from workers.engine.runner import LoadedModel, wrap_model

@@ -6,9 +6,9 @@ import asyncio
 import sys
 
 import structlog
-from kvpilot.log import configure_logging
 from pydantic import ValidationError
 
+from kvpilot.log import configure_logging
 from workers.process import run_worker
 from workers.settings import WorkerSettings
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import structlog
+
 from kvpilot.bus import Append, AppendStatus, Bus, BusUnavailableError, Claim
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
-
 from workers.engine.api import EngineApi, Event
 from workers.errors import INTERNAL, ProblemError
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from kvpilot.bus import Bus
 from kvpilot.process import connect_bus, split_address, stop_on_signals, write_ready_file
 from kvpilot.v1 import policy_pb2
-
 from workers.engine.api import EngineApi
 from workers.jobs import JobRunner
 from workers.settings import WorkerSettings

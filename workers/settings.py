@@ -8,12 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import ByteSize, Field, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
 from kvpilot.configuration import FileSettings
 from kvpilot.log import LogFormat, LogLevel
 from kvpilot.pipeline import parse_pipeline
 from kvpilot.process import split_address
-from pydantic import ByteSize, Field, field_validator
-from pydantic_settings import NoDecode, SettingsConfigDict
 
 
 class KernelBackend(StrEnum):

@@ -7,13 +7,13 @@ report. Block masses come from the decode kernel at no extra pass over the cache
 from __future__ import annotations
 
 import numpy as np
-from kvpilot.v1 import policy_pb2
 
 from kernels.api import F32, DecodePlan, Tables
 from kernels.layout import BLOCK_TOKENS
+from kvpilot.v1 import policy_pb2
 from workers.cache.arrangement import block_count
 
-FAR_HORIZONS_TOKENS = (64, 256, 1024)
+FAR_HORIZONS_TOKENS = (32, 64, 128, 256, 512, 1024)
 SINK_TOKENS = 4
 SAMPLE_EVERY = 4
 REPEAT_WINDOW_TOKENS = 32

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import grpc
 import structlog
-from kvpilot.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 
+from kvpilot.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from workers.engine.api import EngineApi
 from workers.errors import INTERNAL, ProblemError
 

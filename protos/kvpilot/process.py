@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
@@ -22,7 +23,8 @@ def write_ready_file(path: Path, address: str) -> None:
     partial.replace(path)
 
 
-def stop_on_signals() -> asyncio.Event:
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[asyncio.Event]:
     """An event that SIGTERM or SIGINT sets. A second signal of the kind ends the process at once."""
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
@@ -33,7 +35,11 @@ def stop_on_signals() -> asyncio.Event:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask, number)
-    return asked
+    try:
+        yield asked
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -57,6 +63,7 @@ async def connect_bus(url: str, stop: asyncio.Event) -> Bus | None:
         except BusUnavailableError as error:
             log.warning("waiting for the job store", error=str(error))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), wait_s)
+            async with asyncio.timeout(wait_s):
+                await stop.wait()
         wait_s = min(2.0, 2 * wait_s)
     return None

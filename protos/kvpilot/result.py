@@ -19,6 +19,19 @@ class FinishReason(StrEnum):
     FAILED = "failed"
 
 
+class JobState(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+    @classmethod
+    def of(cls, state: generation_pb2.JobState) -> JobState:
+        """Reads the enum of generation.proto."""
+        return cls(generation_pb2.JobState.Name(state).removeprefix("JOB_STATE_").lower())
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """Log-probabilities (natural log) of one generated token.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kvpilot.v1 import common_pb2, generation_pb2
 
+from kvpilot.v1 import common_pb2, generation_pb2
 from tests.tiny import Drive, prompt, reference, run, tiny_engine, tiny_loaded, tiny_model
 from workers.errors import ProblemError
 

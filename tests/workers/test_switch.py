@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from kvpilot.v1 import common_pb2
 
 from kernels.layout import Tier
+from kvpilot.v1 import common_pb2
 from tests.tiny import Drive, Outcome, prompt, reference, run, tiny_engine, tiny_model
 from workers.errors import ProblemError
 

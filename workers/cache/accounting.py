@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from kvpilot.v1 import common_pb2
 
 from kernels.api import U8
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kvpilot.v1 import common_pb2
 
 TABLE_BYTES_PER_BLOCK = 4 + 1 + 1 + BLOCK_TOKENS * (4 + 4 + 2)
 """Address, format and tier of a block; position, mass and votes of its tokens (``kernels.api.Tables``)."""

@@ -63,8 +63,7 @@ class Arena:
                 f"{tier.name.lower()} budget of {budget_bytes} bytes: at least {2 * self.page_bytes} are needed"
             )
         self.budget_bytes = pages * self.page_bytes
-        pinned = tier is Tier.HOST and torch.cuda.is_available()
-        self.data = torch.empty(self.budget_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.data = _memory(self.budget_bytes, device)
         self._free_pages = np.arange(pages - 1, -1, -1, dtype=np.int32)  # a stack; its top is at the end
         self._page_blocks_used = np.zeros(pages, np.int32)
         self._page_lot = np.zeros(pages, np.int32)
@@ -175,3 +174,12 @@ class Arena:
         self._page_blocks_used[pages] = 0
         self._page_lot[pages] = 0
         self._free_pages = np.concatenate([self._free_pages, pages[::-1]]).astype(np.int32)
+
+
+def _memory(size: int, device: torch.device) -> torch.Tensor:
+    """Flat bytes. In RAM: pinned where a GPU is there to copy from it, else numpy's, which asks for huge pages."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    if torch.cuda.is_available():
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(np.empty(size, np.uint8))

@@ -12,10 +12,10 @@ from concurrent.futures import Future
 import numba
 import structlog
 import torch
-from kvpilot.pipeline import PipelineError
-from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 
 from kernels.layout import BLOCK_TOKENS, Format, Tier
+from kvpilot.pipeline import PipelineError
+from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.engine.api import Event
@@ -79,6 +79,7 @@ class Engine:
             device,
             settings.kernel_backend.value,
         )
+        self.cache.backend.warm_up()
         default = build(settings.default_pipeline, self.shape)
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)

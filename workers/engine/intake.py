@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
+from kernels.layout import CacheShape
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import generation_pb2, job_pb2
-
-from kernels.layout import CacheShape
 from models.scenarios import effective_scenario, fill_objective
 from workers.engine.runner import LoadedModel
 from workers.engine.sampler import SamplingParameters

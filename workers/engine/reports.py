@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from kvpilot.v1 import common_pb2, policy_pb2
-
 from kernels.api import DecodePlan
+from kvpilot.v1 import common_pb2, policy_pb2
 from workers.cache.kvcache import KVCache
 from workers.engine.sampler import Choice
 from workers.engine.sequence import Phase, Sequence
@@ -94,9 +93,9 @@ class Reporter:
             waiting=waiting,
             tiers=[
                 policy_pb2.TierUse(
-                    name=arena.tier.name.lower(), used_bytes=arena.used_bytes, budget_bytes=arena.budget_bytes
+                    name=arena.tier.name.lower(), used_bytes=arena.used_bytes - idle, budget_bytes=arena.budget_bytes
                 )
-                for arena in (self._cache.device, self._cache.host)
+                for arena, idle in ((self._cache.device, self._cache.prefixes.unused_bytes()), (self._cache.host, 0))
             ],
             step_ms=self.step_ms,
             tokens_per_s=sum(tokens for _, tokens in self._token_times) / RATE_WINDOW_S,

@@ -13,9 +13,9 @@ from enum import Enum
 from typing import Any, ClassVar
 
 import torch
-from kvpilot.pipeline import StageSpec, format_pipeline
 
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format
+from kvpilot.pipeline import StageSpec, format_pipeline
 
 
 class LossClass(Enum):

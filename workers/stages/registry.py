@@ -10,10 +10,9 @@ import dataclasses
 from functools import cache
 from importlib.metadata import entry_points
 
+from kernels.layout import CacheShape
 from kvpilot.pipeline import PipelineError, StageSpec, Value, format_value, parse_pipeline
 from kvpilot.v1 import common_pb2, generation_pb2
-
-from kernels.layout import CacheShape
 from workers.stages.base import Full, Kind, LossClass, Pipeline, Stage
 from workers.stages.compress.int8 import Int8
 from workers.stages.compress.kivi import Kivi

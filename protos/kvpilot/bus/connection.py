@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Self
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
     BusyLoadingError,
@@ -18,7 +20,6 @@ from redis.exceptions import (
     ResponseError,
     TimeoutError,
 )
-from redis.retry import Retry
 
 from kvpilot.bus import keys
 from kvpilot.bus.values import BusError, BusSettings, BusUnavailableError, JobNotFoundError, JobRecord
@@ -144,9 +145,19 @@ def milliseconds(seconds: float) -> int:
 
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
-    """Turns Redis' errors into the bus's."""
+    """Turns Redis' errors into the bus's, around awaited calls of the Redis client.
+
+    Also makes up for ``asyncio.wait_for`` of Python 3.11, by which the client sends its commands: it forgets a
+    cancellation that arrives just as the sending is done, and the task would live on.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
     try:
-        yield
+        try:
+            yield
+        finally:
+            if task is not None and task.cancelling() > before:
+                raise asyncio.CancelledError
     except _UNAVAILABLE as error:
         raise BusUnavailableError(f"the job store is out of reach: {error}") from error
     except ResponseError as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from redis.asyncio import Redis
 
@@ -26,6 +27,7 @@ from kvpilot.result import Result
 from kvpilot.v1 import generation_pb2, job_pb2
 
 _CHECK_S = 5.0
+_RETRY_S = 0.25
 _NOTICES_MS = 3_600_000
 _CANCEL_ATTEMPTS = 16
 
@@ -83,15 +85,13 @@ class FrontDoor(Connection):
             raise IdempotencyConflictError(idempotency_key, value.decode())
         return value.decode(), verdict == b"created"
 
-    async def events(self, job_id: str, offset: int = 0) -> AsyncIterator[generation_pb2.GenerationEvent]:
+    async def events(self, job_id: str, offset: int = 0) -> AsyncGenerator[generation_pb2.GenerationEvent, None]:
         """Streams a job's events from ``offset`` on, live ones included, until Finished.
-
-        While Redis is out of reach the stream waits once it is live.
 
         Raises:
             JobNotFoundError: unknown or expired.
             OffsetOutOfRangeError: the job finished with no more than ``offset`` events.
-            BusUnavailableError: Redis is out of reach at the start.
+            BusUnavailableError: Redis is out of reach at the start, or later for longer than ``settings.patience_s``.
         """
         wanted = offset
         record = await self.record(job_id)
@@ -99,14 +99,15 @@ class FrontDoor(Connection):
             offset = record.next_offset
         if record.state == generation_pb2.JOB_STATE_FINISHED and wanted >= record.next_offset:
             raise OffsetOutOfRangeError(job_id, wanted, record.next_offset)
-        async for event in self._follow(job_id, offset):
-            finished = event.HasField("finished")
-            if event.offset >= wanted:
-                yield event
-            elif finished:
-                raise OffsetOutOfRangeError(job_id, wanted, event.offset + 1)
-            if finished:
-                return
+        async with contextlib.aclosing(self._follow(job_id, offset)) as events:
+            async for event in events:
+                finished = event.HasField("finished")
+                if event.offset >= wanted:
+                    yield event
+                elif finished:
+                    raise OffsetOutOfRangeError(job_id, wanted, event.offset + 1)
+                if finished:
+                    return
 
     async def cancel(self, job_id: str) -> generation_pb2.JobState:
         """Asks for a job to stop; one that no live worker holds ends at once.
@@ -159,7 +160,24 @@ class FrontDoor(Connection):
             found = await self._client.hgetall(keys.MODELS)
         return {name.decode(): generation_pb2.Model.FromString(model) for name, model in sorted(found.items())}
 
-    async def _follow(self, job_id: str, offset: int) -> AsyncIterator[generation_pb2.GenerationEvent]:
+    async def _follow(self, job_id: str, offset: int) -> AsyncGenerator[generation_pb2.GenerationEvent, None]:
+        """Events from an existing ``offset`` on; goes on after outages of Redis."""
+        lost_at: float | None = None
+        while True:
+            try:
+                async with contextlib.aclosing(self._read_on(job_id, offset)) as events:
+                    async for event in events:
+                        lost_at = None
+                        offset = event.offset + 1
+                        yield event
+            except BusUnavailableError:
+                now = time.monotonic()
+                lost_at = now if lost_at is None else lost_at
+                if now - lost_at > self.settings.patience_s:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+
+    async def _read_on(self, job_id: str, offset: int) -> AsyncGenerator[generation_pb2.GenerationEvent, None]:
         """Events from an existing ``offset`` on: pages while there are any, then live ones, pages again on overflow."""
         while True:
             while page := await self._page(job_id, offset):
@@ -173,8 +191,7 @@ class FrontDoor(Connection):
                         yield generation_pb2.GenerationEvent.FromString(serialised)
                     offset += len(entries)
                     if not entries:
-                        with contextlib.suppress(BusUnavailableError):  # the watcher keeps trying
-                            await self.record(job_id)
+                        await self.record(job_id)
 
 
 def new_job_id() -> str:

@@ -24,6 +24,7 @@ class BusSettings:
         outcomes: about this many outcomes are kept.
         block_s: longest single blocking read; bounds how late a lost connection is noticed.
         retries: how often a call is tried again after a connection failure before it raises BusUnavailableError.
+        patience_s: a stream of events waits this long for Redis to come back before it raises BusUnavailableError.
         timeout_s: how long a single answer is waited for, blocking time not counted.
         connections: most connections to Redis at a time.
     """
@@ -36,6 +37,7 @@ class BusSettings:
     outcomes: int = 100_000
     block_s: float = 1.0
     retries: int = 3
+    patience_s: float = 30.0
     timeout_s: float = 3.0
     connections: int = 64
 

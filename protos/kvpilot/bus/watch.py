@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
 import structlog
-from redis.exceptions import RedisError
 
 from kvpilot.bus import keys
 from kvpilot.bus.connection import parse_entry, read_streams, translated_errors
+from kvpilot.bus.values import BusError
 
 Entry: TypeAlias = tuple[int, bytes]
 """Offset of an event and its serialised form."""
@@ -113,7 +113,7 @@ class Watcher:
             try:
                 await self._read()
                 backoff_s = _FIRST_BACKOFF_S
-            except RedisError as error:
+            except BusError as error:
                 log.warning("event streams out of reach", error=str(error), retry_s=backoff_s)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
@@ -124,7 +124,9 @@ class Watcher:
         after: dict[Any, Any] = {self._wake_key: self._last_wake}
         for name, job_id in names.items():
             after[name] = f"{min(watch.next_offset for watch in self._watches[job_id])}-0"
-        for name, entries in read_streams(await self._client.xread(after, count=_BATCH, block=self._block_ms)):
+        with translated_errors():
+            reply = await self._client.xread(after, count=_BATCH, block=self._block_ms)
+        for name, entries in read_streams(reply):
             if name == self._wake_key:
                 self._last_wake = entries[-1][0].decode()
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -125,7 +125,7 @@ class Workshop(Connection):
         with translated_errors():
             await self._release(args=arguments)
 
-    async def cancellations(self, worker: str) -> AsyncIterator[str]:
+    async def cancellations(self, worker: str) -> AsyncGenerator[str, None]:
         """Yields ids of this worker's jobs as their clients cancel them, from now on, without end.
 
         A notice may be missed while Redis is out of reach: heartbeats and appends tell of it too.

@@ -1,0 +1,65 @@
+# `make` lists the targets. Everything runs in .venv, which `make setup` creates and every other target makes sure of.
+
+PYTHON ?= python3
+# A plain `torch` may bring gigabytes of GPU libraries. Another build: make setup TORCH="torch==... --index-url ..."
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test test-fast lint bench-serve protos fmt clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf '%-14s %s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## create .venv with kvpilot and all it needs (once; again when pyproject.toml changes)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "kvpilot needs Python 3.11 or newer as \`$(PYTHON)\`; another one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+		{ echo "\`$(PYTHON)\` cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	$(PIP) install -e '.[dev]'
+	@touch $(READY)
+
+model: $(READY) ## fetch the small model that the demo and the tests use
+	$(BIN)/kvpilot model fetch
+
+demo: model ## start the whole stack, run a handful of jobs and watch their caches being steered
+	$(BIN)/kvpilot demo
+
+test: lint model ## everything CI checks: lint, types, stubs, protos, all tests
+	$(BIN)/pytest
+
+test-fast: $(READY) ## the tests that need neither the model nor patience
+	$(BIN)/pytest -m "not slow and not model"
+
+lint: $(READY) ## style, types, and whether the checked-in stubs are fresh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+bench-serve: model ## eight requests at once through kvpilot against the same eight one after another in transformers
+	$(BIN)/kvpilot bench serve
+
+protos: $(READY) ## regenerate the stubs after a change to a .proto file
+	$(BIN)/buf format --write
+	$(BIN)/python protos/generate.py
+
+fmt: $(READY) ## format the code and the protos, and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+clean: ## remove .venv and all caches of this checkout (not the fetched model)
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

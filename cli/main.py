@@ -1,0 +1,422 @@
+"""The ``kvpilot`` command: its options and help texts. What a command does is in the module it imports when called."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.errors import BadInputError, reported
+
+if TYPE_CHECKING:
+    from cli.settings import CliSettings
+
+app = typer.Typer(
+    name="kvpilot",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Serves LLM generation and steers every request's KV cache while its tokens are being generated.\n\n"
+        "Start here:\n\n"
+        "  kvpilot model fetch      bring a small model (90 MB)\n\n"
+        "  kvpilot up               job store, controller and a worker, on this machine\n\n"
+        '  kvpilot generate "..."   in another terminal, and `kvpilot top` beside it\n\n'
+        "Settings come from kvpilot.toml (here, or in ~/.config/kvpilot, or named by --config), from KVPILOT_* "
+        "environment variables, and from flags; later ones win. Exit codes: 0 well, 1 failed, 2 bad input."
+    ),
+)
+model_app = typer.Typer(no_args_is_help=True, help="Bring models into the local store and list them.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure kvpilot against its peers on this machine.")
+app.add_typer(model_app, name="model", rich_help_panel="Set-up")
+app.add_typer(bench_app, name="bench", rich_help_panel="Set-up")
+
+USE, OPERATE, SETUP = "Generate", "Watch and steer", "Set-up"
+
+
+class ScenarioName(StrEnum):
+    """Scenarios as flags spell them; see Scenario in common.proto."""
+
+    LONG_CONTEXT = "long-context"
+    HIGH_THROUGHPUT = "high-throughput"
+    EDGE = "edge"
+    MULTI_TURN = "multi-turn"
+    ACCURACY_CRITICAL = "accuracy-critical"
+    STREAMING = "streaming"
+    MIXED = "mixed"
+    PREFILL_HEAVY = "prefill-heavy"
+    MINIMAL_MODIFICATION = "minimal-modification"
+    HARDWARE_SPECIFIC = "hardware-specific"
+
+
+class ModeName(StrEnum):
+    """Modes as flags spell them; see Mode in operator.proto."""
+
+    OFF = "off"
+    ADVISORY = "advisory"
+    ACTIVE = "active"
+
+
+Endpoint = Annotated[
+    str | None,
+    typer.Option("--endpoint", "-e", metavar="HOST:PORT", help="Where the API is served. Default: 127.0.0.1:7450."),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="A name from the store, or a folder written with a slash. Default: smollm2-135m-instruct."),
+]
+Pipeline = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STAGES",
+        help="Start with this pipeline and keep it, e.g. 'snapkv(keep=0.5) | kivi(bits=4)'. "
+        "Default: the planner decides.",
+    ),
+]
+Scenario = Annotated[
+    ScenarioName | None,
+    typer.Option(help="What kind of work this is, for the planner. Default: mixed.", case_sensitive=False),
+]
+MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Most tokens to generate. Default: 256.")]
+Temperature = Annotated[float | None, typer.Option(metavar="T", help="0 is greedy. Default: 0.")]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Seed of the random numbers. Default: drawn by the server.")
+]
+DeviceBudget = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Cache on the device tier, e.g. 256MiB, shared out to the workers."),
+]
+HostBudget = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Cache on the host tier, shared out to the workers.")
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads of all workers. Default: one per core.")]
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings file. Default: ./kvpilot.toml, ~/.config/kvpilot/.")
+    ] = None,
+) -> None:
+    """Takes the options that hold for all commands."""
+    context.obj = config
+
+
+def _settings(context: typer.Context, **flags: Any) -> CliSettings:
+    from cli.settings import load_settings
+
+    return load_settings(context.obj, **flags)
+
+
+@app.command(rich_help_panel=SETUP)
+def up(
+    context: typer.Context,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Worker processes. Default: 1.")] = None,
+    model: ModelOption = None,
+    device_budget: DeviceBudget = None,
+    host_budget: HostBudget = None,
+    threads: Threads = None,
+    mode: Annotated[ModeName | None, typer.Option(help="How much is steered at the start. Default: active.")] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Job store to use. Default: an embedded one is started.")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For the job store's data and the logs. Default: ~/.local/state/kvpilot."),
+    ] = None,
+    endpoint: Endpoint = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Logs to this terminal instead of files.")] = False,
+) -> None:
+    """Start everything on this machine: job store, controller, workers.
+
+    Prints the endpoint on stdout once all of them serve, and stays until Ctrl-C or SIGTERM, which stops them all.
+    A process that dies is started again, up to 5 times in 2 minutes. None outlives this command, however it ends.
+    Accepted jobs are kept in the state folder and finish after the next start.
+    """
+    with reported():
+        from rich.console import Console
+
+        from cli.up import up as run_up
+
+        settings = _settings(
+            context,
+            workers=workers,
+            model=model,
+            device_budget=device_budget,
+            host_budget=host_budget,
+            threads=threads,
+            mode=mode.value if mode else None,
+            redis_url=redis_url,
+            state=state,
+            endpoint=endpoint,
+        )
+        err = Console(stderr=True, highlight=False)
+
+        def served(stack: Any) -> None:
+            err.print(f"serving {settings.model}; try: kvpilot generate --chat 'Hello!'", markup=False, soft_wrap=True)
+            if stack.log_folder:
+                err.print(f"logs in {stack.log_folder}; Ctrl-C stops everything", markup=False, soft_wrap=True)
+            print(stack.endpoint, flush=True)
+
+        import asyncio
+
+        asyncio.run(
+            run_up(settings, lambda line: err.print(line, markup=False, soft_wrap=True), served, logs=not verbose)
+        )
+
+
+@app.command(rich_help_panel=USE)
+def generate(
+    context: typer.Context,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue. Without it (and without --file): stdin.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from this file.")] = None,
+    chat: Annotated[bool, typer.Option(help="The prompt is a user's turn: render it with the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which of several served models.")] = None,
+    pipeline: Pipeline = None,
+    scenario: Scenario = None,
+    max_divergence: Annotated[
+        float | None, typer.Option(metavar="NATS", help="Bound on the loss, nats per token; 0 admits exact only.")
+    ] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="Nucleus sampling. Default: 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", help="Most likely tokens kept. Default: all.")] = None,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; may be given several times.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Go on after the model's end token.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(metavar="N", help="With --json: log-probabilities of the N likeliest. Default: 5.")
+    ] = None,
+    session: Annotated[str | None, typer.Option(metavar="ID", help="Session whose cache to reuse.")] = None,
+    key: Annotated[str | None, typer.Option(metavar="KEY", help="Idempotency key: the same call is one job.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end instead of text.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary on stderr.")] = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Generate text from a prompt and stream it.
+
+    The text goes to stdout; a summary (speed, cache bytes, switches) to stderr. Ctrl-C cancels the job.
+
+      kvpilot generate --chat "Name three rivers." --max-tokens 64
+
+      kvpilot generate -f report.txt --scenario long-context
+
+      kvpilot generate "Once" --pipeline "kivi(bits=4)" --json | jq .cache
+    """
+    with reported():
+        settings = _settings(context, endpoint=endpoint)
+    with reported(settings.endpoint):
+        from cli import generate as command
+
+        if logprobs is not None and not json:
+            raise BadInputError("--logprobs: only --json prints them")
+        said = command.read_prompt(prompt, file)
+        talk = chat or system is not None
+        command.generate(
+            settings.endpoint,
+            command.Order(
+                prompt="" if talk else said,
+                turns=command.conversation(system, said) if talk else (),
+                model=model,
+                pipeline=pipeline,
+                scenario=scenario.value if scenario else None,
+                max_divergence=max_divergence,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                stop=tuple(stop or ()),
+                ignore_eos=ignore_eos,
+                top_logprobs=(5 if logprobs is None else logprobs) if json else 0,
+                session_id=session,
+                idempotency_key=key,
+            ),
+            as_json=json,
+            quiet=quiet,
+        )
+
+
+@app.command(rich_help_panel=USE)
+def chat(
+    context: typer.Context,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    pipeline: Pipeline = None,
+    scenario: Scenario = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    endpoint: Endpoint = None,
+) -> None:
+    """Talk to the model, turn by turn, in one session.
+
+    Commands: /pipeline STAGES (without STAGES: back to the planner), /reset, /help, /quit. Ctrl-C cancels an answer.
+    """
+    with reported():
+        settings = _settings(context, endpoint=endpoint)
+    with reported(settings.endpoint):
+        from cli import chat as command
+
+        command.chat(
+            settings.endpoint,
+            system,
+            command.Order(
+                pipeline=pipeline,
+                scenario=(scenario or ScenarioName.MULTI_TURN).value,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+            ),
+        )
+
+
+@app.command(rich_help_panel=OPERATE)
+def top(
+    context: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="Print the tables once and exit.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Time between two looks.")] = 0.5,
+    endpoint: Endpoint = None,
+) -> None:
+    """Watch the live requests: pipeline, tokens, bytes, signals, last switch and why, and the planner's decision.
+
+    Bytes are shown per tier and against what pipeline `full` would take; shadows are the exact copies that let a
+    switch be undone. Far mass ">128: 0.12" means that 12 % of the attention went to tokens more than 128 back.
+    """
+    with reported():
+        settings = _settings(context, endpoint=endpoint)
+    with reported(settings.endpoint):
+        from rich.console import Console
+
+        from cli import top as command
+
+        console = Console()
+        if once:
+            console.print(command.render(command.take_snapshot(settings.endpoint), settings.endpoint))
+        elif not console.is_terminal:
+            raise BadInputError("top needs a terminal; `kvpilot top --once` prints the tables once")
+        else:
+            command.watch(settings.endpoint, interval, console)
+
+
+@app.command(rich_help_panel=OPERATE)
+def mode(
+    context: typer.Context,
+    mode: Annotated[ModeName | None, typer.Argument(help="The mode to set; without it the mode is shown.")] = None,
+    endpoint: Endpoint = None,
+) -> None:
+    """Show or set how much is steered.
+
+    off: plans nothing. advisory: decides and logs, sends nothing. active: decides and sends.
+    """
+    with reported():
+        settings = _settings(context, endpoint=endpoint)
+    with reported(settings.endpoint):
+        from cli import operate
+
+        print(operate.show_mode(settings.endpoint) if mode is None else operate.set_mode(settings.endpoint, mode.value))
+
+
+@app.command(rich_help_panel=OPERATE)
+def override(
+    context: typer.Context,
+    request: Annotated[str, typer.Argument(help="Job id, or its end as `kvpilot top` shows it.")],
+    pipeline: Annotated[str, typer.Argument(help="Pipeline to move to and stay with, e.g. 'kivi(bits=4)'.")],
+    reason: Annotated[str, typer.Option(help="Kept with the switch.")] = "",
+    endpoint: Endpoint = None,
+) -> None:
+    """Take a live request's pipeline into your own hands, until `kvpilot release`."""
+    with reported():
+        settings = _settings(context, endpoint=endpoint)
+    with reported(settings.endpoint):
+        from cli import operate
+
+        print(operate.override(settings.endpoint, request, pipeline, reason))
+
+
+@app.command(rich_help_panel=OPERATE)
+def release(
+    context: typer.Context,
+    request: Annotated[str, typer.Argument(help="Job id, or its end as `kvpilot top` shows it.")],
+    endpoint: Endpoint = None,
+) -> None:
+    """Give an overridden request back to the planner."""
+    with reported():
+        settings = _settings(context, endpoint=endpoint)
+    with reported(settings.endpoint):
+        from cli import operate
+
+        print(operate.release(settings.endpoint, request))
+
+
+@model_app.command("fetch")
+def model_fetch(
+    name: Annotated[str, typer.Argument(help="Model to fetch; `kvpilot model list` shows which.")] = "smollm2",
+) -> None:
+    """Download a model, convert it once and keep it in the store. Does nothing if it is there.
+
+    The store is $KVPILOT_CACHE/models, else $XDG_CACHE_HOME/kvpilot/models, else ~/.cache/kvpilot/models.
+    An interrupted fetch leaves nothing half done.
+    """
+    with reported():
+        from cli import model as command
+
+        command.fetch(name)
+
+
+@model_app.command("list")
+def model_list() -> None:
+    """List the models in the store and those that can be fetched."""
+    with reported():
+        from cli import model as command
+
+        command.show()
+
+
+@app.command(rich_help_panel=SETUP)
+def demo(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the summary to this file.")] = None,
+    model: ModelOption = None,
+    device_budget: DeviceBudget = None,
+    threads: Threads = None,
+) -> None:
+    """See it work: start a stack of its own, run real jobs at once, watch their caches being steered.
+
+    A long document with a fact to find, a chat of three turns, a stream longer than its window, and code. The device
+    budget is small, so that there is pressure. Ends with what each request took against the full cache; fails if the
+    fact is missed or the controller switched no request in the middle of its generation.
+    """
+    with reported():
+        from cli import demo as command
+
+        command.demo(json, model, device_budget, threads)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    model: ModelOption = None,
+    requests: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at once.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens each of them generates.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each prompt.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times each side runs; medians are given.")] = 3,
+    threads: Threads = None,
+) -> None:
+    """Eight requests at once through the whole stack, against the same eight one after another in transformers.
+
+    Both sides run in turn on this machine with the same model, dtype, threads and greedy tokens. The ratio is what
+    counts; the absolute speeds are this machine's.
+    """
+    with reported():
+        from bench import serve as command
+
+        command.bench(json, model, requests, max_tokens, prompt_tokens, rounds, threads)

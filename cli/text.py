@@ -1,0 +1,55 @@
+"""How numbers and protos are spelled for people: sizes, shares, times, names of enum values."""
+
+from __future__ import annotations
+
+from kvpilot.v1 import common_pb2, generation_pb2, operator_pb2
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(count: float) -> str:
+    """Bytes as people write them, e.g. ``12.4 MiB``."""
+    for unit in _UNITS:
+        if abs(count) < 1024 or unit == _UNITS[-1]:
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def share(part: float, whole: float) -> str:
+    """A part of a whole in percent, ``-`` of nothing."""
+    return f"{part / whole:.0%}" if whole else "-"
+
+
+def short_id(job_id: str) -> str:
+    """The end of a long job id, enough to tell live jobs apart."""
+    return job_id if len(job_id) <= 12 else f"…{job_id[-11:]}"
+
+
+def orderer(value: common_pb2.Orderer) -> str:
+    """``client``, ``controller``, ``operator`` or ``worker``."""
+    return _word(common_pb2.Orderer.Name(value), "ORDERER_")
+
+
+def mode(value: operator_pb2.Mode) -> str:
+    """``off``, ``advisory`` or ``active``."""
+    return _word(operator_pb2.Mode.Name(value), "MODE_")
+
+
+def outcome(value: operator_pb2.DecisionOutcome) -> str:
+    """``keep``, ``advised``, ``sent``, ``applied`` or ``refused``."""
+    return _word(operator_pb2.DecisionOutcome.Name(value), "DECISION_OUTCOME_")
+
+
+def loss_class(value: common_pb2.LossClass) -> str:
+    """``exact``, ``recoverable`` or ``permanent``."""
+    return _word(common_pb2.LossClass.Name(value), "LOSS_CLASS_")
+
+
+def finish_reason(value: generation_pb2.FinishReason) -> str:
+    """``stop_token``, ``length``, ..."""
+    return str(generation_pb2.FinishReason.Name(value)).removeprefix("FINISH_REASON_").lower()
+
+
+def _word(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower().replace("_", "-")

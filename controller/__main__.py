@@ -1,0 +1,59 @@
+"""``python -m controller``: one controller process until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import structlog
+from pydantic import ValidationError
+
+from controller.server import ControllerServer
+from controller.settings import ControllerSettings, Role
+from kvpilot.bus import Bus, BusError
+from kvpilot.log import configure_logging
+from kvpilot.process import connect_bus, stop_on_signals
+
+
+async def serve(settings: ControllerSettings) -> None:
+    """Serves until the process is asked to stop; waits for the job store before.
+
+    Raises:
+        BusError: the job store refuses us.
+        RuntimeError: the address cannot be bound.
+    """
+    with stop_on_signals() as asked:
+        bus: Bus | None = None
+        if Role.GENERATION in settings.roles:
+            bus = await connect_bus(settings.redis_url, asked)
+            if bus is None:
+                return
+        server = ControllerServer(settings, bus)
+        try:
+            await server.start()
+            await asked.wait()
+        finally:
+            await server.stop()
+            if bus is not None:
+                await bus.close()
+
+
+def main() -> int:
+    """Reads settings and serves; returns the exit code."""
+    try:
+        settings = ControllerSettings.from_command_line(sys.argv[1:], "python -m controller")
+    except (ValidationError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    configure_logging(settings.log_level, settings.log_format)
+    structlog.contextvars.bind_contextvars(process=settings.name)
+    try:
+        asyncio.run(serve(settings))
+    except (BusError, RuntimeError) as error:
+        structlog.get_logger().error("cannot serve", error=str(error), address=settings.listen)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

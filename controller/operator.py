@@ -1,0 +1,121 @@
+"""OperatorService: what runs where, overrides, and how much is steered."""
+
+from __future__ import annotations
+
+import grpc
+
+from controller.refusals import abort, bad_fields
+from controller.settings import SteeringMode
+from controller.state import DecisionRecord, Outcome
+from controller.steering import DirectiveRefusedError, RequestNotLiveError, SteeringService
+from kvpilot.pipeline import PipelineError
+from kvpilot.v1 import operator_pb2, operator_pb2_grpc
+from kvpilot.v1.operator_pb2 import DecisionOutcome, Mode
+
+_OUTCOMES = {
+    Outcome.KEEP: DecisionOutcome.DECISION_OUTCOME_KEEP,
+    Outcome.ADVISED: DecisionOutcome.DECISION_OUTCOME_ADVISED,
+    Outcome.SENT: DecisionOutcome.DECISION_OUTCOME_SENT,
+    Outcome.APPLIED: DecisionOutcome.DECISION_OUTCOME_APPLIED,
+    Outcome.REFUSED: DecisionOutcome.DECISION_OUTCOME_REFUSED,
+}
+_MODES = {
+    SteeringMode.OFF: Mode.MODE_OFF,
+    SteeringMode.ADVISORY: Mode.MODE_ADVISORY,
+    SteeringMode.ACTIVE: Mode.MODE_ACTIVE,
+}
+_STEERING_MODES = {number: mode for mode, number in _MODES.items()}
+
+
+class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
+    """Acts on the streams of the SteeringService in the same process."""
+
+    def __init__(self, steering: SteeringService) -> None:
+        self._steering = steering
+
+    async def ListWorkers(  # noqa: N802  # gRPC's spelling, as below
+        self, request: operator_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
+    ) -> operator_pb2.ListWorkersResponse:
+        """See ``operator.proto``."""
+        response = operator_pb2.ListWorkersResponse()
+        for worker in self._steering.state.workers.values():
+            entry = response.workers.add(hello=worker.hello, state=worker.state)
+            entry.attach_time.FromDatetime(worker.attach_time)
+            if worker.report_time is not None:
+                entry.report_time.FromDatetime(worker.report_time)
+        return response
+
+    async def ListRequests(  # noqa: N802
+        self, request: operator_pb2.ListRequestsRequest, context: grpc.aio.ServicerContext
+    ) -> operator_pb2.ListRequestsResponse:
+        """See ``operator.proto``."""
+        state = self._steering.state
+        response = operator_pb2.ListRequestsResponse()
+        for worker, live in state.all_requests():
+            if request.worker in ("", worker.name):
+                response.requests.add(
+                    worker=worker.name,
+                    state=live.state,
+                    decision=_decision(live.decision),
+                    overridden=live.state.request_id in state.overrides,
+                )
+        return response
+
+    async def OverridePipeline(  # noqa: N802
+        self, request: operator_pb2.OverridePipelineRequest, context: grpc.aio.ServicerContext
+    ) -> operator_pb2.OverridePipelineResponse:
+        """See ``operator.proto``."""
+        try:
+            ack = await self._steering.override(
+                request.request_id, request.pipeline, request.reason or "operator override"
+            )
+        except RequestNotLiveError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        except PipelineError as error:
+            await abort(context, bad_fields({"pipeline": str(error)}).problem)
+        except DirectiveRefusedError as error:
+            await abort(context, error.problem)
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                "the worker has not answered in time; the override holds until ReleasePipeline",
+            )
+        return operator_pb2.OverridePipelineResponse(ack=ack)
+
+    async def ReleasePipeline(  # noqa: N802
+        self, request: operator_pb2.ReleasePipelineRequest, context: grpc.aio.ServicerContext
+    ) -> operator_pb2.ReleasePipelineResponse:
+        """See ``operator.proto``."""
+        try:
+            self._steering.release(request.request_id)
+        except RequestNotLiveError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        return operator_pb2.ReleasePipelineResponse()
+
+    async def GetMode(  # noqa: N802
+        self, request: operator_pb2.GetModeRequest, context: grpc.aio.ServicerContext
+    ) -> operator_pb2.GetModeResponse:
+        """See ``operator.proto``."""
+        return operator_pb2.GetModeResponse(mode=_MODES[self._steering.mode])
+
+    async def SetMode(  # noqa: N802
+        self, request: operator_pb2.SetModeRequest, context: grpc.aio.ServicerContext
+    ) -> operator_pb2.SetModeResponse:
+        """See ``operator.proto``."""
+        wanted = _STEERING_MODES.get(request.mode)
+        if wanted is None:
+            expected = f"{request.mode}: expected MODE_OFF, MODE_ADVISORY or MODE_ACTIVE"
+            await abort(context, bad_fields({"mode": expected}).problem)
+        previous = _MODES[self._steering.mode]
+        self._steering.set_mode(wanted)
+        return operator_pb2.SetModeResponse(previous=previous)
+
+
+def _decision(record: DecisionRecord | None) -> operator_pb2.Decision | None:
+    if record is None:
+        return None
+    decision = operator_pb2.Decision(
+        pipeline=record.pipeline, reason=record.reason, outcome=_OUTCOMES[record.outcome], refusal=record.refusal
+    )
+    decision.time.FromDatetime(record.time)
+    return decision

@@ -1,0 +1,111 @@
+"""One controller process: a gRPC server with any of the roles generation, steering and operator."""
+
+from __future__ import annotations
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from controller.generation import GenerationService, Limits
+from controller.operator import OperatorService
+from controller.planner import Planner
+from controller.rule import RulePlanner
+from controller.settings import ControllerSettings, Role
+from controller.steering import SteeringService
+from kvpilot.bus import Bus
+from kvpilot.process import split_address, write_ready_file
+from kvpilot.v1 import generation_pb2, operator_pb2, operator_pb2_grpc, policy_pb2, policy_pb2_grpc
+
+log = structlog.get_logger()
+
+KEEPALIVE_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Clients may ping as often as every 5 s (workers do every 10 s); the default of 5 min would answer with GOAWAY.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.so_reuseport", 0),  # a taken port is an error, not a share of its connections
+)
+
+SERVICE_NAMES = {
+    Role.GENERATION: generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    Role.STEERING: policy_pb2.DESCRIPTOR.services_by_name["SteeringService"].full_name,
+    Role.OPERATOR: operator_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
+}
+"""Names in reflection and in the health service, which also knows ``""`` for the whole process."""
+
+
+class ControllerServer:
+    """The server of one process.
+
+    Args:
+        bus: the job store; needed for the generation role only.
+        planner: decides for the steering role; the rule unless given.
+
+    Raises:
+        ValueError: the generation role without a bus.
+    """
+
+    def __init__(self, settings: ControllerSettings, bus: Bus | None = None, planner: Planner | None = None) -> None:
+        if Role.GENERATION in settings.roles and bus is None:
+            raise ValueError("role generation needs the job store")
+        self.settings = settings
+        self.address = ""
+        """``host:port`` once started, with the port that was taken where 0 was asked for."""
+        self.steering: SteeringService | None = None
+        if Role.STEERING in settings.roles:
+            self.steering = SteeringService(settings, planner or RulePlanner())
+        self.generation: GenerationService | None = None
+        if bus is not None and Role.GENERATION in settings.roles:
+            self.generation = GenerationService(bus, Limits(max_queued=settings.max_queued))
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        """Serves; returns the address.
+
+        Raises:
+            RuntimeError: the address cannot be bound.
+        """
+        host, _ = split_address(self.settings.listen)
+        self._server = server = grpc.aio.server(
+            options=KEEPALIVE_OPTIONS, maximum_concurrent_rpcs=self.settings.max_concurrent_calls
+        )
+        self._add_roles(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [SERVICE_NAMES[role] for role in Role if role in self.settings.roles]
+        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        port = server.add_insecure_port(self.settings.listen)
+        await server.start()
+        if self.steering is not None:
+            self.steering.start()
+        for name in ("", *names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self.address = f"{host}:{port}"
+        if self.settings.ready_file is not None:
+            write_ready_file(self.settings.ready_file, self.address)
+        log.info("serving", address=self.address, roles=sorted(self.settings.roles), mode=self.settings.mode.value)
+        return self.address
+
+    def _add_roles(self, server: grpc.aio.Server) -> None:
+        if self.generation is not None:
+            self.generation.add_to(server)
+        if self.steering is not None:
+            policy_pb2_grpc.add_SteeringServiceServicer_to_server(self.steering, server)  # type: ignore[no-untyped-call]
+            if Role.OPERATOR in self.settings.roles:
+                operator_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(self.steering), server)  # type: ignore[no-untyped-call]
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Reports NOT_SERVING, ends the open streams, and gives other calls ``grace_s`` to end by themselves."""
+        if self._server is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        if self.generation is not None:
+            self.generation.drain()
+        if self.steering is not None:
+            await self.steering.stop()
+        await self._server.stop(self.settings.grace_s if grace_s is None else grace_s)
+        self._server = None
+        log.info("stopped", address=self.address)

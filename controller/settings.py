@@ -1,0 +1,88 @@
+"""The controller's settings: defaults, TOML file, ``KVPILOT_CONTROLLER_*`` environment, flags."""
+
+from __future__ import annotations
+
+import os
+import socket
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from kvpilot.configuration import FileSettings
+from kvpilot.log import LogFormat, LogLevel
+from kvpilot.process import split_address
+
+
+class Role(StrEnum):
+    """A service of the controller program."""
+
+    GENERATION = "generation"
+    STEERING = "steering"
+    OPERATOR = "operator"
+
+
+class SteeringMode(StrEnum):
+    """How much is steered; see ``operator.proto``'s Mode."""
+
+    OFF = "off"
+    ADVISORY = "advisory"
+    ACTIVE = "active"
+
+
+def _process_name() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+class ControllerSettings(FileSettings):
+    """Settings of one controller process."""
+
+    model_config = SettingsConfigDict(env_prefix="KVPILOT_CONTROLLER_")
+
+    config: Path | None = Field(None, description="TOML file with these settings")
+    name: str = Field(default_factory=_process_name, description="name of this process, told to workers")
+    listen: str = Field("127.0.0.1:7450", description="host:port to serve gRPC on; port 0 takes a free one")
+    roles: Annotated[frozenset[Role], NoDecode] = Field(
+        frozenset(Role), description="services to run, comma-separated: generation, steering, operator"
+    )
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="job store")
+    mode: SteeringMode = Field(SteeringMode.ACTIVE, description="how much is steered at the start")
+    tick_ms: float = Field(100.0, gt=0, description="longest time between two plans, milliseconds")
+    coalesce_ms: float = Field(5.0, ge=0, description="wait for more reports before a plan, milliseconds")
+    report_interval_tokens: int = Field(16, ge=1, description="generated tokens between two reports of a request")
+    default_pipeline: str = Field("", description="pipeline of new requests that name none; empty: the worker's own")
+    nack_backoff_ms: float = Field(
+        1000.0, gt=0, description="wait before a refused pipeline is tried again, doubling each time, milliseconds"
+    )
+    nack_backoff_max_ms: float = Field(30_000.0, gt=0, description="longest such wait, milliseconds")
+    override_timeout_ms: float = Field(
+        10_000.0, gt=0, description="longest wait for a worker's answer to an operator's override, milliseconds"
+    )
+    max_queued: int = Field(1024, ge=1, description="waiting jobs of a model beyond which new ones are refused")
+    grace_s: float = Field(5.0, ge=0, description="time that calls get to end by themselves on shutdown, seconds")
+    max_concurrent_calls: int = Field(10_000, ge=1, description="calls beyond this are refused, RESOURCE_EXHAUSTED")
+    ready_file: Path | None = Field(None, description="file to write host:port to once calls are served")
+    log_level: LogLevel = Field(LogLevel.INFO, description="least severe events that are logged")
+    log_format: LogFormat = Field(LogFormat.AUTO, description="console, json, or auto by terminal")
+
+    @field_validator("listen")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _split_roles(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("roles")
+    @classmethod
+    def _some_role(cls, value: frozenset[Role]) -> frozenset[Role]:
+        if not value:
+            raise ValueError("at least one of generation, steering, operator is needed")
+        if Role.OPERATOR in value and Role.STEERING not in value:
+            raise ValueError("role operator needs role steering in the same process: it acts on its streams")
+        return value

@@ -1,0 +1,351 @@
+"""The inner loops of decode attention as LLVM vector code: queries times keys, weights times values, masses.
+
+Numba's own loops leave these far from what the machine can do: the sums over channels of several queries and tokens
+must stay in registers together. So the loops are generated here as LLVM IR, one variant for each kind of storage and
+number of queries, on vectors of 16 float32, which LLVM maps to whatever vectors the machine has.
+
+Addresses and strides are in bytes. Whole vectors are read: D must be a multiple of CHANNELS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from kernels.cpu_jit import intrinsic
+from kernels.cpu_memory import BF16, BYTE, F16, F32, FLOAT, HALF, INT, INT4, INT8, SHORT
+from kernels.layout import BLOCK_TOKENS
+
+LANES = 16
+TILE_QUERIES = 4  # most queries a tile takes at once; with TILE_TOKENS, 16 sums and 8 operands fill 24 of 32 registers
+TILE_TOKENS = 4
+TILE_VECTORS = 2  # vectors of value channels at once
+CHANNELS = LANES * TILE_VECTORS
+LINE_BYTES = 64
+
+_cgutils: Any = cgutils
+LONG = ir.IntType(64)
+VECTOR = ir.VectorType(FLOAT, LANES)
+KINDS = (F32, F16, BF16, INT8, INT4)
+VECTOR_BYTES = {F32: 64, F16: 32, BF16: 32, INT8: 16, INT4: 16}  # bytes that hold one vector (INT4: two)
+
+
+def _long(number: int) -> ir.Constant:
+    return ir.Constant(LONG, number)
+
+
+def _add(builder: ir.IRBuilder, address: ir.Value, *offsets: ir.Value | int) -> ir.Value:
+    for offset in offsets:
+        address = builder.add(address, _long(offset) if isinstance(offset, int) else offset)
+    return address
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, element: ir.Type, lanes: int = LANES) -> ir.Value:
+    stored = ir.VectorType(element, lanes)
+    return builder.load(builder.inttoptr(address, stored.as_pointer()), align=1)
+
+
+def _store(builder: ir.IRBuilder, vector: ir.Value, address: ir.Value) -> None:
+    builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=1)
+
+
+def _splat(builder: ir.IRBuilder, number: ir.Value, lanes: int = LANES) -> ir.Value:
+    vector = ir.VectorType(number.type, lanes)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(INT, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
+
+
+def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))  # fused where there is an FMA
+
+
+def _load_numbers(builder: ir.IRBuilder, kind: int, address: ir.Value) -> list[ir.Value]:
+    """The float32 vectors in ``VECTOR_BYTES[kind]`` bytes: one, or for INT4 that of the low and of the high nibbles."""
+    ints = ir.VectorType(INT, LANES)
+    if kind == F32:
+        return [_load(builder, address, FLOAT)]
+    if kind == F16:
+        return [builder.fpext(_load(builder, address, HALF), VECTOR)]
+    if kind == BF16:
+        wide = builder.zext(_load(builder, address, SHORT), ints)
+        return [builder.bitcast(builder.shl(wide, ir.Constant(ints, [16] * LANES)), VECTOR)]
+    codes = builder.zext(_load(builder, address, BYTE), ints)
+    if kind == INT8:
+        return [builder.sitofp(codes, VECTOR)]  # codes are not negative, and signed conversion is the faster one
+    low = builder.and_(codes, ir.Constant(ints, [15] * LANES))
+    high = builder.lshr(codes, ir.Constant(ints, [4] * LANES))
+    return [builder.sitofp(low, VECTOR), builder.sitofp(high, VECTOR)]
+
+
+def _sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """The sums of four vectors' lanes, as a vector of four."""
+
+    def shuffled_sum(a: ir.Value, b: ir.Value, left: list[int], right: list[int]) -> ir.Value:
+        masks = (ir.Constant(ir.VectorType(INT, len(lanes)), lanes) for lanes in (left, right))
+        return builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
+
+    quarters = range(0, LANES, 4)  # registers shuffle cheapest within 128 bits
+    interleave = [[q + lane for q in quarters for lane in (i, i + LANES, i + 1, i + 1 + LANES)] for i in (0, 2)]
+    combine = [[q + lane for q in quarters for lane in (i, i + 1, i + LANES, i + 1 + LANES)] for i in (0, 2)]
+    pairs = [shuffled_sum(a, b, *interleave) for a, b in (vectors[:2], vectors[2:])]
+    lanes = shuffled_sum(*pairs, *combine)
+    lanes = shuffled_sum(lanes, lanes, list(range(8)), list(range(8, 16)))
+    return shuffled_sum(lanes, lanes, list(range(4)), list(range(4, 8)))
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value, size: ir.Value) -> None:
+    """Asks for the cache lines of ``size`` bytes (more than 0) from ``address`` on."""
+    pointer = BYTE.as_pointer()
+    signature = ir.FunctionType(ir.VoidType(), [pointer, INT, INT, INT])
+    ask = _cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    with _loop(builder, builder.sdiv(_add(builder, size, LINE_BYTES - 1), _long(LINE_BYTES))) as line:
+        at = builder.inttoptr(_add(builder, address, builder.mul(line, _long(LINE_BYTES))), pointer)
+        builder.call(
+            ask, [at, *(ir.Constant(INT, flag) for flag in (0, 2, 1))]
+        )  # to read; L2 has more misses under way than L1; data
+
+
+@contextmanager
+def _loop(builder: ir.IRBuilder, count: ir.Value) -> Iterator[ir.Value]:
+    """Runs the body for 0 .. count - 1; count is at least 1."""
+    start, body, end = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
+    builder.branch(body)
+    builder.position_at_end(body)
+    index = builder.phi(LONG)
+    index.add_incoming(_long(0), start)
+    yield index
+    following = builder.add(index, _long(1))
+    index.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), body, end)
+    builder.position_at_end(end)
+
+
+class _Sums:
+    """Vectors summed up over a loop's rounds in registers."""
+
+    def __init__(self, builder: ir.IRBuilder, initial: list[ir.Value]) -> None:
+        self._builder = builder
+        with builder.goto_entry_block():
+            self._slots = [builder.alloca(VECTOR) for _ in initial]  # LLVM turns these into registers
+        for slot, vector in zip(self._slots, initial, strict=True):
+            builder.store(vector, slot)
+
+    def add_product(self, i: int, a: ir.Value, b: ir.Value) -> None:
+        total = self._builder.load(self._slots[i])
+        self._builder.store(_multiply_add(self._builder, a, b, total), self._slots[i])
+
+    def vectors(self) -> list[ir.Value]:
+        return [self._builder.load(slot) for slot in self._slots]
+
+
+def _for_each_variant(
+    builder: ir.IRBuilder, kind: ir.Value, queries: ir.Value, generate: Callable[[int, int], None]
+) -> None:
+    """Code that switches to the variant for a kind and a number of queries (1 .. TILE_QUERIES) known when it runs."""
+    variant = builder.add(builder.mul(kind, _long(TILE_QUERIES)), builder.sub(queries, _long(1)))
+    end = builder.append_basic_block("end")
+    switch = builder.switch(variant, end)
+    for k in KINDS:
+        for n in range(1, TILE_QUERIES + 1):
+            block = builder.append_basic_block(f"kind_{k}_queries_{n}")
+            switch.add_case(_long(k * TILE_QUERIES + n - 1), block)
+            builder.position_at_end(block)
+            generate(k, n)
+            builder.branch(end)
+    builder.position_at_end(end)
+
+
+def _intrinsic(arguments: int, generate: Callable[..., None]) -> Any:
+    """A Numba function of int64 arguments, without result, whose code ``generate(builder, *arguments)`` emits."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        generate(builder, *args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * arguments), emit
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any, size: Any) -> Any:
+    """``prefetch(address, size)``: asks for that many bytes."""
+    return _intrinsic(2, _prefetch)
+
+
+@intrinsic
+def score_tile(
+    typing: Any,
+    kind: Any,
+    queries: Any,
+    keys: Any,
+    key_stride: Any,
+    quads: Any,
+    d: Any,
+    q: Any,
+    q_stride: Any,
+    scores: Any,
+    score_stride: Any,
+    scales: Any,
+    scaled: Any,
+    ahead: Any,
+) -> Any:
+    """Stores float32 scores[g, t] = sum over channels of q[g] * keys[t], for tokens t of ``quads`` * TILE_TOKENS.
+
+    ``queries`` float32 rows of D lie at ``q``, rows of ``kind`` at ``keys``, each with its stride; ``score_stride`` is
+    that from one query's scores to the next's. Meanwhile the rows at ``ahead`` are brought into the cache.
+    """
+
+    def generate(builder: ir.IRBuilder, kind: Any, queries: Any, *rest: Any) -> None:
+        keys, key_stride, quads, d, q, q_stride, scores, score_stride, scales, scaled, ahead = rest
+
+        def scale_queries(queries: int) -> ir.Value:
+            """sum q * (code * scale + zero) = sum (q * scale) * code + sum q * zero: returns the latter sums."""
+            sums = _Sums(builder, [ir.Constant(VECTOR, [0.0] * LANES)] * TILE_QUERIES)
+            with _loop(builder, builder.sdiv(d, _long(LANES))) as i:
+                at = _add(builder, scales, builder.mul(i, _long(2 * LANES)))
+                [scale] = _load_numbers(builder, F16, at)
+                [zero] = _load_numbers(builder, F16, _add(builder, at, builder.mul(d, _long(2))))
+                for g in range(queries):
+                    offset = _add(builder, builder.mul(i, _long(4 * LANES)), builder.mul(q_stride, _long(g)))
+                    query = _load(builder, _add(builder, q, offset), FLOAT)
+                    _store(builder, builder.fmul(query, scale), _add(builder, scaled, offset))
+                    sums.add_product(g, query, zero)
+            return _sum_lanes(builder, sums.vectors())
+
+        def variant(kind: int, queries: int) -> None:
+            vectors = 2 if kind == INT4 else 1
+            constants = scale_queries(queries) if kind in (INT8, INT4) else None
+            at_queries = q if constants is None else scaled
+            rounds = builder.sdiv(d, _long(LANES * vectors))
+            quad_bytes = builder.mul(key_stride, _long(TILE_TOKENS))
+            half_row = builder.mul(d, _long(2))  # bytes of D / 2 float32
+            with _loop(builder, quads) as quad:
+                token = builder.mul(quad, _long(TILE_TOKENS))
+                first = _add(builder, keys, builder.mul(token, key_stride))
+                _prefetch(builder, _add(builder, ahead, builder.mul(token, key_stride)), quad_bytes)
+                rows = [_add(builder, first, builder.mul(key_stride, _long(t))) for t in range(TILE_TOKENS)]
+                sums = _Sums(builder, [ir.Constant(VECTOR, [0.0] * LANES)] * (queries * TILE_TOKENS))
+                with _loop(builder, rounds) as i:
+                    offset = builder.mul(i, _long(VECTOR_BYTES[kind]))
+                    numbers = [_load_numbers(builder, kind, _add(builder, row, offset)) for row in rows]
+                    channel = _add(builder, at_queries, builder.mul(i, _long(4 * LANES)))
+                    for part in range(vectors):
+                        for g in range(queries):
+                            at = _add(builder, channel, builder.mul(q_stride, _long(g)))
+                            query = _load(builder, _add(builder, at, half_row) if part else at, FLOAT)
+                            for t in range(TILE_TOKENS):
+                                sums.add_product(g * TILE_TOKENS + t, query, numbers[t][part])
+                into = _add(builder, scores, builder.mul(token, _long(4)))
+                totals = sums.vectors()
+                for g in range(queries):
+                    four = _sum_lanes(builder, totals[g * TILE_TOKENS : (g + 1) * TILE_TOKENS])
+                    if constants is not None:
+                        repeat = ir.Constant(ir.VectorType(INT, TILE_TOKENS), [g] * TILE_TOKENS)
+                        four = builder.fadd(four, builder.shuffle_vector(constants, constants, repeat))
+                    _store(builder, four, _add(builder, into, builder.mul(score_stride, _long(g))))
+
+        _for_each_variant(builder, kind, queries, variant)
+
+    return _intrinsic(13, generate)
+
+
+@intrinsic
+def weigh_tile(
+    typing: Any,
+    kind: Any,
+    queries: Any,
+    values: Any,
+    value_stride: Any,
+    tokens: Any,
+    d: Any,
+    channel: Any,
+    scales: Any,
+    zeros: Any,
+    weights: Any,
+    weight_stride: Any,
+    sums: Any,
+    sum_stride: Any,
+    ahead: Any,
+) -> Any:
+    """Adds to float32 sums[g] the ``tokens`` rows of ``kind`` at ``values``, each times float32 weights[g, t].
+
+    Covers TILE_VECTORS vectors of channels from ``channel`` on; for INT4 one from ``channel`` and one from
+    ``channel + D / 2`` on. Codes are dequantised with float32 ``scales`` and ``zeros`` [tokens, value groups].
+    Meanwhile as many rows at ``ahead`` are fetched into cache.
+    """
+
+    def generate(builder: ir.IRBuilder, kind: Any, queries: Any, *rest: Any) -> None:
+        values, value_stride, tokens, d, channel, scales, zeros, weights, weight_stride, sums, sum_stride, ahead = rest
+        group_stride = builder.mul(builder.sdiv(builder.add(d, _long(31)), _long(32)), _long(4))
+
+        def variant(kind: int, queries: int) -> None:
+            parts = 2 if kind == INT4 else 1
+            loads = TILE_VECTORS // parts
+            channels = [
+                _add(builder, channel, LANES * i, *([builder.sdiv(d, _long(2))] if part else []))
+                for i in range(loads)
+                for part in range(parts)
+            ]
+            first = _add(builder, values, builder.mul(builder.sdiv(channel, _long(LANES)), _long(VECTOR_BYTES[kind])))
+            into = [
+                _add(builder, sums, builder.mul(sum_stride, _long(g)), builder.mul(c, _long(4)))
+                for g in range(queries)
+                for c in channels
+            ]
+            totals = _Sums(builder, [_load(builder, address, FLOAT) for address in into])
+            groups = [builder.mul(builder.sdiv(c, _long(32)), _long(4)) for c in channels]
+            with _loop(builder, tokens) as t:
+                row = _add(builder, first, builder.mul(t, value_stride))
+                _prefetch(builder, _add(builder, ahead, builder.mul(t, value_stride)), value_stride)
+                numbers = [
+                    vector
+                    for i in range(loads)
+                    for vector in _load_numbers(builder, kind, _add(builder, row, i * VECTOR_BYTES[kind]))
+                ]
+                if kind in (INT8, INT4):
+                    of_token = builder.mul(t, group_stride)
+                    for i, group in enumerate(groups):
+                        scale, zero = (
+                            _splat(builder, _scalar(builder, _add(builder, table, of_token, group)))
+                            for table in (scales, zeros)
+                        )
+                        numbers[i] = _multiply_add(builder, numbers[i], scale, zero)
+                at = _add(builder, weights, builder.mul(t, _long(4)))
+                for g in range(queries):
+                    weight = _splat(builder, _scalar(builder, _add(builder, at, builder.mul(weight_stride, _long(g)))))
+                    for i, number in enumerate(numbers):
+                        totals.add_product(g * len(numbers) + i, weight, number)
+            for vector, address in zip(totals.vectors(), into, strict=True):
+                _store(builder, vector, address)
+
+        _for_each_variant(builder, kind, queries, variant)
+
+    return _intrinsic(14, generate)
+
+
+@intrinsic
+def spread_tile(
+    typing: Any, queries: Any, scores: Any, score_stride: Any, shares: Any, share_stride: Any, into: Any
+) -> Any:
+    """Stores one block's float32 into[t] = sum over queries of scores[g, t] * shares[g]."""
+
+    def generate(builder: ir.IRBuilder, queries: Any, *rest: Any) -> None:
+        scores, score_stride, shares, share_stride, into = rest
+        offsets = range(0, 4 * BLOCK_TOKENS, 4 * LANES)
+        sums = _Sums(builder, [ir.Constant(VECTOR, [0.0] * LANES)] * len(offsets))
+        with _loop(builder, queries) as g:
+            share = _splat(builder, _scalar(builder, _add(builder, shares, builder.mul(g, share_stride))))
+            row = _add(builder, scores, builder.mul(g, score_stride))
+            for i, offset in enumerate(offsets):
+                sums.add_product(i, share, _load(builder, _add(builder, row, offset), FLOAT))
+        for vector, offset in zip(sums.vectors(), offsets, strict=True):
+            _store(builder, vector, _add(builder, into, offset))
+
+    return _intrinsic(6, generate)
+
+
+def _scalar(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return builder.load(builder.inttoptr(address, FLOAT.as_pointer()), align=4)

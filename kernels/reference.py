@@ -1,0 +1,249 @@
+"""The definition of every kernel, in plain torch: slow, short, and the same on any device.
+
+Where this file and a faster backend disagree, the faster backend is wrong. Arithmetic is in float32 throughout.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from kernels.api import I32, VOTE_DECAY, DecodePlan, Tables, TokenSource
+from kernels.checks import check_arenas, check_plan, check_write
+from kernels.layout import BLOCK_TOKENS, GROUP, UNIT_BYTES, CacheShape, Format
+
+Mask = npt.NDArray[np.bool_]
+
+LEVELS = {Format.INT8: 255, Format.INT4: 15}
+HALF_MAX = 65504.0  # largest finite float16, the type of scales and zeros
+
+
+class ReferenceBackend:
+    """Torch kernels. Arenas may lie on the CPU or on a GPU; results are on the device tier's device."""
+
+    def __init__(self, shape: CacheShape, arenas: tuple[torch.Tensor, ...], tables: Tables) -> None:
+        check_arenas(shape, arenas)
+        self.shape = shape
+        self.arenas = arenas
+        self.tables = tables
+        self._device = arenas[0].device
+
+    def warm_up(self) -> None:
+        """Nothing to compile."""
+
+    def plan(self, slots: I32) -> DecodePlan:
+        """See ``kernels.api.Backend.plan``."""
+        check_plan(self.tables, slots)
+        length = self.tables.length[slots]  # [R, L, H]
+        rows, layers, heads = length.shape
+        blocks = -(-int(length.max(initial=0)) // BLOCK_TOKENS)
+        return DecodePlan(slots, np.zeros((layers, rows, heads, blocks), np.float32))
+
+    def decode(
+        self, plan: DecodePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See ``kernels.api.Backend.decode``."""
+        tables, slots = self.tables, plan.slots
+        for row, slot in enumerate(slots):
+            for head in range(self.shape.kv_heads):
+                last = int(tables.length[slot, layer, head]) - 1
+                self._write_row(slot, layer, head, last, k[row, head, None], v[row, head, None])
+
+        scaled = (q.to(torch.float32) * scaling).contiguous()
+        return torch.stack([self._attend(plan, layer, row, scaled[row]) for row in range(len(slots))]).to(q.dtype)
+
+    def _attend(self, plan: DecodePlan, layer: int, row: int, q: torch.Tensor) -> torch.Tensor:
+        """One row's output [query_heads, D] in float32. A row is computed alone, to be the same in any batch."""
+        slot = plan.slots[row]
+        length = self.tables.length[slot, layer]  # [H]
+        heads, group = len(length), self.shape.queries_per_kv_head
+        blocks = -(-int(length.max()) // BLOCK_TOKENS)
+        kept = np.arange(blocks * BLOCK_TOKENS) < length[:, None]  # [H, T]
+        keys, values = self._gather(self._whole_blocks(slot, layer, kept), torch.float32)
+        keys = keys.view(heads, -1, self.shape.head_dim)  # [H, T, D]
+        values = values.view_as(keys)
+
+        queries = q.reshape(heads, group, -1)  # [H, G, D]
+        scores = queries @ keys.mT  # [H, G, T]
+        scores.masked_fill_(~torch.from_numpy(kept)[:, None].to(scores.device), -torch.inf)
+        shares = scores.softmax(-1)
+
+        received = shares.sum(1).cpu().numpy()  # [H, T]
+        plan.block_mass[layer, row, :, :blocks] = received.reshape(heads, blocks, -1).sum(-1) / group
+        mass = self.tables.mass[slot, layer, :, : kept.shape[1]]
+        mass += received
+        votes = self.tables.votes[slot, layer, :, : kept.shape[1]]
+        votes[kept] = votes[kept].astype(np.float32) * np.float32(VOTE_DECAY) + received[kept]
+        return (shares @ values).view(self.shape.query_heads, -1)
+
+    def write(self, slot: int, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """See ``kernels.api.Backend.write``."""
+        check_write(self.tables, slot, layer, start, k.shape[1])
+        for head in range(self.shape.kv_heads):
+            self._write_row(slot, layer, head, start, k[head], v[head])
+
+    def read(self, source: TokenSource) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``kernels.api.Backend.read``."""
+        return self._gather(source, self.shape.dtype)
+
+    def encode(self, source: TokenSource, fmt: Format) -> torch.Tensor:
+        """See ``kernels.api.Backend.encode``.
+
+        A block whose tokens are one block of the wanted format, in order, is copied byte for byte.
+        """
+        if fmt is Format.RAW:
+            parts = list(self._gather(source, self.shape.dtype))
+        else:
+            keys, values = self._gather(source, torch.float32)
+            parts = quantise(keys, values, fmt)
+        payload = torch.cat([part.flatten(1).view(torch.uint8) for part in parts], 1)
+        blocks = functional.pad(payload, (0, self.shape.block_bytes(fmt) - payload.shape[1]))
+
+        first = source.address[:, :1]
+        same = (source.address == first) & (source.tier == source.tier[:, :1]) & (source.format == fmt)
+        same &= (source.row == np.arange(BLOCK_TOKENS)) & (first >= 0)
+        for tier in range(len(self.arenas)):
+            whole = same.all(1) & (source.tier[:, 0] == tier)
+            blocks[torch.from_numpy(whole).to(self._device)] = self.load(tier, first[whole, 0], fmt).to(self._device)
+        return blocks
+
+    def store(self, tier: int, address: I32, blocks: torch.Tensor) -> None:
+        """See ``kernels.api.Backend.store``."""
+        arena = self.arenas[tier].view(-1, UNIT_BYTES)
+        units = blocks.reshape(len(address), blocks.shape[1] // UNIT_BYTES, UNIT_BYTES).to(
+            arena.device
+        )  # [N, units, 256]
+        arena[self._units(address, units.shape[1], arena.device)] = units
+
+    def load(self, tier: int, address: I32, fmt: Format) -> torch.Tensor:
+        """See ``kernels.api.Backend.load``."""
+        arena = self.arenas[tier].view(-1, UNIT_BYTES)
+        units = arena[self._units(address, self.shape.block_units(fmt), arena.device)]  # [N, units, 256]
+        return units.flatten(1)
+
+    @staticmethod
+    def _units(address: I32, count: int, device: torch.device) -> torch.Tensor:
+        first = torch.from_numpy(address.astype(np.int64)).to(device)
+        return first[:, None] + torch.arange(count, device=device)  # [N, count]
+
+    def _write_row(self, slot: int, layer: int, head: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes k, v [N, D] as kept tokens start.. of one table."""
+        d, dtype = self.shape.head_dim, self.shape.dtype
+        arena = self.arenas[0].view(dtype)
+        token = torch.arange(start, start + len(k))
+        table = torch.from_numpy(self.tables.address[slot, layer, head].astype(np.int64))
+        base = table[token // BLOCK_TOKENS] * (UNIT_BYTES // dtype.itemsize) + token % BLOCK_TOKENS * d  # [N]
+        index = (base[:, None] + torch.arange(d)).to(arena.device)  # [N, D]
+        arena[index] = k.to(arena)
+        arena[index + BLOCK_TOKENS * d] = v.to(arena)
+
+    def _whole_blocks(self, slot: int, layer: int, kept: Mask) -> TokenSource:
+        """The kept tokens [H, T] of a slot's tables of a layer, as T / 32 blocks a table."""
+        kept = kept.reshape(-1, BLOCK_TOKENS)  # [N, 32]
+        blocks = len(kept) // self.shape.kv_heads
+        address = self.tables.address[slot, layer, :, :blocks].reshape(-1, 1)
+        fmt = self.tables.format[slot, layer, :, :blocks].reshape(-1, 1)
+        tier = self.tables.tier[slot, layer, :, :blocks].reshape(-1, 1)
+        row = np.arange(BLOCK_TOKENS, dtype=np.uint8)
+        return TokenSource(
+            np.where(kept, address, np.int32(-1)),
+            np.broadcast_to(fmt, kept.shape),
+            np.broadcast_to(tier, kept.shape),
+            np.broadcast_to(row, kept.shape),
+        )
+
+    def _gather(self, source: TokenSource, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [N, 32, D] of the named tokens in ``dtype``; zeros where the address is -1."""
+        size = (*source.address.shape, self.shape.head_dim)
+        keys = torch.zeros(size, dtype=dtype, device=self._device)
+        values = torch.zeros(size, dtype=dtype, device=self._device)
+        for fmt in Format:
+            for tier, arena in enumerate(self.arenas):
+                chosen = (source.address >= 0) & (source.format == fmt) & (source.tier == tier)
+                if not chosen.any():
+                    continue
+                base = torch.from_numpy(source.address[chosen].astype(np.int64) * UNIT_BYTES).to(arena.device)
+                row = torch.from_numpy(source.row[chosen].astype(np.int64)).to(arena.device)
+                k, v = self._tokens(arena, fmt, base, row)
+                into = torch.from_numpy(chosen).to(self._device)
+                keys[into] = k.to(keys)
+                values[into] = v.to(values)
+        return keys, values
+
+    def _tokens(
+        self, arena: torch.Tensor, fmt: Format, base: torch.Tensor, row: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [n, D] of n tokens, each given by its block's first byte [n] and its row [n]; raw: as stored."""
+        d, groups = self.shape.head_dim, self.shape.value_groups
+        channel = torch.arange(d, device=arena.device)
+        if fmt is Format.RAW:
+            stored = arena.view(self.shape.dtype)
+            index = (base // self.shape.dtype.itemsize + row * d)[:, None] + channel
+            return stored[index], stored[index + BLOCK_TOKENS * d]
+
+        row_bytes = d if fmt is Format.INT8 else d // 2
+        byte = (base + row * row_bytes)[:, None]
+        if fmt is Format.INT8:
+            k_code, v_code = (arena[byte + channel + part] for part in (0, BLOCK_TOKENS * row_bytes))
+        else:
+            byte = byte + channel % row_bytes
+            shift = channel // row_bytes * 4  # low nibbles first
+            k_code, v_code = (arena[byte + part] >> shift & 15 for part in (0, BLOCK_TOKENS * row_bytes))
+
+        half = arena.view(torch.float16)
+        k_scale = (base + 2 * BLOCK_TOKENS * row_bytes)[:, None] // 2 + channel
+        v_scale = (base + 2 * BLOCK_TOKENS * row_bytes + 4 * d)[:, None] // 2 + row[:, None] * groups + channel // GROUP
+        keys = k_code.float() * half[k_scale].float() + half[k_scale + d].float()
+        values = v_code.float() * half[v_scale].float() + half[v_scale + BLOCK_TOKENS * groups].float()
+        return keys, values
+
+
+def quantise(keys: torch.Tensor, values: torch.Tensor, fmt: Format) -> list[torch.Tensor]:
+    """Codes, scales and zeros of blocks K, V float32 [N, 32, D], in the order of their bytes in a block."""
+    d = keys.shape[-1]
+    groups = -(-d // GROUP)
+    k_scale, k_zero = _scale_and_zero(_finite(keys).mT, fmt)  # [N, D]
+    # the last group may be short: repeating its last channel changes neither its least nor its greatest value
+    channel = torch.arange(groups * GROUP, device=values.device).clamp(max=d - 1)
+    v_scale, v_zero = _scale_and_zero(
+        _finite(values)[..., channel].reshape(-1, BLOCK_TOKENS, groups, GROUP), fmt
+    )  # [N, 32, G]
+    of_channel = torch.arange(d, device=values.device) // GROUP
+    k_code = _codes(keys, k_scale[:, None], k_zero[:, None], fmt)
+    v_code = _codes(values, v_scale[..., of_channel], v_zero[..., of_channel], fmt)
+    return [k_code, v_code, k_scale, k_zero, v_scale, v_zero]
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    """What quantised formats can hold: NaN counts as 0, and float16 scales end at +-65504."""
+    return x.nan_to_num(0.0, torch.inf, -torch.inf).clamp(-HALF_MAX, HALF_MAX)
+
+
+def _scale_and_zero(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """float16 scale and zero of groups [..., n], rounded outwards so that codes 0..levels cover the whole group."""
+    low, high = x.aminmax(dim=-1)
+    zero = low.half()
+    zero = torch.where((zero.float() > low) & (high > low), _next_half(zero, up=False), zero)
+    exact = (high - zero.float()) / LEVELS[fmt]
+    scale = exact.half()
+    scale = torch.where(scale.float() < exact, _next_half(scale, up=True), scale)
+    return torch.where(high > low, scale, 0), zero
+
+
+def _next_half(x: torch.Tensor, *, up: bool) -> torch.Tensor:
+    """The neighbouring float16 (numpy has it, torch does not). ``x`` is never zero of the sign that is walked away."""
+    with np.errstate(over="ignore"):
+        neighbour = np.nextafter(x.cpu().numpy(), np.float16(np.inf if up else -np.inf))
+    return torch.from_numpy(neighbour).to(x.device)
+
+
+def _codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """uint8 codes of x [N, 32, D]; int4: two to a byte, [N, 32, D/2]."""
+    exact = (_finite(x) - zero.float()) / scale.float().masked_fill(scale == 0, 1.0)
+    code = exact.masked_fill(scale == 0, 0.0).round().clamp(0, LEVELS[fmt]).to(torch.uint8)
+    if fmt is Format.INT8:
+        return code
+    low, high = code.chunk(2, dim=-1)
+    return low | high << 4

