@@ -1,4 +1,4 @@
-"""Generates the Python stubs beside the .proto files: ``python protos/generate.py``; with ``--check``, compares only."""
+"""Generates the Python stubs beside the .proto files: ``python protos/generate.py``; ``--check`` only compares."""
 
 from __future__ import annotations
 
