@@ -6,80 +6,26 @@ import asyncio
 import json
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import grpc
 from rich.console import Console
 
-from cli import text
 from cli.demo_jobs import DemoJob, demo_jobs
+from cli.demo_run import Run
 from cli.demo_view import Board, summary
-from cli.document import switch_document
 from cli.errors import FailedError
 from cli.jobs import follow
 from cli.redis_server import free_port
 from cli.settings import load_settings
 from cli.up import make_stack, until_signal, wait_attached
-from kvpilot.result import Result
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
 
 DEVICE_BUDGET = "160MiB"
 """Small enough that the jobs together press against it, large enough for the longest of them alone."""
 HOST_BUDGET = "512MiB"
 LOOK_EVERY_S = 0.5
-
-
-@dataclass
-class Run:
-    """One request of the demo as it goes."""
-
-    name: str
-    answer: str | None = None
-    result: Result = field(default_factory=Result)
-    first_token_at: float = 0.0
-
-    @property
-    def fact_found(self) -> bool | None:
-        """Whether the text contains what it must; None where nothing is asked."""
-        return None if self.answer is None else self.answer in self.result.text
-
-    @property
-    def steered_midway(self) -> bool:
-        """Whether the controller switched it in the middle of its generation."""
-        total = len(self.result.token_ids)
-        return any(
-            0 < switch.at_token < total and text.orderer(switch.ordered_by) == "controller"
-            for switch in self.result.switches
-        )
-
-    def document(self) -> dict[str, Any]:
-        """Its part of the summary."""
-        cache, timings = self.result.cache, self.result.timings
-        tokens = len(self.result.token_ids)
-        return {
-            "name": self.name,
-            "tokens": tokens,
-            "prompt_tokens": self.result.usage.prompt_tokens,
-            "reused_prompt_tokens": self.result.usage.reused_prompt_tokens,
-            "tokens_per_s": round((tokens - 1) * 1000 / timings.decode_ms, 2) if timings.decode_ms else 0.0,
-            "peak_device_bytes": cache.peak_device_bytes,
-            "end_device_bytes": cache.device_bytes,
-            "full_cache_bytes": cache.full_cache_bytes,
-            "peak_device_bytes_16bit": cache.peak_device_bytes_16bit,
-            "full_cache_bytes_16bit": cache.full_cache_bytes_16bit,
-            "finish_reason": str(self.result.finish_reason),
-            "fact_found": self.fact_found,
-            "text": self.result.text,
-            "switches": [
-                {key: value for key, value in switch_document(switch).items() if key in SWITCH_FIELDS}
-                for switch in self.result.switches
-            ],
-        }
-
-
-SWITCH_FIELDS = ("at_token", "from", "to", "reason", "ordered_by", "stall_ms")
 
 
 def demo(file: Path | None, model: str | None, device_budget: str | None, threads: int | None) -> None:

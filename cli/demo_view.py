@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -12,10 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cli import text
+from cli.demo_run import Run
 from kvpilot.v1 import generation_pb2, operator_pb2
-
-if TYPE_CHECKING:
-    from cli.demo import Run
 
 
 class Board:

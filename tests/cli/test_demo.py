@@ -7,8 +7,9 @@ import json
 
 from rich.console import Console
 
-from cli.demo import Run, judge
+from cli.demo import judge
 from cli.demo_jobs import FACT, FACT_ANSWER, demo_jobs, long_document
+from cli.demo_run import Run
 from cli.demo_view import Board, summary
 from kvpilot.result import Result
 from kvpilot.v1 import common_pb2, generation_pb2

@@ -53,6 +53,8 @@ class SequenceCache:
     max_tokens: int
     seen: int = 0
     """Tokens stored so far, kept or not."""
+    reserved: int = 0
+    """Tokens that every table has room for, but that are not counted in yet."""
     evicted: bool = False
     """Whether its tables lack tokens."""
     lost: bool = False
@@ -115,6 +117,8 @@ class KVCache:
         now = blocks_of(self.tables, seq.slot)
         for tier, arena in self._arenas.items():
             arena.release(now.on(tier))
+        self.device.release(self.tables.address[seq.slot][self._beyond(seq, now.length)])
+        seq.reserved = 0
         self._drop_shadow(seq)
         for row in seq.prefix:
             row.users -= 1
@@ -161,16 +165,17 @@ class KVCache:
     # -- growth --------------------------------------------------------------------------------------------------------
 
     def reserve(self, seq: SequenceCache, tokens: int) -> None:
-        """Makes room for the next ``tokens`` tokens of every table.
+        """Makes room for the next ``tokens`` tokens of every table; room that is already there counts.
 
         Raises:
             TierFullError: the device tier has too few pages.
         """
         slot, tables = seq.slot, self.tables
         length = tables.length[slot]
-        before, after = block_count(length), block_count(length + tokens)
+        before, after = block_count(length + seq.reserved), block_count(length + max(tokens, seq.reserved))
         grown = after - before
         if not grown.any():
+            seq.reserved = max(tokens, seq.reserved)
             return
         first, rows = int(before.min()), int(grown.max())
         if (before == first).all() and (grown == rows).all():
@@ -188,7 +193,8 @@ class KVCache:
         new = (index >= before[..., None]) & (index < after[..., None])
         tables.format[slot, :, :, first:last][new] = Format.RAW
         tables.tier[slot, :, :, first:last][new] = Tier.DEVICE
-        self._note_peak(seq, extra_rows=grown)
+        seq.reserved = tokens
+        self._note_peak(seq, extra_rows=after - block_count(length))
 
     def advance(self, seq: SequenceCache, tokens: int) -> None:
         """Counts the next ``tokens`` tokens in; their keys and values are written by the forward pass that follows."""
@@ -207,6 +213,7 @@ class KVCache:
         tables.votes[places] = 0  # type: ignore[index]
         length += tokens
         seq.seen += tokens
+        seq.reserved = max(0, seq.reserved - tokens)
 
     def context(self, seq: SequenceCache) -> PromptContext:
         """Reader of a prompt's exact keys and values, layer by layer, while it is being computed."""
@@ -240,12 +247,14 @@ class KVCache:
         try:
             if seq.shadow or (pipeline.wants_shadow and not seq.lost):
                 self._extend_shadow(seq)
-            try:
-                self._commit(seq, self._arrange(seq, pipeline, occasion))
-            except TierFullError as full:
-                if full.tier is not Tier.DEVICE or not self._take_back(seq):
-                    raise
-                self._commit(seq, self._arrange(seq, pipeline, occasion))
+            while True:
+                try:
+                    self._commit(seq, self._arrange(seq, pipeline, occasion))
+                    break
+                except TierFullError as full:
+                    missing_bytes = full.needed_bytes - full.free_bytes
+                    if full.tier is not Tier.DEVICE or not (self.prefixes.drop(missing_bytes) or self._take_back(seq)):
+                        raise
         except TierFullError:
             if not had_shadow:
                 self._drop_shadow(seq)
@@ -281,9 +290,15 @@ class KVCache:
             tier, fmt = Tier(int(code) // len(Format)), Format(int(code) % len(Format))
             groups[tier, fmt] = build & (new.tier == tier) & (new.format == fmt)
         released = {tier: np.setdiff1d(now.on(tier), new.on(tier)).astype(np.int32) for tier in Tier}
+        wanted = {key: int(mask.sum()) for key, mask in groups.items()}
+        raw_device, beyond = (Tier.DEVICE, Format.RAW), self._beyond(seq, new.length)
+        if target.moved is not None and seq.reserved:  # other ends of tables: the room behind them moves along
+            spare = self.tables.address[seq.slot][self._beyond(seq, now.length)]
+            released[Tier.DEVICE] = np.concatenate([released[Tier.DEVICE], spare])
+            wanted[raw_device] = wanted.get(raw_device, 0) + int(beyond.sum())
         for tier, arena in self._arenas.items():
-            wanted = [(seq.lots.get(key), key[1], int(mask.sum())) for key, mask in groups.items() if key[0] is tier]
-            arena.require(released[tier], wanted)
+            here = [(seq.lots.get(key), key[1], blocks) for key, blocks in wanted.items() if key[0] is tier]
+            arena.require(released[tier], here)
 
         of_build = np.cumsum(build.reshape(-1)) - 1  # place of each block to build among the sources
         built = {
@@ -301,6 +316,10 @@ class KVCache:
             self.backend.store(tier, addresses, built[tier, fmt])
             new.address[mask] = addresses
         self._swap_tables(seq, target)
+        if target.moved is not None and beyond.any():
+            addresses = self.device.allocate(self._lot(seq, *raw_device), int(beyond.sum()))
+            self.tables.address[seq.slot][beyond] = addresses
+            self.tables.format[seq.slot][beyond], self.tables.tier[seq.slot][beyond] = Format.RAW, Tier.DEVICE
         self._release_prefixes(seq)
         self._note_peak(seq)
 
@@ -329,6 +348,9 @@ class KVCache:
             on_host = blocks_of(self.tables, seq.slot).on(Tier.HOST)
             if len(self.host.owned(on_host)) == len(on_host):
                 self._drop_shadow(seq)
+            elif pipeline.loss_class is LossClass.PERMANENT:
+                seq.shadow.hand_over(on_host)
+                seq.shadow = None
 
     # -- exact copies --------------------------------------------------------------------------------------------------
 
@@ -454,6 +476,11 @@ class KVCache:
 
     def _valid(self, seq: SequenceCache) -> Mask:
         return np.arange(self.tables.address.shape[3]) < block_count(self.tables.length[seq.slot])[..., None]
+
+    def _beyond(self, seq: SequenceCache, length: I32) -> Mask:
+        """[L, H, B] which blocks are reserved behind tables of that length."""
+        index = np.arange(self.tables.address.shape[3])
+        return (index >= block_count(length)[..., None]) & (index < block_count(length + seq.reserved)[..., None])
 
     def _positions(self, seq: SequenceCache) -> I32:
         count = int(self.tables.length[seq.slot].max(initial=0))

@@ -57,6 +57,11 @@ class Shadow:
         self.mass[layer, head, position[valid]] = mass[valid]
         self.votes[layer, head, position[valid]] = votes[valid]
 
+    def hand_over(self, referred: I32) -> None:
+        """Ends the copy: blocks that tables refer to become the request's own, all others go."""
+        self.lot.borrowed = False
+        self._arena.release(np.setdiff1d(self.address[: self.rows], referred).astype(np.int32))
+
     def close(self) -> None:
         """Gives its memory back."""
         self._arena.close_lot(self.lot)

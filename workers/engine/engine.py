@@ -508,7 +508,8 @@ class Engine:
             self._on_events(events)
         with self._lock:
             live = dict(self._live)
-        if report := self._reporter.take(live, len(self._scheduler.waiting)):
+        scheduler = self._scheduler
+        if report := self._reporter.take(live, len(scheduler.running), scheduler.waiting_for_memory):
             self._on_report(report)
 
 

@@ -17,6 +17,7 @@ from workers.cache.kvcache import KVCache
 from workers.engine.sequence import Phase, Sequence
 from workers.stages.base import Pipeline
 from workers.stages.compress.kivi import Kivi
+from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 from workers.stages.offload.host import Host
 
 log = structlog.get_logger(__name__)
@@ -65,7 +66,10 @@ class EngineMemory:
         seq.cache = self._cache.open(seq.most_tokens)
         evictor = seq.pipeline.evictor
         if not (evictor and evictor.needs_prompt_mass):
-            seq.computed = self._cache.reuse_prefix(seq.cache, seq.token_ids)
+            # An evictor goes by the attention of the prompt's last queries. They are computed in any case, or what it
+            # keeps would depend on what others have published.
+            end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)
+            seq.computed = self._cache.reuse_prefix(seq.cache, seq.token_ids[: max(0, end)])
             if seq.computed and not seq.pipeline.is_full:
                 self.evacuate(seq)
         seq.reused_prompt_tokens = min(seq.computed, seq.prompt_tokens)

@@ -71,14 +71,14 @@ class Reporter:
         while self._token_times and self._token_times[0][0] < now - RATE_WINDOW_S:
             self._token_times.popleft()
 
-    def take(self, live: dict[str, Sequence], waiting: int) -> policy_pb2.Report | None:
+    def take(self, live: dict[str, Sequence], running: int, waiting: int) -> policy_pb2.Report | None:
         """A report of everything new, or None where nothing is."""
         if not self._news and not self._ended:
             return None
         self._sequence_number += 1
         report = policy_pb2.Report(
             sequence_number=self._sequence_number,
-            worker=self.worker_state(len(live) - waiting, waiting),
+            worker=self.worker_state(running, waiting),
             requests=[self._request_state(live[job_id]) for job_id in sorted(self._news) if job_id in live],
             ended_request_ids=self._ended,
         )

@@ -55,7 +55,7 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Choi
     """
     logits = logits.float()
     logprobs = torch.log_softmax(logits, dim=-1)  # [R, V]
-    entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
+    entropies = torch.special.entr(logprobs.exp()).sum(dim=-1)  # 0 for a token that the model rules out
     best_logprobs, best = logprobs.max(dim=-1)
     best_ids, best_values, entropy_values = best.tolist(), best_logprobs.tolist(), entropies.tolist()
     choices = []

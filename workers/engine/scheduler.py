@@ -76,6 +76,12 @@ class Scheduler:
         self._max_running = max_running
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._short_of_memory = False
+
+    @property
+    def waiting_for_memory(self) -> int:
+        """Requests that the last step did not admit for want of memory; those that just came do not count."""
+        return len(self.waiting) if self._short_of_memory else 0
 
     def add(self, seq: Sequence) -> None:
         """Queues a request."""
@@ -101,12 +107,14 @@ class Scheduler:
             if budget > 0 and seq.phase is Phase.PREFILL:
                 budget -= self._prefill(seq, budget, step)
         # Nobody is admitted in a step that had to preempt: the room there is belongs to those that run.
+        self._short_of_memory = False
         while budget > 0 and not step.preempted and self._admissible():
             seq = self.waiting.popleft()
             self._memory.admit(seq)
             seq.phase = Phase.PREFILL
             self.running.append(seq)
             budget -= self._prefill(seq, budget, step)
+        self._short_of_memory |= bool(step.preempted)
         step.decode = [seq for seq in step.decode if seq.phase is Phase.DECODE]
         step.prefill = [(seq, tokens) for seq, tokens in step.prefill if seq.phase is Phase.PREFILL]
         return step
@@ -118,7 +126,9 @@ class Scheduler:
         if not self.running:
             return True
         first = min(self.waiting[0].to_compute, self._chunk_tokens)
-        return self._memory.free_bytes() >= self._memory.prompt_bytes(first) + self._memory.watermark_bytes()
+        needed = self._memory.prompt_bytes(first) + self._memory.watermark_bytes()
+        self._short_of_memory = self._memory.free_bytes() < needed
+        return not self._short_of_memory
 
     def _prefill(self, seq: Sequence, budget: int, step: Step) -> int:
         tokens = min(seq.to_compute, budget, self._chunk_tokens)

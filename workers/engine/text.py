@@ -43,14 +43,15 @@ class TextStream:
         return self._release()
 
     def finish(self) -> str:
-        """Returns what was still held back, at the end of generation."""
+        """Returns what was still held back, at the end of generation; it too ends before a stop string."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._context : self._settled])
-        rest = self._decode(self._ids[self._context :])[len(before) :]
-        text, self._held = self._held + rest, ""
+        self._held += self._decode(self._ids[self._context :])[len(before) :]
         self._settled = self._context = len(self._ids)
-        return text
+        text = self._release()
+        rest, self._held = self._held, ""
+        return text if self.stopped else text + rest
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

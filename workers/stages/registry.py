@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 from kernels.layout import CacheShape
 from kvpilot.pipeline import PipelineError, StageSpec, Value, format_value, parse_pipeline
@@ -89,11 +90,16 @@ def _build_stage(spec: StageSpec) -> Stage:
         if key not in fields:
             accepted = ", ".join(fields) or "none"
             raise PipelineError(f"unknown parameter {key!r} of stage {spec.name!r}; its parameters: {accepted}")
-        given[key] = _convert(spec.name, key, value, str(fields[key].type))
+        given[key] = _convert(spec.name, key, value, _type_name(fields[key]))
     try:
         return stage(**given)
     except ValueError as error:
         raise PipelineError(str(error)) from None
+
+
+def _type_name(field: dataclasses.Field[Any]) -> str:
+    """``int``, whether the stage's module postpones its annotations or not."""
+    return field.type if isinstance(field.type, str) else field.type.__name__
 
 
 def _convert(stage: str, key: str, value: Value, type_name: str) -> Value:
@@ -116,7 +122,7 @@ def describe() -> list[generation_pb2.StageInfo]:
             parameters=[
                 generation_pb2.ParameterInfo(
                     name=field.name,
-                    type=str(field.type),
+                    type=_type_name(field),
                     default_value="" if field.default is dataclasses.MISSING else format_value(field.default),
                     accepts=field.metadata["accepts"],
                 )

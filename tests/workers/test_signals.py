@@ -1,0 +1,242 @@
+"""Signals against plain loops, on block masses and tables made by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.api import DecodePlan, Tables
+from kernels.layout import BLOCK_TOKENS, CacheShape
+from kvpilot.v1 import policy_pb2
+from workers.signals import FAR_HORIZONS_TOKENS, SAMPLE_EVERY, SINK_TOKENS, SignalMeter
+
+SHAPE = CacheShape(layers=2, kv_heads=2, query_heads=4, head_dim=16, dtype=torch.float32)
+HEAD_INDEX = list(itertools.product(range(SHAPE.layers), range(SHAPE.kv_heads)))
+SLOT, ROW = 1, 2
+Positions = dict[tuple[int, int], list[int]]
+fixed = settings(derandomize=True, max_examples=40, deadline=None, database=None)
+
+
+def make_tables(positions: Positions) -> Tables:
+    """Tables that keep these positions; beyond their ends lies what an earlier, longer life has left."""
+    tables = Tables.allocate(2, SHAPE, max(map(len, positions.values())) + 64)
+    tables.position[:] = np.arange(tables.position.shape[-1])
+    for (layer, head), kept in positions.items():
+        tables.length[SLOT, layer, head] = len(kept)
+        tables.position[SLOT, layer, head, : len(kept)] = kept
+    return tables
+
+
+def make_plan(positions: Positions, seed: int = 0) -> DecodePlan:
+    """Shares of the blocks that exist, summing to 1 for each head; other rows hold rubbish."""
+    rng = np.random.default_rng(seed)
+    width = max(math.ceil(len(kept) / BLOCK_TOKENS) for kept in positions.values()) + 1  # another row is longer
+    mass = rng.random((SHAPE.layers, 3, SHAPE.kv_heads, width)).astype(np.float32)
+    for (layer, head), kept in positions.items():
+        blocks = math.ceil(len(kept) / BLOCK_TOKENS)
+        shares = rng.dirichlet(np.full(blocks, 0.5))
+        mass[layer, ROW, head] = [*shares, *[0.0] * (width - blocks)]
+    return DecodePlan(np.array([5, 0, SLOT], np.int32), mass)
+
+
+def look(meter: SignalMeter, positions: Positions, seed: int = 0, times: int = SAMPLE_EVERY) -> DecodePlan:
+    plan, tables = make_plan(positions, seed), make_tables(positions)
+    for _ in range(times):
+        meter.note_attention(plan, ROW, tables)
+    return plan
+
+
+def everywhere(kept: list[int]) -> Positions:
+    return dict.fromkeys(HEAD_INDEX, kept)
+
+
+def plain_signals(plan: DecodePlan, positions: Positions) -> dict[str, object]:
+    """Every signal by loops over layers, heads, blocks and tokens."""
+    seen = max(kept[-1] for kept in positions.values()) + 1
+    far: list[list[float]] = [[] for _ in FAR_HORIZONS_TOKENS]
+    sinks, entropies = [], []
+    most_blocks = max(math.ceil(len(kept) / BLOCK_TOKENS) for kept in positions.values())
+    for (layer, head), kept in positions.items():
+        blocks = [kept[start : start + BLOCK_TOKENS] for start in range(0, len(kept), BLOCK_TOKENS)]
+        shares = plan.block_mass[layer, ROW, head].tolist()
+        with_sinks = [any(position < SINK_TOKENS for position in block) for block in blocks]
+        sinks.append(sum(share for share, sink in zip(shares, with_sinks, strict=False) if sink))
+        for place, horizon in enumerate(FAR_HORIZONS_TOKENS):
+            total = 0.0
+            for block, share, sink in zip(blocks, shares, with_sinks, strict=False):
+                wholly_older = len(block) == BLOCK_TOKENS and all(position < seen - horizon for position in block)
+                total += share if wholly_older and not sink else 0.0
+            far[place].append(total)
+        entropies.append(-sum(share * math.log(share) for share in shares if share > 0))
+    return {
+        "far_mass": [np.mean(values) for values in far],
+        "far_mass_max": [max(values) for values in far],
+        "sink_mass": np.mean(sinks),
+        "attention_entropy": np.mean(entropies) / math.log(most_blocks) if most_blocks > 1 else 0.0,
+    }
+
+
+def check(signals: policy_pb2.Signals, want: dict[str, object]) -> None:
+    for name, value in want.items():
+        got = getattr(signals, name)
+        assert (list(got) if isinstance(value, list) else got) == pytest.approx(value, abs=1e-5), name
+
+
+def test_one_head_by_hand() -> None:
+    """160 tokens: of five blocks the first holds the sinks, the next three are older than 32 tokens, two than 64."""
+    positions = everywhere(list(range(160)))
+    plan = make_plan(positions)
+    plan.block_mass[:, ROW, :, :5] = [0.4, 0.1, 0.2, 0.05, 0.25]
+    meter = SignalMeter([])
+    for _ in range(SAMPLE_EVERY):
+        meter.note_attention(plan, ROW, make_tables(positions))
+    signals = meter.take()
+    assert signals.sink_mass == pytest.approx(0.4)
+    assert list(signals.far_mass) == pytest.approx([0.35, 0.3, 0, 0, 0, 0], abs=1e-6)
+    check(signals, plain_signals(plan, positions))
+
+
+@pytest.mark.parametrize(
+    ("kept", "far"),
+    [  # which of the blocks count as far at a horizon of 32 and of 64 tokens
+        (list(range(96)), ({1}, set())),  # block 1 ends at 63 = 95 - 32: just outside the last 32
+        (list(range(97)), ({1}, set())),
+        (list(range(127)), ({1}, set())),  # block 2 ends at 95, the last 32 start at 95
+        (list(range(128)), ({1, 2}, {1})),
+        ([*range(4), *range(200, 292)], ({1}, set())),  # evicted: block 0 holds the sinks, block 1 ends at 259
+        ([*range(100, 164), *range(264, 296)], ({0, 1}, {0, 1})),  # no sinks kept
+    ],
+)
+def test_far_blocks_are_wholly_older_than_the_horizon(kept: list[int], far: tuple[set, set]) -> None:
+    meter, positions = SignalMeter([]), everywhere(kept)
+    plan = look(meter, positions)
+    signals = meter.take()
+    for index in (0, 1):
+        want = [
+            sum(float(plan.block_mass[layer, ROW, head, block]) for block in far[index]) for layer, head in HEAD_INDEX
+        ]
+        assert signals.far_mass[index] == pytest.approx(np.mean(want), abs=1e-6)
+        assert signals.far_mass_max[index] == pytest.approx(max(want), abs=1e-6)
+
+
+def test_a_single_block_has_no_entropy() -> None:
+    meter, positions = SignalMeter([]), everywhere(list(range(20)))
+    look(meter, positions)
+    signals = meter.take()
+    assert signals.attention_entropy == 0.0
+    assert signals.sink_mass == pytest.approx(1.0)
+    assert list(signals.far_mass) == [0.0] * len(FAR_HORIZONS_TOKENS)
+
+
+def test_even_attention_has_the_largest_entropy() -> None:
+    positions = everywhere(list(range(256)))
+    plan = make_plan(positions)
+    plan.block_mass[:, ROW, :, :8] = 1 / 8
+    meter = SignalMeter([])
+    for _ in range(SAMPLE_EVERY):
+        meter.note_attention(plan, ROW, make_tables(positions))
+    assert meter.take().attention_entropy == pytest.approx(1.0)
+
+
+@st.composite
+def evicted(draw: st.DrawFn) -> Positions:
+    """Tables of different lengths: some sinks, some tokens of the middle, and the last 32."""
+    seen = draw(st.integers(40, 1500))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    positions = {}
+    for key in HEAD_INDEX:
+        middle = rng.permutation(np.arange(seen - 32))[: int(rng.integers(0, min(seen - 32, 200) + 1))]
+        sinks = np.arange(int(rng.integers(0, 5)))
+        positions[key] = sorted({*middle.tolist(), *sinks.tolist(), *range(seen - 32, seen)})
+    return positions
+
+
+@fixed
+@given(positions=evicted(), seed=st.integers(0, 100))
+def test_signals_of_evicted_tables_equal_plain_loops(positions: Positions, seed: int) -> None:
+    meter = SignalMeter([])
+    plan = look(meter, positions, seed)
+    signals = meter.take()
+    assert signals.steps == 1
+    check(signals, plain_signals(plan, positions))
+
+
+def test_one_step_in_four_is_looked_at_and_the_mean_is_told() -> None:
+    meter, positions = SignalMeter([]), everywhere(list(range(200)))
+    plans = [look(meter, positions, seed) for seed in range(3)]
+    look(meter, positions, 7, times=SAMPLE_EVERY - 1)  # not yet
+    signals = meter.take()
+    assert signals.steps == 3
+    each = [plain_signals(plan, positions) for plan in plans]
+    check(
+        signals,
+        {
+            "far_mass": np.mean([one["far_mass"] for one in each], axis=0).tolist(),
+            "far_mass_max": np.mean([one["far_mass_max"] for one in each], axis=0).tolist(),
+            "sink_mass": np.mean([one["sink_mass"] for one in each]),
+            "attention_entropy": np.mean([one["attention_entropy"] for one in each]),
+        },
+    )
+    empty = meter.take()
+    assert empty.steps == 0
+    assert list(empty.far_mass) == []
+    plan = look(meter, positions, 8, times=1)  # the fourth step since the last look
+    check(meter.take(), plain_signals(plan, positions))
+
+
+# -- what the sampler says -------------------------------------------------------------------------------------------
+
+
+def test_entropy_and_certainty_are_means_since_the_last_report() -> None:
+    meter = SignalMeter([1, 2, 3])
+    for token, entropy, top1 in ((5, 1.0, 0.5), (6, 2.0, 0.25), (7, 0.0, 1.0)):
+        meter.note_choice(token, entropy, top1)
+    signals = meter.take()
+    assert signals.next_token_entropy == pytest.approx(1.0)
+    assert signals.top1_probability == pytest.approx(1.75 / 3)
+    meter.note_choice(8, 0.5, 0.75)
+    assert meter.take().next_token_entropy == pytest.approx(0.5)
+    assert meter.take().next_token_entropy == 0.0
+
+
+def plain_repeat_rate(prompt: list[int], generated: list[int]) -> float:
+    """Share of the last 32 generated tokens that end a three-token sequence that has occurred before."""
+    text, repeats = [*prompt, *generated], []
+    for end in range(len(prompt) + 1, len(text) + 1):
+        last = text[end - 3 : end] if end >= 3 else None
+        earlier = [text[start : start + 3] for start in range(end - 3)]
+        repeats.append(last in earlier)
+    recent = repeats[-32:]
+    return sum(recent) / len(recent) if recent else 0.0
+
+
+@fixed
+@given(
+    prompt=st.lists(st.integers(0, 3), max_size=20),
+    generated=st.lists(st.integers(0, 3), max_size=60),
+    reports=st.sets(st.integers(0, 60)),
+)
+def test_repeat_rate_equals_a_plain_search(prompt: list[int], generated: list[int], reports: set[int]) -> None:
+    meter = SignalMeter(prompt)
+    for count, token in enumerate(generated, start=1):
+        meter.note_choice(token, 0.0, 1.0)
+        if count in reports:  # a report does not shorten the window
+            assert meter.take().repeat_rate == pytest.approx(plain_repeat_rate(prompt, generated[:count]))
+    assert meter.take().repeat_rate == pytest.approx(plain_repeat_rate(prompt, generated))
+
+
+def test_a_loop_is_seen_as_such() -> None:
+    meter = SignalMeter([1, 2, 3])
+    for token in [1, 2, 3] * 20:
+        meter.note_choice(token, 0.0, 1.0)
+    assert meter.take().repeat_rate == 1.0
+    fresh = SignalMeter([1, 2, 3] * 20)
+    for token in range(100, 140):
+        fresh.note_choice(token, 0.0, 1.0)
+    assert fresh.take().repeat_rate == 0.0
