@@ -1,5 +1,7 @@
-"""Turns a command's coloured output into an SVG picture: ``FORCE_COLOR=1 kvpilot top --once | python docs/terminal_svg.py
-OUT.svg "kvpilot top"``."""
+"""Turns a command's coloured output into an SVG picture.
+
+``FORCE_COLOR=1 kvpilot top --once | python docs/terminal_svg.py docs/top.svg "kvpilot top"``
+"""
 
 from __future__ import annotations
 
