@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,6 +168,15 @@ def make_world(cache: KVCache | None = None, tokens: int = TOKENS, seed: int = 0
         masses = torch.rand(size[:3], generator=generator).numpy()
         getattr(cache.tables, name)[seq.slot, :, :, :tokens] = masses
     return World(cache, seq, k, v)
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # -- what a stage declares -------------------------------------------------------------------------------------------

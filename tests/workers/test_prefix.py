@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -24,6 +25,15 @@ fixed = settings(derandomize=True, max_examples=40, deadline=None, database=None
 
 def tokens(rows: int, start: int = 0) -> list[int]:
     return list(range(start, start + rows * BLOCK_TOKENS))
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # -- the index -------------------------------------------------------------------------------------------------------
