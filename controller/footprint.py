@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from controller.catalog import PipelineKey
+from kvpilot.catalog import PipelineKey
 from kvpilot.pipeline import Value
 
 BLOCK_TOKENS = 32

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controller.catalog import PipelineKey
 from controller.planner import RequestView, WorkerView
+from kvpilot.catalog import PipelineKey
 from kvpilot.v1.common_pb2 import Scenario
 from models.scenarios import effective_scenario, fill_objective
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controller.catalog import PipelineKey
 from controller.footprint import Footprint, estimate
 from controller.ladders import Ladder, LadderBuilder, Thresholds
 from controller.planner import Decision, RequestView, WorkerView
+from kvpilot.catalog import PipelineKey
 from kvpilot.pipeline import PipelineError
 from models.scenarios import scenario_word
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
 
-from controller.catalog import StageCatalog
 from controller.planner import RequestView, WorkerView
+from kvpilot.catalog import StageCatalog
 from kvpilot.v1 import common_pb2, policy_pb2
 from kvpilot.v1.common_pb2 import Orderer
 

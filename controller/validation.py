@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 
-from controller.catalog import StageCatalog
 from controller.refusals import bad_fields, refusal
 from controller.served import ServedModels
+from kvpilot.catalog import StageCatalog
 from kvpilot.pipeline import PipelineError, parse_pipeline
 from kvpilot.v1 import common_pb2, generation_pb2
 

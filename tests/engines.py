@@ -7,7 +7,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
+from kvpilot.bounds import ANY, Bounds
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 from workers.engine.api import Event
 from workers.errors import INVALID_ARGUMENT, ProblemError
@@ -27,15 +29,22 @@ def model() -> generation_pb2.Model:
         chat=True,
         default_pipeline="full",
     )
-    described.stages.add(name="full", kind="full", loss_class=common_pb2.LOSS_CLASS_EXACT)
-    snapkv = described.stages.add(name="snapkv", kind="evict", loss_class=common_pb2.LOSS_CLASS_PERMANENT)
-    snapkv.parameters.add(name="keep", type="float", default_value="0.5", accepts="0 < keep <= 1")
-    snapkv.parameters.add(name="window", type="int", default_value="32", accepts="window >= 1")
-    kivi = described.stages.add(name="kivi", kind="compress", loss_class=common_pb2.LOSS_CLASS_PERMANENT)
-    kivi.parameters.add(name="bits", type="int", default_value="4", accepts="2 or 4")
-    kivi.parameters.add(name="shadow", type="bool", default_value="false", accepts="true or false")
-    host = described.stages.add(name="host", kind="offload", loss_class=common_pb2.LOSS_CLASS_EXACT)
-    host.parameters.add(name="order", type="str", default_value='"age"', accepts="age or mass")
+    exact, permanent = common_pb2.LOSS_CLASS_EXACT, common_pb2.LOSS_CLASS_PERMANENT
+
+    def parameter(name: str, kind: str, default: str, accepts: str, bounds: Bounds = ANY) -> Any:
+        return generation_pb2.ParameterInfo(
+            name=name, type=kind, default_value=default, accepts=accepts, bounds=bounds.to_proto()
+        )
+
+    keep = parameter("keep", "float", "0.5", "0 < keep <= 1", Bounds(above=0, most=1))
+    window = parameter("window", "int", "32", "window >= 1", Bounds(least=1))
+    bits = parameter("bits", "int", "4", "2 or 4", Bounds(choices=(2, 4)))
+    shadow = parameter("shadow", "bool", "false", "true or false")
+    order = parameter("order", "str", '"age"', "age or mass")
+    described.stages.add(name="full", kind="full", loss_class=exact)
+    described.stages.add(name="snapkv", kind="evict", loss_class=permanent, parameters=[keep, window])
+    described.stages.add(name="kivi", kind="compress", loss_class=permanent, parameters=[bits, shadow])
+    described.stages.add(name="host", kind="offload", loss_class=exact, parameters=[order])
     return described
 
 

@@ -9,11 +9,11 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvpilot.bus import Bus
+from kvpilot.bus import Bus, BusSettings
 from kvpilot.process import connect_bus, split_address, stop_on_signals, write_ready_file
 from kvpilot.v1 import policy_pb2
 from workers.engine.api import EngineApi
-from workers.jobs import JobRunner
+from workers.jobs import JobRunner, JobSettings
 from workers.settings import WorkerSettings
 from workers.steering import SteeringClient, SteeringSettings
 
@@ -49,7 +49,7 @@ async def run_worker(
         server, address = await _serve_health(settings.health_listen, health_service)
         bus: Bus | None = None
         try:
-            bus = await connect_bus(settings.redis_url, asked)
+            bus = await connect_bus(settings.redis_url, asked, BusSettings(lease_s=settings.lease_s))
             if bus is None:
                 return
             log.info("loading the model", worker=settings.name, model=str(settings.model))
@@ -75,7 +75,7 @@ async def _work(
 ) -> None:
     """Serves jobs with a started engine until asked to stop or something fails."""
     loop = asyncio.get_running_loop()
-    runner = JobRunner(bus, engine, settings.name)
+    runner = JobRunner(bus, engine, settings.name, JobSettings(heartbeat_s=settings.lease_s / 5))
     client: SteeringClient | None = None
     if settings.controllers:
         client = SteeringClient(

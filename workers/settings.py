@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from kvpilot.configuration import FileSettings
@@ -67,6 +67,9 @@ class WorkerSettings(FileSettings):
         16, ge=1, description="generated tokens between two reports, until a controller says otherwise"
     )
     threads: int = Field(0, ge=0, description="CPU threads of torch and the kernels; 0: one per core")
+    lease_s: float = Field(
+        10.0, ge=1, description="a worker that is silent for this long loses its jobs to another; the same everywhere"
+    )
     health_listen: str = Field("127.0.0.1:0", description="host:port of the health service; port 0 takes a free one")
     reconnect_min_ms: float = Field(100.0, gt=0, description="first wait before a lost controller is tried again")
     reconnect_max_ms: float = Field(2000.0, gt=0, description="longest such wait, milliseconds")
@@ -101,6 +104,15 @@ class WorkerSettings(FileSettings):
     def _pipeline_parses(cls, value: str) -> str:
         parse_pipeline(value)
         return value
+
+    @model_validator(mode="after")
+    def _a_step_holds_every_decode(self) -> WorkerSettings:
+        if self.step_tokens <= self.max_running:
+            raise ValueError(
+                f"step_tokens {self.step_tokens}: more than max_running {self.max_running} is needed, or full batches"
+                " would leave no token for prompts"
+            )
+        return self
 
     @property
     def served_name(self) -> str:

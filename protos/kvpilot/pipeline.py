@@ -11,7 +11,7 @@ parameters exist is the worker's registry's business.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,6 +27,8 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 MAX_PIPELINE_CHARACTERS = 1024
+STAGE_ORDER = ("evict", "compress", "offload")
+"""Kinds of stage in the order in which a pipeline names them."""
 
 
 class PipelineError(ValueError):
@@ -77,6 +79,37 @@ def parse_pipeline(text: str) -> tuple[StageSpec, ...]:
         reader.expect_mark("|", "`|` before the next stage, or the end")
         stages.append(_read_stage(reader))
     return tuple(stages)
+
+
+def parse_value(text: str) -> Value:
+    """Reads one parameter value; the inverse of :func:`format_value`.
+
+    Raises:
+        PipelineError: it is none.
+    """
+    reader = _Reader(text)
+    value = _read_value(reader, "value")
+    if not reader.at_end():
+        raise PipelineError(f"value {text!r}: expected one number, true, false or a quoted string")
+    return value
+
+
+def check_kinds(text: str, kinds: Sequence[str]) -> None:
+    """Checks that the stages of a pipeline go together, by their kinds.
+
+    Raises:
+        PipelineError: two stages of a kind, kinds out of order, or another stage beside ``full``.
+    """
+    if "full" in kinds and len(kinds) > 1:
+        raise PipelineError(f"pipeline {text!r}: `full` stands alone")
+    if any(kind not in STAGE_ORDER for kind in kinds if kind != "full"):
+        return  # a kind of a later release; the worker knows
+    places = [STAGE_ORDER.index(kind) for kind in kinds if kind != "full"]
+    if len(set(places)) < len(places) or places != sorted(places):
+        raise PipelineError(
+            f"pipeline {text!r}: at most one stage of each kind, in the order {' | '.join(STAGE_ORDER)};"
+            f" this one reads {' | '.join(kinds)}"
+        )
 
 
 class _Reader:

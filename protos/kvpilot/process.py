@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from kvpilot.bus import Bus, BusUnavailableError
+from kvpilot.bus import Bus, BusSettings, BusUnavailableError
 
 log = structlog.get_logger(__name__)
 
@@ -54,12 +54,12 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-async def connect_bus(url: str, stop: asyncio.Event) -> Bus | None:
+async def connect_bus(url: str, stop: asyncio.Event, settings: BusSettings | None = None) -> Bus | None:
     """Connects to the job store, waiting for it where it is not there yet; None if ``stop`` was set meanwhile."""
     wait_s = 0.1
     while not stop.is_set():
         try:
-            return await Bus.connect(url)
+            return await Bus.connect(url, settings)
         except BusUnavailableError as error:
             log.warning("waiting for the job store", error=str(error))
         with contextlib.suppress(TimeoutError):

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from controller.catalog import StageCatalog
 from controller.planner import RequestView, WorkerView
 from controller.server import ControllerServer
 from controller.settings import ControllerSettings, Role
+from kvpilot.catalog import StageCatalog
 from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2, policy_pb2_grpc
 from kvpilot.v1.common_pb2 import LossClass, Scenario
 

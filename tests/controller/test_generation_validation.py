@@ -97,6 +97,12 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"pipeline": "snapkv(kept=0.5)"}, "pipeline", "unknown parameter 'kept'"),
     ({"pipeline": "snapkv(window=0.5)"}, "pipeline", "not of type int"),
     ({"pipeline": "kivi(shadow=1)"}, "pipeline", "not of type bool"),
+    ({"pipeline": "snapkv(keep=0)"}, "pipeline", "0.0 given; accepted: 0 < keep <= 1"),
+    ({"pipeline": "snapkv(window=-1)"}, "pipeline", "-1 given; accepted: window >= 1"),
+    ({"pipeline": "kivi(bits=3)"}, "pipeline", "3 given; accepted: 2 or 4"),
+    ({"pipeline": "kivi(bits=3) | shrink"}, "pipeline", "3 given; accepted: 2 or 4; unknown stage 'shrink'"),
+    ({"pipeline": "host | kivi"}, "pipeline", "in the order evict | compress | offload"),
+    ({"pipeline": "full | host"}, "pipeline", "`full` stands alone"),
     ({"pipeline": 'kivi(bits="4")'}, "pipeline", "not of type int"),
     ({"pipeline": "full | " * 200 + "full"}, "pipeline", "at most 1024"),
 ]

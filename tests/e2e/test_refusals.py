@@ -76,7 +76,7 @@ async def test_absurd_sampling_is_named_field_by_field(client: AsyncClient) -> N
             max_divergence=-0.5,
             latency_weight=nan,
             memory_weight=infinity,
-            pipeline="shrink(keep=-1)",
+            pipeline="window(recent=-1)",
         )
     sampling = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop[0]")
     assert set(caught.value.violations) == {

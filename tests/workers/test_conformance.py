@@ -39,7 +39,7 @@ def small(stage: type[Stage], **more: object) -> Stage:
     counts = {
         field.name: 2 * BLOCK_TOKENS
         for field in dataclasses.fields(stage)
-        if field.name in ("recent",) and field.metadata["check"](2 * BLOCK_TOKENS)
+        if field.name in ("recent",) and field.metadata["bounds"].accept(2 * BLOCK_TOKENS)
     }
     return stage(**(counts | more))
 
@@ -192,8 +192,7 @@ def test_it_is_a_frozen_dataclass_of_parameters_only(stage: type[Stage]) -> None
     assert instance == stage()
     assert hash(instance) == hash(stage())
     for field in dataclasses.fields(stage):
-        assert field.metadata["check"](field.default)
-        assert field.metadata["accepts"]
+        assert field.metadata["bounds"].accept(field.default)
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(instance, field.name, field.default)
 

@@ -20,7 +20,7 @@ def expected() -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("step_tokens", [7, 32, 100, 1000])
 def test_greedy_equals_generate_whatever_the_chunk_size_and_batch(step_tokens: int, expected) -> None:
-    outcomes = run(tiny_engine(step_tokens=step_tokens), PROMPTS, max_tokens=40)
+    outcomes = run(tiny_engine(step_tokens=step_tokens, max_running=4), PROMPTS, max_tokens=40)
     assert {name: outcome.token_ids for name, outcome in outcomes.items()} == expected
 
 
@@ -87,6 +87,53 @@ def test_without_a_controller_pressure_compresses_what_may_be_lossy(crowd) -> No
     outcomes = run(engine, {f"{name}-2": ids for name, ids in jobs.items()}, max_tokens=40)
     switches = [switch for outcome in outcomes.values() for switch in outcome.switches]
     assert not any("kivi" in switch.to_pipeline for switch in switches)
+
+
+@pytest.mark.parametrize(("prompt_tokens", "max_tokens"), [(100, 1600), (1400, 300)])
+def test_what_is_admitted_fits_whatever_tier_is_the_smaller(prompt_tokens: int, max_tokens: int) -> None:
+    """A host tier with less room than the device: it takes what it can, and the two together hold the request."""
+    jobs = {"job": prompt(prompt_tokens, 21)}
+    engine = tiny_engine(device_budget_bytes=512 << 10, host_budget_bytes=384 << 10)
+    outcome = run(engine, jobs, max_tokens, pipeline="full")["job"]
+    assert outcome.finished.reason == generation_pb2.FINISH_REASON_LENGTH
+    assert outcome.token_ids == run(tiny_engine(), jobs, max_tokens, pipeline="full")["job"].token_ids
+    assert outcome.finished.cache.host_bytes > 0
+
+
+def test_one_request_can_have_all_that_capacity_says() -> None:
+    engine = tiny_engine(device_budget_bytes=300 << 10, host_budget_bytes=200 << 10)
+    model = engine.hello().model
+    most = model.capacity_bytes // model.raw_bytes_per_token
+    outcome = run(engine, {"job": prompt(100, 22)}, most - 100, pipeline="full")["job"]
+    assert len(outcome.token_ids) == most - 100
+
+
+@pytest.mark.parametrize("pipeline", ["kivi(bits=4)", "window(sinks=4, recent=512)", "snapkv(keep=0.9) | int8"])
+def test_where_no_tier_has_room_for_an_exact_copy_it_is_given_up(pipeline: str) -> None:
+    """A lossy request ends well: its client is told that the loss has become permanent."""
+    engine = tiny_engine(device_budget_bytes=704 << 10, host_budget_bytes=256 << 10)
+    drive = Drive(engine)
+    drive.submit("job", prompt(100, 23), 1700, pipeline=pipeline)
+    outcome = drive.finish()["job"]
+    assert outcome.finished.reason == generation_pb2.FINISH_REASON_LENGTH, outcome.finished.problem.message
+    [given_up] = [switch for switch in outcome.switches if "exact copy is given up" in switch.reason]
+    assert given_up.ordered_by == common_pb2.ORDERER_WORKER
+    assert "shadow=false" in given_up.to_pipeline
+    assert given_up.after.shadow_bytes == 0 < given_up.before.shadow_bytes
+    last = [state for report in drive.reports for state in report.requests][-1]
+    assert last.loss_class == common_pb2.LOSS_CLASS_PERMANENT
+
+
+def test_nobody_is_preempted_for_anothers_exact_copy() -> None:
+    engine = tiny_engine(device_budget_bytes=640 << 10, host_budget_bytes=320 << 10)
+    drive = Drive(engine)
+    drive.submit("lossy", prompt(700, 24), 600, pipeline="kivi(bits=4)")
+    drive.until(lambda: drive.generated("lossy") >= 100)
+    drive.submit("exact", prompt(301, 25), 500, pipeline="full")
+    outcomes = drive.finish()
+    assert all(outcome.finished.usage.preemptions == 0 for outcome in outcomes.values())
+    alone = run(tiny_engine(), {"exact": prompt(301, 25)}, 500, pipeline="full")
+    assert outcomes["exact"].token_ids == alone["exact"].token_ids
 
 
 def test_a_prefix_is_computed_once(expected) -> None:

@@ -69,7 +69,7 @@ def some_value(field: dataclasses.Field) -> st.SearchStrategy:
         "float": st.floats(0, 1) | st.floats(allow_nan=False, allow_infinity=False),
         "bool": st.booleans(),
     }
-    return (typed[str(field.type)] | st.just(field.default)).filter(field.metadata["check"])
+    return (typed[str(field.type)] | st.just(field.default)).filter(field.metadata["bounds"].accept)
 
 
 def some_stage(stage: type[Stage]) -> st.SearchStrategy:
@@ -114,13 +114,13 @@ def test_equal_pipelines_are_written_alike(text: str, same: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("h2o(keep=0)", ["keep", "h2o", "0.0", "0 < keep <= 1"]),
-        ("h2o(keep=1.5)", ["keep", "h2o", "1.5", "0 < keep <= 1"]),
-        ("snapkv(pool=4)", ["pool", "snapkv", "4", "an odd number from 1 to 63"]),
-        ("window(recent=31)", ["recent", "window", "31", "32 or more tokens"]),
-        ("window(sinks=-1)", ["sinks", "window", "-1", "0 to 1024"]),
+        ("h2o(keep=0)", ["keep", "h2o", "0.0", "more than 0, at most 1"]),
+        ("h2o(keep=1.5)", ["keep", "h2o", "1.5", "more than 0, at most 1"]),
+        ("snapkv(pool=4)", ["pool", "snapkv", "4", "1, 3, 5 and so on, at most 63"]),
+        ("window(recent=31)", ["recent", "window", "31", "at least 32 (tokens)"]),
+        ("window(sinks=-1)", ["sinks", "window", "-1", "at least 0, at most 1024"]),
         ("kivi(bits=3)", ["bits", "kivi", "3", "4 or 8"]),
-        ("host(recent=0)", ["recent", "host", "0", "32 or more"]),
+        ("host(recent=0)", ["recent", "host", "0", "at least 32"]),
         ("kivi(bits=4.0)", ["bits", "kivi", "4.0", "type int"]),
         ("kivi(bits=true)", ["bits", "kivi", "true", "type int"]),
         ("kivi(shadow=1)", ["shadow", "kivi", "1", "type bool"]),
@@ -141,7 +141,7 @@ def test_every_parameter_refuses_something_outside_its_words(name: str) -> None:
     for field in dataclasses.fields(stages()[name]):
         if field.type == "bool":
             continue
-        with pytest.raises(ValueError, match=f"parameter {field.name} of stage {name}: -1 is not accepted"):
+        with pytest.raises(ValueError, match=f"parameter '{field.name}' of stage '{name}': -1 given; accepted: "):
             stages()[name](**{field.name: -1})
 
 
@@ -173,7 +173,7 @@ def test_a_stage_that_cannot_serve_the_model_says_why() -> None:
 
 
 def test_the_description_is_complete() -> None:
-    described = describe()
+    described = describe(SHAPE)
     assert [info.name for info in described] == list(stages())
     for info in described:
         stage = stages()[info.name]
@@ -197,8 +197,10 @@ def test_every_loss_class_has_a_word_of_the_api() -> None:
 # -- stages from outside ---------------------------------------------------------------------------------------------
 
 STAGE_MODULE = '''
+import torch
 from dataclasses import dataclass
 from typing import ClassVar
+from kvpilot.bounds import Bounds
 from workers.stages.base import Evictor, parameter, shadow
 
 @dataclass(frozen=True)
@@ -206,8 +208,8 @@ class Stride(Evictor):
     """Every nth token."""
     name: ClassVar[str] = "{name}"
     summary: ClassVar[str] = "Every nth token."
-    step: int = parameter(4, "2 or more", lambda value: value >= 2)
-    share: float = parameter(0.5, "0 to 1", lambda value: 0 <= value <= 1)
+    step: int = parameter(4, Bounds(least=2))
+    share: float = parameter(0.5, Bounds(least=0, most=1))
     shadow: bool = shadow()
 
     def budget(self, seen):
@@ -225,9 +227,11 @@ class Stride(Evictor):
 def elsewhere(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs Python where a package with a stage is installed."""
 
-    def run(code: str, name: str = "stride", postponed: bool = False) -> subprocess.CompletedProcess[str]:
+    def run(
+        code: str, name: str = "stride", postponed: bool = False, spoiled: tuple[str, str] = ("", "")
+    ) -> subprocess.CompletedProcess[str]:
         head = "from __future__ import annotations\n" if postponed else ""
-        (tmp_path / "kvpilot_stride.py").write_text(head + STAGE_MODULE.replace("{name}", name))
+        (tmp_path / "kvpilot_stride.py").write_text(head + STAGE_MODULE.replace("{name}", name).replace(*spoiled))
         info = tmp_path / "kvpilot_stride-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvpilot-stride\nVersion: 1.0\n")
@@ -247,7 +251,7 @@ from kernels.layout import CacheShape
 from workers.stages.registry import build, describe, stages
 shape = CacheShape(2, 2, 4, 16, torch.float32)
 print(build("stride(step=8) | kivi", shape).text)
-info = describe()[-1]
+info = describe(shape)[-1]
 print(info.name, info.kind, [(p.name, p.type, p.default_value) for p in info.parameters])
 try:
     build("stride(step=0.5)", shape)
@@ -260,7 +264,7 @@ except ValueError as error:
     assert answer.stdout.splitlines() == [
         "stride(step=8, share=0.5) | kivi(bits=4)",
         "stride evict [('step', 'int', '4'), ('share', 'float', '0.5'), ('shadow', 'bool', 'true')]",
-        "parameter step of stage stride: 0.5 is not of type int",
+        "parameter 'step' of stage 'stride': 0.5 is not of type int; accepted: at least 2",
     ]
 
 
@@ -269,3 +273,24 @@ def test_a_stage_of_another_package_may_not_take_a_name_that_is_taken(elsewhere)
     assert answer.returncode != 0
     assert "ValueError: stage 'window' is defined by" in answer.stderr
     assert "kvpilot_stride.Stride" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "why"),
+    [
+        (("import torch", "import torch_of_nobody"), "No module named 'torch_of_nobody'"),
+        (("class Stride(Evictor)", "class Stride"), "is not a subclass of workers.stages.base.Stage"),
+        (("    summary: ClassVar", "    abstract: ClassVar"), "no class variable summary"),
+        (("share: float = parameter(0.5, Bounds(least=0, most=1))", "share: float = 0.5"), "parameter 'share' is not"),
+        (("step: int =", "step: list ="), "parameter 'step' is of type list"),
+        (("parameter(4, Bounds(least=2))", "parameter(1, Bounds(least=2))"), "1 given; accepted: at least 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_broken_stage_of_another_package_is_left_out_and_said_so(
+    elsewhere, spoiled: tuple[str, str], why: str
+) -> None:
+    answer = elsewhere("from workers.stages.registry import stages; print(list(stages()))", spoiled=spoiled)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == str([name for name in stages() if name != "stride"])
+    assert why in answer.stdout

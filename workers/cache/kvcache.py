@@ -219,16 +219,18 @@ class KVCache:
         """Reader of a prompt's exact keys and values, layer by layer, while it is being computed."""
         return PromptContext(self.backend, blocks_of(self.tables, seq.slot))
 
-    def evacuate(self, seq: SequenceCache) -> None:
-        """Moves a prompt's finished rows to the host tier, because its pipeline will not keep them raw on the device.
+    def evacuate(self, seq: SequenceCache) -> int:
+        """Moves a prompt's oldest finished rows to the host tier, as many as it has room for; returns how many.
 
-        Without it, the device would hold the whole raw prompt before the first token. Raises TierFullError when the
-        host has no room; the rows then simply stay.
+        Without it, the device would hold the whole raw prompt before a pipeline that compresses it takes effect.
         """
-        self._extend_shadow(seq)
+        away = seq.shadow.rows if seq.shadow else 0
+        self._extend_shadow(seq, at_most=self.host.free_bytes // self.worst_bytes(1))
+        assert seq.shadow is not None
         now = blocks_of(self.tables, seq.slot)
-        position = self._positions(seq)
-        self._commit(seq, restyle(now, position, residual=None, fmt=Format.RAW, device_tokens=0))
+        device_tokens = seq.seen - seq.shadow.rows * BLOCK_TOKENS
+        self._commit(seq, restyle(now, self._positions(seq), None, Format.RAW, device_tokens))
+        return seq.shadow.rows - away
 
     # -- pipelines -----------------------------------------------------------------------------------------------------
 
@@ -246,7 +248,11 @@ class KVCache:
         had_shadow = seq.shadow is not None
         try:
             if seq.shadow or (pipeline.wants_shadow and not seq.lost):
-                self._extend_shadow(seq)
+                try:
+                    self._extend_shadow(seq)
+                except TierFullError:
+                    if pipeline.loss_class is not LossClass.PERMANENT:  # else the shadow is about to be given up
+                        raise
             while True:
                 try:
                     self._commit(seq, self._arrange(seq, pipeline, occasion))
@@ -351,12 +357,16 @@ class KVCache:
             elif pipeline.loss_class is LossClass.PERMANENT:
                 seq.shadow.hand_over(on_host)
                 seq.shadow = None
+            else:
+                seq.shadow.trim(on_host)
 
     # -- exact copies --------------------------------------------------------------------------------------------------
 
-    def _extend_shadow(self, seq: SequenceCache) -> None:
+    def _extend_shadow(self, seq: SequenceCache, at_most: int | None = None) -> None:
+        """Brings the shadow up to the last whole row, or ``at_most`` rows further."""
         shadow = seq.shadow or Shadow(self.host, seq.max_tokens)
         first, rows = shadow.rows, seq.seen // BLOCK_TOKENS - shadow.rows
+        rows = rows if at_most is None else min(rows, at_most)
         if rows > 0:
             tables, slot = self.tables, seq.slot
             # The last tokens of every table are the last positions, whatever was evicted before them.
@@ -455,6 +465,23 @@ class KVCache:
         """Device bytes that so many raw tokens take, in whole pages."""
         pages = self.device.pages_needed(None, Format.RAW, self._row_blocks)
         return -(-tokens // BLOCK_TOKENS) * pages * self.device.page_bytes
+
+    def capacity_bytes(self) -> int:
+        """Bytes of the raw rows that fit the tiers together: what one request alone can take."""
+        row_bytes = self.worst_bytes(1)
+        return sum(arena.budget_bytes // row_bytes for arena in self._arenas.values()) * row_bytes
+
+    def device_tokens_at_least(self, seq: SequenceCache, fmt: Format) -> int:
+        """Last tokens of the longest table that must stay on the device if the host tier takes all it has room for.
+
+        Args:
+            seq: the request.
+            fmt: the format its older blocks would have on the host.
+        """
+        now = blocks_of(self.tables, seq.slot)
+        rows = self.host.free_bytes // (self.host.pages_needed(None, fmt, self._row_blocks) * self.host.page_bytes)
+        away = int((now.valid & (now.tier == Tier.HOST)).sum(axis=2).min())
+        return max(0, -(-int(now.length.max(initial=0)) // BLOCK_TOKENS) - away - rows) * BLOCK_TOKENS
 
     def _measure(self, seq: SequenceCache) -> CacheUse:
         now = blocks_of(self.tables, seq.slot)

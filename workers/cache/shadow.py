@@ -57,6 +57,18 @@ class Shadow:
         self.mass[layer, head, position[valid]] = mass[valid]
         self.votes[layer, head, position[valid]] = votes[valid]
 
+    def trim(self, referred: I32) -> None:
+        """Gives back the last rows, as far as no table refers to a block of them."""
+        kept = self.rows
+        while kept and not np.isin(self.address[kept - 1], referred).any():
+            kept -= 1
+        given_back = self.address[kept : self.rows].reshape(-1).copy()
+        self.address[kept : self.rows] = -1
+        self.rows = kept
+        self.lot.borrowed = False
+        self._arena.release(given_back)
+        self.lot.borrowed = True
+
     def hand_over(self, referred: I32) -> None:
         """Ends the copy: blocks that tables refer to become the request's own, all others go."""
         self.lot.borrowed = False

@@ -100,7 +100,7 @@ class Engine:
         row_bytes = self.cache.worst_bytes(1)
         return Limits(
             context_tokens=self._context_tokens,
-            capacity_bytes=self.cache.device.budget_bytes + self.cache.host.budget_bytes,
+            capacity_bytes=self.cache.capacity_bytes(),
             bytes_per_token=row_bytes // BLOCK_TOKENS,
         )
 
@@ -182,7 +182,7 @@ class Engine:
                 vocabulary_size=self._loaded.vocabulary_size,
                 chat=self._loaded.chat,
                 workers=1,
-                stages=describe(),
+                stages=describe(shape),
                 default_pipeline=self._intake.default_pipeline.text,
                 capacity_bytes=limits.capacity_bytes,
                 raw_bytes_per_token=limits.bytes_per_token,
@@ -325,8 +325,10 @@ class Engine:
 
     def _settle(self, seq: Sequence) -> None:
         """Keeps a request's blocks where its pipeline wants them, as tokens come."""
-        if seq.pinned and seq.pipeline != seq.pinned and self._roomy(seq):
-            self._switch_for_pressure(seq, seq.pinned, "pressure has gone; back to the pipeline the client named")
+        assert seq.cache is not None
+        home = seq.pinned.without_shadow() if seq.pinned and seq.cache.lost else seq.pinned
+        if home and seq.pipeline != home and self._roomy(seq):
+            self._switch_for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
         elif not seq.settled:
             seq.settled = self._try_apply(seq, Occasion.SWITCH)
         elif not seq.pipeline.is_full:
@@ -343,7 +345,8 @@ class Engine:
             self.cache.apply(seq.cache, seq.pipeline, occasion)
             return True
         except TierFullError as full:
-            log.warning("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
+            write = log.warning if seq.settled else log.debug  # once, not at every attempt
+            write("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
             return False
 
     def _switch_for_pressure(self, seq: Sequence, pipeline: Pipeline, reason: str) -> bool:

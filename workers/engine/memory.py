@@ -1,7 +1,8 @@
 """How a worker makes room: the order in which pressure is relieved before a request is preempted.
 
 Drop published prefixes that nobody uses; without a controller, compress requests whose objective allows it (the static
-rule); move older blocks to the host tier, which changes no logits. Only then does the scheduler preempt.
+rule); move older blocks to the host tier, which changes no logits, as far as there is room; where the host is full too,
+give up the exact copies of requests that are lossy already. Only then does the scheduler preempt.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 
 import structlog
 
-from kernels.layout import BLOCK_TOKENS
+from kernels.layout import BLOCK_TOKENS, Format
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache
 from workers.engine.sequence import Phase, Sequence
@@ -81,14 +82,9 @@ class EngineMemory:
             seq.cache = None
 
     def evacuate(self, seq: Sequence) -> bool:
-        """Moves what is computed of a prompt to the host tier, where there is room."""
+        """Moves what is computed of a prompt to the host tier, as far as there is room. False: not at all."""
         assert seq.cache is not None
-        try:
-            self._cache.evacuate(seq.cache)
-            return True
-        except TierFullError as full:
-            log.warning("prompt stays on the device for now", job=seq.job_id, why=str(full))
-            return False
+        return self._cache.evacuate(seq.cache) > 0
 
     def grow(self, seq: Sequence, tokens: int) -> bool:
         """Makes room for so many more tokens of a request, relieving pressure as far as that goes."""
@@ -112,10 +108,13 @@ class EngineMemory:
                 free = self.free_bytes()
                 if measure(seq) and self.free_bytes() > free:
                     return True
-        return False
+        return any(self._give_up_shadow(seq) for seq in sorted(self._running(), key=self._shadow_bytes, reverse=True))
 
     def _device_bytes(self, seq: Sequence) -> int:
         return self._cache.use(seq.cache).device_bytes if seq.cache else 0
+
+    def _shadow_bytes(self, seq: Sequence) -> int:
+        return self._cache.use(seq.cache).shadow_bytes if seq.cache else 0
 
     def _compress(self, seq: Sequence) -> bool:
         allowed = not seq.pinned and seq.objective.max_divergence >= DENSER_DIVERGENCE
@@ -127,10 +126,21 @@ class EngineMemory:
     def _move_to_host(self, seq: Sequence) -> bool:
         if seq.phase is Phase.PREFILL:
             return self.evacuate(seq)
-        placer = seq.pipeline.placer
-        if seq.phase is not Phase.DECODE or (placer and placer.device_tokens() <= PRESSURE_RECENT_TOKENS):
+        if seq.phase is not Phase.DECODE or not seq.cache:
             return False
-        return self._switch(seq, with_host(seq.pipeline, PRESSURE_RECENT_TOKENS), "device tier is full")
+        placer, codec = seq.pipeline.placer, seq.pipeline.codec
+        least = self._cache.device_tokens_at_least(seq.cache, codec.format if codec else Format.RAW)
+        recent = max(PRESSURE_RECENT_TOKENS, least)
+        if recent >= (placer.device_tokens() if placer else len(seq.token_ids)):
+            return False
+        return self._switch(seq, with_host(seq.pipeline, recent), "device tier is full")
+
+    def _give_up_shadow(self, seq: Sequence) -> bool:
+        """Makes a lossy request's loss permanent, for the host bytes of its exact copy."""
+        if seq.phase is not Phase.DECODE or not seq.cache or not seq.pipeline.wants_shadow or seq.cache.lost:
+            return False
+        reason = "device and host tiers are full: the exact copy is given up, what was lost stays lost"
+        return self._switch(seq, seq.pipeline.without_shadow(), reason)
 
 
 def with_host(pipeline: Pipeline, recent: int) -> Pipeline:

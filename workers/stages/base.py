@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format
+from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
 
 
@@ -46,22 +47,33 @@ class LayerView:
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # K and V, each [H, T, D], dequantised where need be
 
 
-def parameter(default: Any, accepts: str, check: Callable[[Any], bool], minor: bool = False) -> Any:
-    """A stage's parameter: its default, what it accepts in words, and the test of that.
+def parameter(default: Any, bounds: Bounds = ANY, of: str = "", minor: bool = False) -> Any:
+    """A stage's parameter: its default, what it accepts, and of what it is a number, in words.
 
     A minor one is left out of pipeline text while it has its default.
     """
-    return dataclasses.field(default=default, metadata={"accepts": accepts, "check": check, "minor": minor})
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "of": of, "minor": minor})
 
 
 def whole_blocks(default: int) -> Any:
     """A parameter that counts recent tokens left alone: at least one block."""
-    return parameter(default, f"{BLOCK_TOKENS} or more tokens", lambda value: value >= BLOCK_TOKENS)
+    return parameter(default, Bounds(least=BLOCK_TOKENS), "tokens")
+
+
+def share(default: float) -> Any:
+    """A parameter that says how much of all tokens seen is kept."""
+    return parameter(default, Bounds(above=0, most=1), "share of all tokens seen")
 
 
 def shadow() -> Any:
     """The parameter of lossy stages: keep an exact copy on the host tier, so that a switch can undo the loss."""
-    return parameter(True, "true or false", lambda value: True, minor=True)
+    return parameter(True, TRUTH, minor=True)
+
+
+def accepted(field: dataclasses.Field[Any]) -> str:
+    """What a parameter accepts, in words."""
+    bounds, of = str(field.metadata["bounds"]), field.metadata["of"]
+    return f"{bounds} ({of})" if of else bounds
 
 
 @dataclass(frozen=True)
@@ -79,15 +91,19 @@ class Stage:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if not spec.metadata["check"](value):
+            if not spec.metadata["bounds"].accept(value):
                 raise ValueError(
-                    f"parameter {spec.name} of stage {self.name}: {value!r} is not accepted; {spec.metadata['accepts']}"
+                    f"parameter {spec.name!r} of stage {self.name!r}: {value!r} given; accepted: {accepted(spec)}"
                 )
 
     @property
     def loss_class(self) -> LossClass:
         """What this stage does to the logits."""
         raise NotImplementedError
+
+    def without_shadow(self) -> Stage:
+        """The same without an exact copy of what it loses."""
+        return self
 
     def refuses(self, shape: CacheShape) -> str | None:
         """Why this stage cannot serve a model, or None if it can."""
@@ -108,6 +124,10 @@ class Lossy(Stage):
     def loss_class(self) -> LossClass:
         """Recoverable with a shadow, else permanent."""
         return LossClass.RECOVERABLE if getattr(self, "shadow", False) else LossClass.PERMANENT
+
+    def without_shadow(self) -> Stage:
+        """The same without an exact copy: its loss is permanent."""
+        return dataclasses.replace(self, shadow=False) if getattr(self, "shadow", False) else self  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -213,3 +233,7 @@ class Pipeline:
     def wants_shadow(self) -> bool:
         """Whether what it loses is to be kept exactly on the host tier."""
         return self.loss_class is LossClass.RECOVERABLE
+
+    def without_shadow(self) -> Pipeline:
+        """The same without an exact copy of what it loses."""
+        return Pipeline(tuple(stage.without_shadow() for stage in self.stages))

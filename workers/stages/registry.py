@@ -7,14 +7,18 @@ A new stage is one file and one line in ``BUILT_IN``; a package from outside add
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+import structlog
+
 from kernels.layout import CacheShape
-from kvpilot.pipeline import PipelineError, StageSpec, Value, format_value, parse_pipeline
+from kvpilot.catalog import StageCatalog
+from kvpilot.pipeline import PipelineError, format_value
 from kvpilot.v1 import common_pb2, generation_pb2
-from workers.stages.base import Full, Kind, LossClass, Pipeline, Stage
+from workers.stages.base import Full, LossClass, Pipeline, Stage, accepted
 from workers.stages.compress.int8 import Int8
 from workers.stages.compress.kivi import Kivi
 from workers.stages.evict.h2o import H2O
@@ -33,7 +37,8 @@ BUILT_IN: tuple[type[Stage], ...] = (
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
-_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
+log = structlog.get_logger(__name__)
+
 _LOSS_CLASSES = {
     LossClass.EXACT: common_pb2.LOSS_CLASS_EXACT,
     LossClass.RECOVERABLE: common_pb2.LOSS_CLASS_RECOVERABLE,
@@ -43,18 +48,46 @@ _LOSS_CLASSES = {
 
 @cache
 def stages() -> dict[str, type[Stage]]:
-    """Every stage known to this process.
+    """Every stage known to this process. One from outside that cannot be used is left out, with an error in the log.
 
     Raises:
         ValueError: two stages of one name.
     """
-    outside = [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
     known: dict[str, type[Stage]] = {}
-    for stage in (*BUILT_IN, *outside):
+    for stage in (*BUILT_IN, *_outside()):
         if stage.name in known:
             raise ValueError(f"stage {stage.name!r} is defined by {known[stage.name]!r} and {stage!r}")
         known[stage.name] = stage
     return known
+
+
+def _outside() -> Iterator[type[Stage]]:
+    """The stages of other packages. A broken one must not keep a worker from serving with the rest."""
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            stage = point.load()
+            reason = _unusable(stage)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            log.error("stage left out", entry_point=point.value, why=reason)
+        else:
+            yield stage
+
+
+def _unusable(stage: Any) -> str:
+    """Why a class cannot be registered; empty if it can."""
+    if not (isinstance(stage, type) and issubclass(stage, Stage)):
+        return f"{stage!r} is not a subclass of workers.stages.base.Stage"
+    if missing := [name for name in ("name", "kind", "summary") if not hasattr(stage, name)]:
+        return f"no class variable {' nor '.join(missing)}"
+    for field in dataclasses.fields(stage):
+        if "bounds" not in field.metadata or field.default is dataclasses.MISSING:
+            return f"parameter {field.name!r} is not declared with parameter(default, bounds)"
+        if _type_name(field) not in ("int", "float", "bool", "str"):
+            return f"parameter {field.name!r} is of type {_type_name(field)}, not int, float, bool or str"
+    stage()
+    return ""
 
 
 def build(text: str, shape: CacheShape) -> Pipeline:
@@ -64,55 +97,26 @@ def build(text: str, shape: CacheShape) -> Pipeline:
         PipelineError: for text that does not parse, an unknown stage or parameter, a value out of range, kinds that do
             not go together, or a stage that cannot serve the model; says what would be accepted.
     """
-    built = tuple(_build_stage(spec) for spec in parse_pipeline(text))
-    kinds = [stage.kind for stage in built]
-    order = list(Kind)
-    if Kind.FULL in kinds and len(kinds) > 1:
-        raise PipelineError(f"pipeline {text!r}: `full` stands alone")
-    if len(set(kinds)) < len(kinds) or kinds != sorted(kinds, key=order.index):
-        raise PipelineError(
-            f"pipeline {text!r}: at most one stage of each kind, in the order evict | compress | offload;"
-            f" this one reads {' | '.join(kind.value for kind in kinds)}"
-        )
+    built = []
+    for spec in catalog(shape).check(text):
+        try:
+            built.append(stages()[spec.name](**dict(spec.parameters)))
+        except ValueError as error:  # a condition that bounds cannot state
+            raise PipelineError(str(error)) from None
     for stage in built:
         if reason := stage.refuses(shape):
             raise PipelineError(f"stage {stage.name!r} cannot serve this model: {reason}")
-    return Pipeline(built)
+    return Pipeline(tuple(built))
 
 
-def _build_stage(spec: StageSpec) -> Stage:
-    stage = stages().get(spec.name)
-    if stage is None:
-        raise PipelineError(f"unknown stage {spec.name!r}; known are {', '.join(sorted(stages()))}")
-    fields = {field.name: field for field in dataclasses.fields(stage)}
-    given: dict[str, Value] = {}
-    for key, value in spec.parameters:
-        if key not in fields:
-            accepted = ", ".join(fields) or "none"
-            raise PipelineError(f"unknown parameter {key!r} of stage {spec.name!r}; its parameters: {accepted}")
-        given[key] = _convert(spec.name, key, value, _type_name(fields[key]))
-    try:
-        return stage(**given)
-    except ValueError as error:
-        raise PipelineError(str(error)) from None
+@cache
+def catalog(shape: CacheShape) -> StageCatalog:
+    """The stages as the catalog that reads pipeline text."""
+    return StageCatalog(describe(shape))
 
 
-def _type_name(field: dataclasses.Field[Any]) -> str:
-    """``int``, whether the stage's module postpones its annotations or not."""
-    return field.type if isinstance(field.type, str) else field.type.__name__
-
-
-def _convert(stage: str, key: str, value: Value, type_name: str) -> Value:
-    wanted = _TYPES[type_name]
-    if wanted is float and type(value) is int:
-        return float(value)
-    if type(value) is not wanted:
-        raise PipelineError(f"parameter {key} of stage {stage}: {format_value(value)} is not of type {type_name}")
-    return value
-
-
-def describe() -> list[generation_pb2.StageInfo]:
-    """What clients and controllers are told of the stages."""
+def describe(shape: CacheShape) -> list[generation_pb2.StageInfo]:
+    """What clients and controllers are told of the stages, for a cache of this shape."""
     return [
         generation_pb2.StageInfo(
             name=name,
@@ -123,14 +127,21 @@ def describe() -> list[generation_pb2.StageInfo]:
                 generation_pb2.ParameterInfo(
                     name=field.name,
                     type=_type_name(field),
-                    default_value="" if field.default is dataclasses.MISSING else format_value(field.default),
-                    accepts=field.metadata["accepts"],
+                    default_value=format_value(getattr(stage(), field.name)),
+                    accepts=accepted(field),
+                    bounds=field.metadata["bounds"].to_proto(),
                 )
                 for field in dataclasses.fields(stage)
             ],
+            unfit=stage().refuses(shape) or "",
         )
         for name, stage in stages().items()
     ]
+
+
+def _type_name(field: dataclasses.Field[Any]) -> str:
+    """``int``, whether the stage's module postpones its annotations or not."""
+    return field.type if isinstance(field.type, str) else field.type.__name__
 
 
 def loss_class_proto(loss: LossClass) -> common_pb2.LossClass:

@@ -298,27 +298,45 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., chat: _Optional[bool] = ..., workers: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageInfo, _Mapping]]] = ..., default_pipeline: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., raw_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class StageInfo(_message.Message):
-    __slots__ = ("name", "kind", "summary", "loss_class", "parameters")
+    __slots__ = ("name", "kind", "summary", "loss_class", "parameters", "unfit")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     LOSS_CLASS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    UNFIT_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: str
     summary: str
     loss_class: _common_pb2.LossClass
     parameters: _containers.RepeatedCompositeFieldContainer[ParameterInfo]
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., summary: _Optional[str] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., parameters: _Optional[_Iterable[_Union[ParameterInfo, _Mapping]]] = ...) -> None: ...
+    unfit: str
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., summary: _Optional[str] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., parameters: _Optional[_Iterable[_Union[ParameterInfo, _Mapping]]] = ..., unfit: _Optional[str] = ...) -> None: ...
 
 class ParameterInfo(_message.Message):
-    __slots__ = ("name", "type", "default_value", "accepts")
+    __slots__ = ("name", "type", "default_value", "accepts", "bounds")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_VALUE_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_FIELD_NUMBER: _ClassVar[int]
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     type: str
     default_value: str
     accepts: str
-    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., default_value: _Optional[str] = ..., accepts: _Optional[str] = ...) -> None: ...
+    bounds: ParameterBounds
+    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., default_value: _Optional[str] = ..., accepts: _Optional[str] = ..., bounds: _Optional[_Union[ParameterBounds, _Mapping]] = ...) -> None: ...
+
+class ParameterBounds(_message.Message):
+    __slots__ = ("least", "above", "most", "step", "choices")
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    ABOVE_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    least: float
+    above: float
+    most: float
+    step: float
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, least: _Optional[float] = ..., above: _Optional[float] = ..., most: _Optional[float] = ..., step: _Optional[float] = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kernels.layout import CacheShape, Format
+from kvpilot.bounds import Bounds
 from workers.stages.base import Codec, parameter, shadow
 
 _FORMATS = {4: Format.INT4, 8: Format.INT8}
@@ -22,7 +23,7 @@ class Kivi(Codec):
 
     name: ClassVar[str] = "kivi"
     summary: ClassVar[str] = "Older blocks as 4- or 8-bit integers: keys per channel, values per token, groups of 32."
-    bits: int = parameter(4, "4 or 8", lambda value: value in _FORMATS)
+    bits: int = parameter(4, Bounds(choices=tuple(_FORMATS)))
     shadow: bool = shadow()
 
     @property

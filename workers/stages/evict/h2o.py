@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from kernels.layout import BLOCK_TOKENS
-from workers.stages.base import Evictor, LayerView, parameter, shadow
+from workers.stages.base import Evictor, LayerView, shadow, share
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class H2O(Evictor):
     name: ClassVar[str] = "h2o"
     summary: ClassVar[str] = "Tokens that received most attention so far (heavy hitters) and the most recent ones."
     needs_prompt_mass: ClassVar[bool] = True
-    keep: float = parameter(0.5, "0 < keep <= 1, the share of all tokens seen", lambda value: 0 < value <= 1)
+    keep: float = share(0.5)
     shadow: bool = shadow()
 
     def budget(self, seen: int) -> int:

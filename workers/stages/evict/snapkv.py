@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels.layout import BLOCK_TOKENS
-from workers.stages.base import Evictor, LayerView, parameter, shadow
+from kvpilot.bounds import Bounds
+from workers.stages.base import Evictor, LayerView, parameter, shadow, share
 
 OBSERVATION_WINDOW = 64
 
@@ -30,10 +31,8 @@ class SnapKV(Evictor):
     name: ClassVar[str] = "snapkv"
     summary: ClassVar[str] = "Tokens the last 64 queries attend to, chosen once per head."
     evicts_while_decoding: ClassVar[bool] = False
-    keep: float = parameter(0.5, "0 < keep <= 1, the share of all tokens seen", lambda value: 0 < value <= 1)
-    pool: int = parameter(
-        5, "an odd number from 1 to 63", lambda value: 1 <= value <= 63 and value % 2 == 1, minor=True
-    )
+    keep: float = share(0.5)
+    pool: int = parameter(5, Bounds(least=1, most=63, step=2), "tokens", minor=True)
     shadow: bool = shadow()
 
     def budget(self, seen: int) -> int:

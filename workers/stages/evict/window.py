@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from kvpilot.bounds import Bounds
 from workers.stages.base import Evictor, LayerView, parameter, shadow, whole_blocks
 
 
@@ -21,7 +22,7 @@ class Window(Evictor):
 
     name: ClassVar[str] = "window"
     summary: ClassVar[str] = "The first few tokens (attention sinks) and the most recent ones (StreamingLLM)."
-    sinks: int = parameter(4, "0 to 1024 tokens", lambda value: 0 <= value <= 1024)
+    sinks: int = parameter(4, Bounds(least=0, most=1024), "tokens")
     recent: int = whole_blocks(512)
     shadow: bool = shadow()
 
