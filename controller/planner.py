@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from controller.footprint import CacheLayout
+from models.footprint import CacheLayout
 from kvpilot.catalog import StageCatalog
 from kvpilot.v1 import policy_pb2
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controller.footprint import Footprint, estimate
+from models.footprint import Footprint, estimate
 from controller.ladders import Ladder, LadderBuilder, Thresholds
 from controller.planner import Decision, RequestView, WorkerView
 from kvpilot.catalog import PipelineKey

@@ -13,7 +13,7 @@ from importlib.metadata import version
 import grpc
 import structlog
 
-from controller.footprint import CacheLayout
+from models.footprint import CacheLayout
 from controller.planner import Decision, Planner
 from controller.settings import ControllerSettings, SteeringMode
 from controller.state import (

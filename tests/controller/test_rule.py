@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.footprint import estimate
+from models.footprint import estimate
 from controller.ladders import Thresholds
 from controller.planner import Decision, RequestView
 from controller.rule import RulePlanner

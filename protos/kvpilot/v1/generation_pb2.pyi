@@ -38,7 +38,7 @@ JOB_STATE_RUNNING: JobState
 JOB_STATE_FINISHED: JobState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "chat", "token_ids", "model", "sampling", "session_id", "scenario", "objective", "pipeline", "idempotency_key", "top_logprobs")
+    __slots__ = ("prompt", "chat", "token_ids", "model", "sampling", "session_id", "scenario", "objective", "pipeline", "idempotency_key", "top_logprobs", "replay")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class GenerateRequest(_message.Message):
     PIPELINE_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     chat: Chat
     token_ids: TokenIds
@@ -61,7 +62,56 @@ class GenerateRequest(_message.Message):
     pipeline: str
     idempotency_key: str
     top_logprobs: int
-    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., model: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pipeline: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., top_logprobs: _Optional[int] = ...) -> None: ...
+    replay: Replay
+    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., model: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pipeline: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., top_logprobs: _Optional[int] = ..., replay: _Optional[_Union[Replay, _Mapping]] = ...) -> None: ...
+
+class Replay(_message.Message):
+    __slots__ = ("at_tokens", "pipelines", "horizon_tokens", "measured_under")
+    AT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PIPELINES_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_UNDER_FIELD_NUMBER: _ClassVar[int]
+    at_tokens: _containers.RepeatedScalarFieldContainer[int]
+    pipelines: _containers.RepeatedScalarFieldContainer[str]
+    horizon_tokens: int
+    measured_under: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, at_tokens: _Optional[_Iterable[int]] = ..., pipelines: _Optional[_Iterable[str]] = ..., horizon_tokens: _Optional[int] = ..., measured_under: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Replayed(_message.Message):
+    __slots__ = ("at_token", "feature_schema_hash", "measured_under", "pipelines")
+    AT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_SCHEMA_HASH_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_UNDER_FIELD_NUMBER: _ClassVar[int]
+    PIPELINES_FIELD_NUMBER: _ClassVar[int]
+    at_token: int
+    feature_schema_hash: str
+    measured_under: str
+    pipelines: _containers.RepeatedCompositeFieldContainer[ReplayedPipeline]
+    def __init__(self, at_token: _Optional[int] = ..., feature_schema_hash: _Optional[str] = ..., measured_under: _Optional[str] = ..., pipelines: _Optional[_Iterable[_Union[ReplayedPipeline, _Mapping]]] = ...) -> None: ...
+
+class ReplayedPipeline(_message.Message):
+    __slots__ = ("pipeline", "features", "divergence", "divergence_max", "top1_agreement", "cache", "conversion_ms", "step_ms", "loss", "full_loss")
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_MAX_FIELD_NUMBER: _ClassVar[int]
+    TOP1_AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    CONVERSION_MS_FIELD_NUMBER: _ClassVar[int]
+    STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    FULL_LOSS_FIELD_NUMBER: _ClassVar[int]
+    pipeline: str
+    features: _containers.RepeatedScalarFieldContainer[float]
+    divergence: float
+    divergence_max: float
+    top1_agreement: float
+    cache: _common_pb2.CacheBytes
+    conversion_ms: float
+    step_ms: float
+    loss: float
+    full_loss: float
+    def __init__(self, pipeline: _Optional[str] = ..., features: _Optional[_Iterable[float]] = ..., divergence: _Optional[float] = ..., divergence_max: _Optional[float] = ..., top1_agreement: _Optional[float] = ..., cache: _Optional[_Union[_common_pb2.CacheBytes, _Mapping]] = ..., conversion_ms: _Optional[float] = ..., step_ms: _Optional[float] = ..., loss: _Optional[float] = ..., full_loss: _Optional[float] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages",)
@@ -128,20 +178,22 @@ class ResumeResponse(_message.Message):
     def __init__(self, event: _Optional[_Union[GenerationEvent, _Mapping]] = ...) -> None: ...
 
 class GenerationEvent(_message.Message):
-    __slots__ = ("offset", "accepted", "started", "tokens", "switch", "finished")
+    __slots__ = ("offset", "accepted", "started", "tokens", "switch", "finished", "replayed")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SWITCH_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
     offset: int
     accepted: Accepted
     started: Started
     tokens: Tokens
     switch: _common_pb2.Switch
     finished: Finished
-    def __init__(self, offset: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., switch: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+    replayed: Replayed
+    def __init__(self, offset: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., switch: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., replayed: _Optional[_Union[Replayed, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("job_id", "seed")

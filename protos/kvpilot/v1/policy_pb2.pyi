@@ -120,7 +120,7 @@ class TierUse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ...) -> None: ...
 
 class RequestState(_message.Message):
-    __slots__ = ("request_id", "epoch", "session_id", "scenario", "objective", "pinned", "pipeline", "prompt_tokens", "generated_tokens", "max_tokens", "kept_tokens", "cache", "signals", "loss_class", "last_switch", "prefilling")
+    __slots__ = ("request_id", "epoch", "session_id", "scenario", "objective", "pinned", "pipeline", "prompt_tokens", "generated_tokens", "max_tokens", "kept_tokens", "cache", "signals", "loss_class", "last_switch", "prefilling", "prompt", "audits")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,8 @@ class RequestState(_message.Message):
     LOSS_CLASS_FIELD_NUMBER: _ClassVar[int]
     LAST_SWITCH_FIELD_NUMBER: _ClassVar[int]
     PREFILLING_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    AUDITS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     session_id: str
@@ -153,10 +155,38 @@ class RequestState(_message.Message):
     loss_class: _common_pb2.LossClass
     last_switch: _common_pb2.Switch
     prefilling: bool
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pinned: _Optional[bool] = ..., pipeline: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept_tokens: _Optional[float] = ..., cache: _Optional[_Union[_common_pb2.CacheBytes, _Mapping]] = ..., signals: _Optional[_Union[Signals, _Mapping]] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., last_switch: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., prefilling: _Optional[bool] = ...) -> None: ...
+    prompt: PromptStatistics
+    audits: _containers.RepeatedCompositeFieldContainer[Audit]
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pinned: _Optional[bool] = ..., pipeline: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept_tokens: _Optional[float] = ..., cache: _Optional[_Union[_common_pb2.CacheBytes, _Mapping]] = ..., signals: _Optional[_Union[Signals, _Mapping]] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., last_switch: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., prefilling: _Optional[bool] = ..., prompt: _Optional[_Union[PromptStatistics, _Mapping]] = ..., audits: _Optional[_Iterable[_Union[Audit, _Mapping]]] = ...) -> None: ...
+
+class PromptStatistics(_message.Message):
+    __slots__ = ("distinct_share", "repeated_share", "unigram_entropy", "turns")
+    DISTINCT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_SHARE_FIELD_NUMBER: _ClassVar[int]
+    UNIGRAM_ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    distinct_share: float
+    repeated_share: float
+    unigram_entropy: float
+    turns: int
+    def __init__(self, distinct_share: _Optional[float] = ..., repeated_share: _Optional[float] = ..., unigram_entropy: _Optional[float] = ..., turns: _Optional[int] = ...) -> None: ...
+
+class Audit(_message.Message):
+    __slots__ = ("at_token", "pipeline", "divergence", "same_top1", "cost_ms")
+    AT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    SAME_TOP1_FIELD_NUMBER: _ClassVar[int]
+    COST_MS_FIELD_NUMBER: _ClassVar[int]
+    at_token: int
+    pipeline: str
+    divergence: float
+    same_top1: bool
+    cost_ms: float
+    def __init__(self, at_token: _Optional[int] = ..., pipeline: _Optional[str] = ..., divergence: _Optional[float] = ..., same_top1: _Optional[bool] = ..., cost_ms: _Optional[float] = ...) -> None: ...
 
 class Signals(_message.Message):
-    __slots__ = ("steps", "far_mass", "far_mass_max", "sink_mass", "attention_entropy", "next_token_entropy", "top1_probability", "repeat_rate")
+    __slots__ = ("steps", "far_mass", "far_mass_max", "sink_mass", "attention_entropy", "next_token_entropy", "top1_probability", "repeat_rate", "far_mass_last", "far_mass_worst_layer", "dropped_votes", "dropped_votes_max", "surprise", "next_token_entropy_max")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     FAR_MASS_FIELD_NUMBER: _ClassVar[int]
     FAR_MASS_MAX_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +195,12 @@ class Signals(_message.Message):
     NEXT_TOKEN_ENTROPY_FIELD_NUMBER: _ClassVar[int]
     TOP1_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
     REPEAT_RATE_FIELD_NUMBER: _ClassVar[int]
+    FAR_MASS_LAST_FIELD_NUMBER: _ClassVar[int]
+    FAR_MASS_WORST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_VOTES_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_VOTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    SURPRISE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TOKEN_ENTROPY_MAX_FIELD_NUMBER: _ClassVar[int]
     steps: int
     far_mass: _containers.RepeatedScalarFieldContainer[float]
     far_mass_max: _containers.RepeatedScalarFieldContainer[float]
@@ -173,7 +209,13 @@ class Signals(_message.Message):
     next_token_entropy: float
     top1_probability: float
     repeat_rate: float
-    def __init__(self, steps: _Optional[int] = ..., far_mass: _Optional[_Iterable[float]] = ..., far_mass_max: _Optional[_Iterable[float]] = ..., sink_mass: _Optional[float] = ..., attention_entropy: _Optional[float] = ..., next_token_entropy: _Optional[float] = ..., top1_probability: _Optional[float] = ..., repeat_rate: _Optional[float] = ...) -> None: ...
+    far_mass_last: _containers.RepeatedScalarFieldContainer[float]
+    far_mass_worst_layer: _containers.RepeatedScalarFieldContainer[float]
+    dropped_votes: _containers.RepeatedScalarFieldContainer[float]
+    dropped_votes_max: _containers.RepeatedScalarFieldContainer[float]
+    surprise: float
+    next_token_entropy_max: float
+    def __init__(self, steps: _Optional[int] = ..., far_mass: _Optional[_Iterable[float]] = ..., far_mass_max: _Optional[_Iterable[float]] = ..., sink_mass: _Optional[float] = ..., attention_entropy: _Optional[float] = ..., next_token_entropy: _Optional[float] = ..., top1_probability: _Optional[float] = ..., repeat_rate: _Optional[float] = ..., far_mass_last: _Optional[_Iterable[float]] = ..., far_mass_worst_layer: _Optional[_Iterable[float]] = ..., dropped_votes: _Optional[_Iterable[float]] = ..., dropped_votes_max: _Optional[_Iterable[float]] = ..., surprise: _Optional[float] = ..., next_token_entropy_max: _Optional[float] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("controller", "report_interval_tokens", "default_pipeline", "version")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from controller.footprint import BLOCK_TOKENS, CacheLayout, estimate
+from models.footprint import BLOCK_TOKENS, CacheLayout, estimate
 from kernels.layout import CacheShape, Format
 from tests.controller.scripted import CATALOG
 
