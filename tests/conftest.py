@@ -6,6 +6,7 @@ The server is the embedded one; ``KVPILOT_TEST_REDIS_SERVER=/usr/bin/redis-serve
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -69,6 +70,20 @@ class RedisProcess:
                     assert self._process.poll() is None, (self._folder / "server.log").read_text()
                     assert time.monotonic() < deadline, "the server does not answer"
                     time.sleep(0.02)
+
+    def write_at_once(self) -> None:
+        """From now on an answered write survives :meth:`kill`; else the last ones may not, on a busy disk."""
+        with redis.Redis(port=self.port) as client:
+            client.config_set("appendfsync", "always")
+
+    def pause(self) -> None:
+        """Keeps it from answering, connections open, until :meth:`resume`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL."""
