@@ -250,9 +250,11 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             return
         in_force = live.state.pipeline
         if worker.catalog.same(decision.pipeline, in_force):
-            refused = live.decision and live.decision.outcome is Outcome.REFUSED
-            if live.decision and refused and not live.may_try(live.decision.pipeline, now_s):
+            last = live.decision
+            if last and last.outcome is Outcome.REFUSED and not live.may_try(last.pipeline, now_s):
                 return  # the record keeps saying what was refused, and why
+            if last and last.outcome is Outcome.APPLIED and worker.catalog.same(decision.pipeline, last.pipeline):
+                return  # the record keeps saying what was carried out, why and when
             self._note(worker, live, DecisionRecord(in_force, decision.reason, _now(), Outcome.KEEP))
         elif not live.may_try(decision.pipeline, now_s):
             return
