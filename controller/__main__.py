@@ -16,7 +16,10 @@ from kvpilot.process import connect_bus, stop_on_signals
 
 
 async def serve(settings: ControllerSettings) -> None:
-    """Serves until the process is asked to stop; waits for the job store before.
+    """Serves until the process is asked to stop.
+
+    With the generation role, which is nothing without it, waits for the job store before; other roles serve without it
+    and take up what it keeps for them when it comes.
 
     Raises:
         BusError: the job store refuses us.
@@ -28,6 +31,8 @@ async def serve(settings: ControllerSettings) -> None:
             bus = await connect_bus(settings.redis_url, asked)
             if bus is None:
                 return
+        elif settings.redis_url:
+            bus = Bus.open(settings.redis_url)
         server = ControllerServer(settings, bus)
         try:
             await server.start()

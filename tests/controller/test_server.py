@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from controller.server import ControllerServer
 from controller.settings import ControllerSettings, Role, SteeringMode
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
+from tests.conftest import free_port
 from tests.controller.scripted import ScriptedWorker, controller, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +98,7 @@ def test_the_controller_imports_neither_torch_nor_workers() -> None:
 async def test_the_program_serves_until_it_is_asked_to_stop(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     command = [sys.executable, "-m", "controller", "--listen", "127.0.0.1:0", "--roles", "steering,operator"]
+    command += ["--redis-url", f"redis://127.0.0.1:{free_port()}/0"]  # nobody there: it serves all the same
     process = await asyncio.create_subprocess_exec(*command, "--ready-file", str(ready), cwd=ROOT)
     try:
         await until(ready.exists, 30)
@@ -107,6 +109,25 @@ async def test_the_program_serves_until_it_is_asked_to_stop(tmp_path: Path) -> N
     finally:
         if process.returncode is None:
             process.kill()
+
+
+@pytest.mark.anyio
+async def test_a_killed_program_comes_back_with_the_mode_that_was_set(tmp_path: Path, redis_url: str) -> None:
+    modes = []
+    for number, wanted in enumerate((operator_pb2.MODE_OFF, operator_pb2.MODE_ADVISORY)):
+        ready = tmp_path / f"ready-{number}"
+        command = [sys.executable, "-m", "controller", "--listen", "127.0.0.1:0", "--roles", "steering,operator"]
+        command += ["--redis-url", redis_url, "--ready-file", str(ready)]
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
+        try:
+            await until(ready.exists, 30)
+            async with grpc.aio.insecure_channel(ready.read_text().strip()) as channel:
+                stub = operator_pb2_grpc.OperatorServiceStub(channel)
+                modes.append((await stub.SetMode(operator_pb2.SetModeRequest(mode=wanted))).previous)
+        finally:
+            process.kill()
+            await process.wait()
+    assert modes == [operator_pb2.MODE_ACTIVE, operator_pb2.MODE_OFF]
 
 
 def run_controller(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -126,6 +147,7 @@ def test_bad_settings_are_named() -> None:
     assert done.returncode == 2
     assert "address 'nowhere': expected host:port" in done.stderr
     assert "role operator needs role steering" in done.stderr
+    assert "role generation needs a redis_url" in run_controller("--redis-url", "").stderr
 
 
 def test_settings_come_from_file_environment_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
