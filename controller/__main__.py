@@ -18,8 +18,8 @@ from kvpilot.process import connect_bus, stop_on_signals
 async def serve(settings: ControllerSettings) -> None:
     """Serves until the process is asked to stop.
 
-    With the generation role, which is nothing without it, waits for the job store before; other roles serve without it
-    and take up what it keeps for them when it comes.
+    A process with the generation role alone, which is nothing without it, waits for the job store before. Others steer
+    without it, take up what it keeps for them when it comes, and answer generation calls with UNAVAILABLE meanwhile.
 
     Raises:
         BusError: the job store refuses us.
@@ -27,7 +27,7 @@ async def serve(settings: ControllerSettings) -> None:
     """
     with stop_on_signals() as asked:
         bus: Bus | None = None
-        if Role.GENERATION in settings.roles:
+        if settings.roles == {Role.GENERATION}:
             bus = await connect_bus(settings.redis_url, asked)
             if bus is None:
                 return
