@@ -37,7 +37,9 @@ class CliSettings(FileSettings):
         None, ge=0, description="cache bytes on the host tier, shared out to the workers"
     )
     threads: int = Field(0, ge=0, description="CPU threads of all workers together; 0: one per core")
-    mode: SteeringMode | None = Field(None, description="how much is steered at the start: off, advisory, active")
+    mode: SteeringMode | None = Field(
+        None, description="how much is steered until an operator sets it (kept in the job store): off, advisory, active"
+    )
     worker: dict[str, Any] = Field(default_factory=dict, description="further settings of each worker")
     controller: dict[str, Any] = Field(default_factory=dict, description="further settings of the controller")
 

@@ -16,7 +16,10 @@ from kvpilot.process import connect_bus, stop_on_signals
 
 
 async def serve(settings: ControllerSettings) -> None:
-    """Serves until the process is asked to stop; waits for the job store before.
+    """Serves until the process is asked to stop.
+
+    A process with the generation role alone, which is nothing without it, waits for the job store before. Others steer
+    without it, take up what it keeps for them when it comes, and answer generation calls with UNAVAILABLE meanwhile.
 
     Raises:
         BusError: the job store refuses us.
@@ -24,10 +27,12 @@ async def serve(settings: ControllerSettings) -> None:
     """
     with stop_on_signals() as asked:
         bus: Bus | None = None
-        if Role.GENERATION in settings.roles:
+        if settings.roles == {Role.GENERATION}:
             bus = await connect_bus(settings.redis_url, asked)
             if bus is None:
                 return
+        elif settings.redis_url:
+            bus = Bus.open(settings.redis_url)
         server = ControllerServer(settings, bus)
         try:
             await server.start()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import grpc
 
+from controller.ledger import MODES, STEERING_MODES
 from controller.refusals import abort, bad_fields
-from controller.settings import SteeringMode
 from controller.state import DecisionRecord, Outcome
 from controller.steering import DirectiveRefusedError, RequestNotLiveError, SteeringService
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
-from kvpilot.v1.operator_pb2 import DecisionOutcome, Mode
+from kvpilot.v1.operator_pb2 import DecisionOutcome
 
 _OUTCOMES = {
     Outcome.KEEP: DecisionOutcome.DECISION_OUTCOME_KEEP,
@@ -19,12 +19,6 @@ _OUTCOMES = {
     Outcome.APPLIED: DecisionOutcome.DECISION_OUTCOME_APPLIED,
     Outcome.REFUSED: DecisionOutcome.DECISION_OUTCOME_REFUSED,
 }
-_MODES = {
-    SteeringMode.OFF: Mode.MODE_OFF,
-    SteeringMode.ADVISORY: Mode.MODE_ADVISORY,
-    SteeringMode.ACTIVE: Mode.MODE_ACTIVE,
-}
-_STEERING_MODES = {number: mode for mode, number in _MODES.items()}
 
 
 class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
@@ -80,6 +74,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 "the worker has not answered in time; the override holds until ReleasePipeline",
             )
+        await self._steering.ledger.settle()
         return operator_pb2.OverridePipelineResponse(ack=ack)
 
     async def ReleasePipeline(  # noqa: N802
@@ -90,24 +85,26 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             self._steering.release(request.request_id)
         except RequestNotLiveError as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        await self._steering.ledger.settle()
         return operator_pb2.ReleasePipelineResponse()
 
     async def GetMode(  # noqa: N802
         self, request: operator_pb2.GetModeRequest, context: grpc.aio.ServicerContext
     ) -> operator_pb2.GetModeResponse:
         """See ``operator.proto``."""
-        return operator_pb2.GetModeResponse(mode=_MODES[self._steering.mode])
+        return operator_pb2.GetModeResponse(mode=MODES[self._steering.mode])
 
     async def SetMode(  # noqa: N802
         self, request: operator_pb2.SetModeRequest, context: grpc.aio.ServicerContext
     ) -> operator_pb2.SetModeResponse:
         """See ``operator.proto``."""
-        wanted = _STEERING_MODES.get(request.mode)
+        wanted = STEERING_MODES.get(request.mode)
         if wanted is None:
             expected = f"{request.mode}: expected MODE_OFF, MODE_ADVISORY or MODE_ACTIVE"
             await abort(context, bad_fields({"mode": expected}).problem)
-        previous = _MODES[self._steering.mode]
+        previous = MODES[self._steering.mode]
         self._steering.set_mode(wanted)
+        await self._steering.ledger.settle()
         return operator_pb2.SetModeResponse(previous=previous)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from models.footprint import CacheLayout
 from kvpilot.catalog import StageCatalog
 from kvpilot.v1 import policy_pb2
+from models.footprint import CacheLayout
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.footprint import Footprint, estimate
 from controller.ladders import Ladder, LadderBuilder, Thresholds
 from controller.planner import Decision, RequestView, WorkerView
 from kvpilot.catalog import PipelineKey
 from kvpilot.pipeline import PipelineError
+from models.footprint import Footprint, estimate
 from models.scenarios import scenario_word
 
 

@@ -41,7 +41,8 @@ class ControllerServer:
     """The server of one process.
 
     Args:
-        bus: the job store; needed for the generation role only.
+        bus: the job store. The generation role needs it; the steering and operator roles keep overrides and the mode in
+            it, and without it forget them when the process ends.
         planner: decides for the steering role; the rule unless given.
 
     Raises:
@@ -56,7 +57,7 @@ class ControllerServer:
         """``host:port`` once started, with the port that was taken where 0 was asked for."""
         self.steering: SteeringService | None = None
         if Role.STEERING in settings.roles:
-            self.steering = SteeringService(settings, planner or RulePlanner())
+            self.steering = SteeringService(settings, planner or RulePlanner(), bus)
         self.generation: GenerationService | None = None
         if bus is not None and Role.GENERATION in settings.roles:
             self.generation = GenerationService(bus, Limits(max_queued=settings.max_queued))
@@ -64,7 +65,7 @@ class ControllerServer:
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> str:
-        """Serves; returns the address.
+        """Takes up what operators ordered before, as far as the job store gives it, and serves; returns the address.
 
         Raises:
             RuntimeError: the address cannot be bound.
@@ -78,15 +79,17 @@ class ControllerServer:
         names = [SERVICE_NAMES[role] for role in Role if role in self.settings.roles]
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         port = server.add_insecure_port(self.settings.listen)
-        await server.start()
         if self.steering is not None:
+            await self.steering.ledger.start()
             self.steering.start()
+        await server.start()
         for name in ("", *names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self.address = f"{host}:{port}"
         if self.settings.ready_file is not None:
             write_ready_file(self.settings.ready_file, self.address)
-        log.info("serving", address=self.address, roles=sorted(self.settings.roles), mode=self.settings.mode.value)
+        mode = self.steering.mode if self.steering is not None else self.settings.mode
+        log.info("serving", address=self.address, roles=sorted(self.settings.roles), mode=mode.value)
         return self.address
 
     def _add_roles(self, server: grpc.aio.Server) -> None:
@@ -107,5 +110,7 @@ class ControllerServer:
         if self.steering is not None:
             await self.steering.stop()
         await self._server.stop(self.settings.grace_s if grace_s is None else grace_s)
+        if self.steering is not None:
+            await self.steering.ledger.stop()  # after the last operator's call
         self._server = None
         log.info("stopped", address=self.address)

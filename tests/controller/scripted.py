@@ -11,6 +11,7 @@ import grpc
 from controller.planner import RequestView, WorkerView
 from controller.server import ControllerServer
 from controller.settings import ControllerSettings, Role
+from kvpilot.bus import Bus
 from kvpilot.catalog import StageCatalog
 from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2, policy_pb2_grpc
 from kvpilot.v1.common_pb2 import LossClass, Scenario
@@ -118,8 +119,8 @@ def worker_view(
 
 
 @asynccontextmanager
-async def controller(**settings: object) -> AsyncIterator[ControllerServer]:
-    """A real server on a free port, without a job store."""
+async def controller(bus: Bus | None = None, **settings: object) -> AsyncIterator[ControllerServer]:
+    """A real server on a free port, without a job store unless given."""
     server = ControllerServer(
         ControllerSettings.load(
             **{
@@ -129,7 +130,8 @@ async def controller(**settings: object) -> AsyncIterator[ControllerServer]:
                 "coalesce_ms": 0.0,
                 **settings,
             }
-        )
+        ),
+        bus,
     )
     await server.start()
     try:

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.footprint import estimate
 from controller.ladders import Thresholds
 from controller.planner import Decision, RequestView
 from controller.rule import RulePlanner
 from kvpilot.v1 import common_pb2, policy_pb2
 from kvpilot.v1.common_pb2 import Scenario
+from models.footprint import estimate
 from tests.controller.scripted import HORIZONS, LOUD, MIB, QUIET, hello, request_state, worker_view
 
 LIMITS = Thresholds()
@@ -329,11 +329,12 @@ def test_dwell_is_kept(worker: SimulatedWorker) -> None:
 @settings(max_examples=200, deadline=None)
 @given(workers)
 def test_constant_input_does_not_flap(worker: SimulatedWorker) -> None:
-    """Same signals, growing contexts: a request moves on, but never back to a pipeline that it has left."""
+    """Same signals, growing contexts: a request may come back once others have made room, but leaves nothing twice."""
     for _ in range(40):
         worker.step(16)
     for history in worker.history.values():
-        assert len(history) == len(set(history)), history
+        left = history[:-1]
+        assert len(left) == len(set(left)), history
 
 
 @settings(max_examples=150, deadline=None)

@@ -15,8 +15,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from controller.server import ControllerServer
 from controller.settings import ControllerSettings, Role, SteeringMode
-from kvpilot.v1 import operator_pb2, operator_pb2_grpc
-from tests.controller.scripted import ScriptedWorker, controller, until
+from kvpilot.v1 import generation_pb2, generation_pb2_grpc, operator_pb2, operator_pb2_grpc
+from tests.conftest import RedisProcess, free_port
+from tests.controller.scripted import ScriptedWorker, controller, request_state, until
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -97,6 +98,7 @@ def test_the_controller_imports_neither_torch_nor_workers() -> None:
 async def test_the_program_serves_until_it_is_asked_to_stop(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     command = [sys.executable, "-m", "controller", "--listen", "127.0.0.1:0", "--roles", "steering,operator"]
+    command += ["--redis-url", f"redis://127.0.0.1:{free_port()}/0"]  # nobody there: it serves all the same
     process = await asyncio.create_subprocess_exec(*command, "--ready-file", str(ready), cwd=ROOT)
     try:
         await until(ready.exists, 30)
@@ -107,6 +109,48 @@ async def test_the_program_serves_until_it_is_asked_to_stop(tmp_path: Path) -> N
     finally:
         if process.returncode is None:
             process.kill()
+
+
+@pytest.mark.anyio
+async def test_the_program_steers_before_the_job_store_is_there(tmp_path: Path, forgetful_redis: RedisProcess) -> None:
+    forgetful_redis.kill()
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-m", "controller", "--listen", "127.0.0.1:0", "--redis-url", forgetful_redis.url]
+    process = await asyncio.create_subprocess_exec(*command, "--ready-file", str(ready), cwd=ROOT)
+    try:
+        await until(ready.exists, 30)
+        address = ready.read_text().strip()
+        async with ScriptedWorker.attach(address) as worker, grpc.aio.insecure_channel(address) as channel:
+            await worker.report(request_state())
+            assert (await worker.directive()).request_id == "job-1"
+            generation = generation_pb2_grpc.GenerationServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await generation.ListModels(generation_pb2.ListModelsRequest())
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            forgetful_redis.start()
+            await generation.ListModels(generation_pb2.ListModelsRequest())
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@pytest.mark.anyio
+async def test_a_killed_program_comes_back_with_the_mode_that_was_set(tmp_path: Path, redis_url: str) -> None:
+    modes = []
+    for number, wanted in enumerate((operator_pb2.MODE_OFF, operator_pb2.MODE_ADVISORY)):
+        ready = tmp_path / f"ready-{number}"
+        command = [sys.executable, "-m", "controller", "--listen", "127.0.0.1:0", "--roles", "steering,operator"]
+        command += ["--redis-url", redis_url, "--ready-file", str(ready)]
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
+        try:
+            await until(ready.exists, 30)
+            async with grpc.aio.insecure_channel(ready.read_text().strip()) as channel:
+                stub = operator_pb2_grpc.OperatorServiceStub(channel)
+                modes.append((await stub.SetMode(operator_pb2.SetModeRequest(mode=wanted))).previous)
+        finally:
+            process.kill()
+            await process.wait()
+    assert modes == [operator_pb2.MODE_ACTIVE, operator_pb2.MODE_OFF]
 
 
 def run_controller(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -126,6 +170,7 @@ def test_bad_settings_are_named() -> None:
     assert done.returncode == 2
     assert "address 'nowhere': expected host:port" in done.stderr
     assert "role operator needs role steering" in done.stderr
+    assert "role generation needs a redis_url" in run_controller("--redis-url", "").stderr
 
 
 def test_settings_come_from_file_environment_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

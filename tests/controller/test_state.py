@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from controller.state import AttachedWorker, BackOff, BackOffPolicy, ControllerState, Outcome, Override
 from kvpilot.v1 import common_pb2, policy_pb2
+from kvpilot.v1.common_pb2 import Orderer
 from tests.controller.scripted import hello, request_state, worker_state
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -104,15 +105,55 @@ def test_a_request_on_two_workers_belongs_to_the_later_one() -> None:
     assert found[0].name == "w1"
 
 
-def test_an_override_ends_with_its_request() -> None:
+def test_an_override_holds_until_it_is_known_that_its_request_ended() -> None:
     state = ControllerState()
     worker = state.attach(hello(), NOON)
     state.report(worker, policy_pb2.Report(requests=[request_state()]), NOON)
     state.overrides["job-1"] = Override("int8", "to see")
-    assert state.override_due(worker.requests["job-1"], 0) is not None
+    assert state.override_due(worker, worker.requests["job-1"], 0) is not None
     assert state.view(worker, 0).requests[0].overridden
     assert state.report(worker, policy_pb2.Report(ended_request_ids=["job-1"]), NOON) == ["job-1"]
-    assert not state.overrides
+    assert state.overrides  # it may go on elsewhere
+
+
+def test_a_request_that_another_worker_has_is_not_gone() -> None:
+    state = ControllerState()
+    older, newer = state.attach(hello("w0"), NOON), state.attach(hello("w1"), NOON)
+    for worker in (older, newer):
+        state.report(worker, policy_pb2.Report(requests=[request_state()]), NOON)
+    assert state.report(older, policy_pb2.Report(ended_request_ids=["job-1"]), NOON) == []
+    assert state.report(newer, policy_pb2.Report(ended_request_ids=["job-1"]), NOON) == ["job-1"]
+
+
+OPERATOR, CONTROLLER = Orderer.ORDERER_OPERATOR, Orderer.ORDERER_CONTROLLER
+
+
+@pytest.mark.parametrize(
+    ("in_force", "ordered_by", "due"),
+    [
+        ("kivi(bits=4)", OPERATOR, False),
+        ("kivi", OPERATOR, False),  # the same in other words
+        ("kivi(bits=2)", OPERATOR, True),  # an older override
+        ("kivi(bits=4)", CONTROLLER, True),  # the planner may have meant it for a while only
+        ("full", None, True),
+    ],
+)
+def test_a_restored_override_is_due_unless_it_is_obeyed(in_force: str, ordered_by: Orderer | None, due: bool) -> None:
+    state = ControllerState()
+    worker = state.attach(hello(epochs={"job-1": 5}), NOON)
+    incoming = request_state(pipeline=in_force, epoch=5)
+    if ordered_by is not None:
+        incoming.last_switch.CopyFrom(common_pb2.Switch(to_pipeline=in_force, ordered_by=ordered_by))
+    state.report(worker, policy_pb2.Report(requests=[incoming]), NOON)
+    live = worker.requests["job-1"]
+    state.overrides["job-1"] = Override("kivi(bits=4)", "to see", restored=True)
+    assert (state.override_due(worker, live, 0) is not None) == due
+    assert (state.override_due(worker, live, 0) is not None) == due
+    if not due:  # from here on as if we had sent it: a worker that takes the request over has to be told
+        assert state.overrides["job-1"] == Override("kivi(bits=4)", "to see", epoch=5)
+        other = state.attach(hello("w1"), NOON)
+        state.report(other, policy_pb2.Report(requests=[request_state()]), NOON)
+        assert state.override_due(other, other.requests["job-1"], 0) is not None
 
 
 def test_the_view_names_what_is_outstanding_and_refused() -> None:

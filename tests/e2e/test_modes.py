@@ -73,7 +73,7 @@ async def test_off_then_advisory_then_active(client: AsyncClient, operator: Oper
     assert switch.after.device_bytes < 0.4 * switch.before.device_bytes
 
     await job.more(100)
-    live = await decided(job, operator, DecisionOutcome.DECISION_OUTCOME_KEEP)
+    live = await decided(job, operator, DecisionOutcome.DECISION_OUTCOME_APPLIED)
     assert live.state.pipeline == live.decision.pipeline == INT4
     result = await job.cancel(client)
     assert result.pipeline == INT4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.footprint import BLOCK_TOKENS, CacheLayout, estimate
 from kernels.layout import CacheShape, Format
+from models.footprint import BLOCK_TOKENS, CacheLayout, estimate
 from tests.controller.scripted import CATALOG
 
 SHAPES = [(30, 3, 64, "float32"), (2, 2, 16, "bfloat16"), (8, 4, 80, "float16")]

@@ -14,12 +14,14 @@ from kvpilot.bus import (
     Append,
     AppendStatus,
     Bus,
+    BusError,
     BusSettings,
     BusUnavailableError,
     Claim,
     IdempotencyConflictError,
     JobNotFoundError,
     OffsetOutOfRangeError,
+    Orders,
     QueueFullError,
     keys,
     scripts,
@@ -27,6 +29,7 @@ from kvpilot.bus import (
 )
 from kvpilot.bus.front import digest_of, new_job_id
 from kvpilot.v1 import generation_pb2, job_pb2
+from kvpilot.v1.operator_pb2 import Mode
 from tests.conftest import RedisProcess, free_port
 from tests.engines import MODEL
 from tests.jobs_help import (
@@ -444,7 +447,70 @@ async def test_cards_live_as_long_as_heartbeats_and_models_stay(bus: Bus) -> Non
     assert list(await bus.models()) == [MODEL]
 
 
+# ---- operators' orders
+
+
+async def test_orders_are_kept_changed_and_removed(bus: Bus) -> None:
+    assert await bus.orders() == Orders(None, {})
+    one, two = job_pb2.Override(pipeline="int8", reason="a"), job_pb2.Override(pipeline="full", reason="b")
+    await bus.keep_orders(Mode.MODE_OFF, {"job-1": one, "job-2": one})
+    await bus.keep_orders(None, {"job-1": None, "job-2": two, "job-9": None})
+    assert await bus.orders() == Orders(Mode.MODE_OFF, {"job-2": two})
+    assert await bus.overridden() == {"job-2"}
+    await bus.keep_orders(Mode.MODE_ACTIVE, {"job-2": None})
+    assert await bus.orders() == Orders(Mode.MODE_ACTIVE, {})
+
+
+async def test_ended_jobs_are_those_that_finished_or_are_unknown(bus: Bus) -> None:
+    queued, finished = make_job(), make_job()
+    await bus.submit(finished)
+    claim = await claim_one(bus, "w1")
+    assert await bus.ended([finished.job_id]) == set()
+    await status(bus, claim, finished_event())
+    await bus.submit(queued)
+    assert await bus.ended([queued.job_id, finished.job_id, "job-9"]) == {finished.job_id, "job-9"}
+    assert await bus.ended([]) == set()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("SET", keys.MODE, "MODE_WARP"), "expected one of MODE_UNSPECIFIED, MODE_OFF"),
+        (("HSET", keys.OVERRIDES, "job-1", b"\xff"), "'job-1'"),
+        (("SET", keys.OVERRIDES, "text"), "refused"),
+    ],
+)
+async def test_orders_that_cannot_be_read_are_named(bus: Bus, command: tuple[str | bytes, ...], words: str) -> None:
+    await bus._client.execute_command(*command)
+    with pytest.raises(BusError, match=words):
+        await bus.orders()
+
+
 # ---- outages
+
+
+async def test_orders_survive_kill_minus_nine(durable_redis: RedisProcess) -> None:
+    async with connected(durable_redis.url) as bus:
+        durable_redis.write_at_once()
+        kept = {"job-1": job_pb2.Override(pipeline="int8", reason="a")}
+        await bus.keep_orders(Mode.MODE_OFF, kept)
+        durable_redis.kill()
+        with pytest.raises(BusUnavailableError):
+            await bus.orders()
+        with pytest.raises(BusUnavailableError):
+            await bus.keep_orders(Mode.MODE_ACTIVE, {})
+        durable_redis.start()
+        assert await bus.orders() == Orders(Mode.MODE_OFF, kept)
+
+
+async def test_a_bus_opens_before_its_store_is_there(forgetful_redis: RedisProcess) -> None:
+    forgetful_redis.kill()
+    bus = Bus.open(forgetful_redis.url, FAST_BUS)
+    with pytest.raises(BusUnavailableError):
+        await bus.ping()
+    forgetful_redis.start()
+    await bus.ping()
+    await bus.close()
 
 
 async def test_a_store_that_is_not_there() -> None:

@@ -1,4 +1,4 @@
-"""The job store: jobs, their events, leases, sessions and outcomes in Redis, shared by front doors and workers."""
+"""The job store: jobs, their events, leases, sessions, outcomes, and operators' orders, in Redis."""
 
 from kvpilot.bus.store import Bus
 from kvpilot.bus.values import (
@@ -13,6 +13,7 @@ from kvpilot.bus.values import (
     JobNotFoundError,
     JobRecord,
     OffsetOutOfRangeError,
+    Orders,
     QueueFullError,
     Renewal,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "JobNotFoundError",
     "JobRecord",
     "OffsetOutOfRangeError",
+    "Orders",
     "QueueFullError",
     "Renewal",
 ]

@@ -1,4 +1,4 @@
-"""The connection to Redis, the reads that both sides need, and the one place where Redis' errors are translated."""
+"""The connection to Redis, the reads that several sides need, and the one place where Redis' errors are translated."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _PAGE = 256
 
 
 class Connection:
-    """A pool of connections to the job store and the reads that front doors and workers share."""
+    """A pool of connections to the job store and the reads that all parts of the bus share."""
 
     def __init__(self, client: Redis, settings: BusSettings) -> None:
         self.settings = settings
         self._client: Any = client  # redis-py's annotations leave open whether replies are bytes or str; ours are bytes
 
     @classmethod
-    async def connect(cls, url: str, settings: BusSettings | None = None) -> Self:
-        """Connects to the Redis at ``url`` (``redis://host:port/db``; ``rediss://`` for TLS).
+    def open(cls, url: str, settings: BusSettings | None = None) -> Self:
+        """The Redis at ``url`` (``redis://host:port/db``; ``rediss://`` for TLS), whether or not it answers yet.
 
         Raises:
-            BusUnavailableError: it does not answer.
+            ValueError: not such a URL.
         """
         settings = settings or BusSettings()
         pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
@@ -59,7 +59,16 @@ class Connection:
             retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), settings.retries),
             health_check_interval=15,
         )
-        bus = cls(Redis(connection_pool=pool), settings)
+        return cls(Redis(connection_pool=pool), settings)
+
+    @classmethod
+    async def connect(cls, url: str, settings: BusSettings | None = None) -> Self:
+        """As :meth:`open`, once it answers.
+
+        Raises:
+            BusUnavailableError: it does not.
+        """
+        bus = cls.open(url, settings)
         try:
             await bus.ping()
         except BaseException:

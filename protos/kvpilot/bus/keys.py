@@ -12,6 +12,10 @@ MODELS = f"{PREFIX}models"
 """Hash: model name -> Model as last published by a worker that serves it."""
 OUTCOMES = f"{PREFIX}outcomes"
 """Stream of Outcome."""
+MODE = f"{PREFIX}mode"
+"""Name of the operator's Mode that was last set; not there while none was."""
+OVERRIDES = f"{PREFIX}overrides"
+"""Hash: job id -> Override. Without expiry: controllers remove what has ended."""
 
 
 def job(job_id: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 
 from kvpilot.result import Result
-from kvpilot.v1 import generation_pb2, job_pb2
+from kvpilot.v1 import generation_pb2, job_pb2, operator_pb2
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,14 @@ class Appended:
 
     status: AppendStatus
     cancelled: bool
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What operators have ordered: the mode, None while none was set, and the overrides by job id."""
+
+    mode: operator_pb2.Mode | None
+    overrides: Mapping[str, job_pb2.Override]
 
 
 @dataclass(frozen=True)

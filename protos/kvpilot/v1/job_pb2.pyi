@@ -39,3 +39,11 @@ class Outcome(_message.Message):
     last_state: _policy_pb2.RequestState
     finished: _generation_pb2.Finished
     def __init__(self, job_id: _Optional[str] = ..., worker: _Optional[str] = ..., last_state: _Optional[_Union[_policy_pb2.RequestState, _Mapping]] = ..., finished: _Optional[_Union[_generation_pb2.Finished, _Mapping]] = ...) -> None: ...
+
+class Override(_message.Message):
+    __slots__ = ("pipeline", "reason")
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    pipeline: str
+    reason: str
+    def __init__(self, pipeline: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...

@@ -27,6 +27,14 @@ if _version_not_supported:
 
 class OperatorServiceStub:
     """Served by the controller that holds the workers' steering streams.
+
+    Durability: what an operator sets, overrides and the mode, is kept in the job store, and a controller takes both up
+    again when it starts. OverridePipeline, ReleasePipeline and SetMode take effect in this controller at once and return
+    when the store has the change too. With the store out of reach, or slower than a second, they succeed all the same:
+    the controller logs a warning and goes on trying to write, the newest value of each, for as long as it runs; only if it
+    dies before that is the change lost. A controller that runs without a job store forgets both when it ends. Everything
+    else here is rebuilt from the workers' reports. Controllers that share a store read each other's settings when they
+    start, not while they run.
     """
 
     def __init__(self, channel):
@@ -69,6 +77,14 @@ class OperatorServiceStub:
 
 class OperatorServiceServicer:
     """Served by the controller that holds the workers' steering streams.
+
+    Durability: what an operator sets, overrides and the mode, is kept in the job store, and a controller takes both up
+    again when it starts. OverridePipeline, ReleasePipeline and SetMode take effect in this controller at once and return
+    when the store has the change too. With the store out of reach, or slower than a second, they succeed all the same:
+    the controller logs a warning and goes on trying to write, the newest value of each, for as long as it runs; only if it
+    dies before that is the change lost. A controller that runs without a job store forgets both when it ends. Everything
+    else here is rebuilt from the workers' reports. Controllers that share a store read each other's settings when they
+    start, not while they run.
     """
 
     def ListWorkers(self, request, context):
@@ -86,7 +102,8 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OverridePipeline(self, request, context):
-        """Sends a request to a pipeline and pins it there until ReleasePipeline. Returns once the worker has answered.
+        """Sends a request to a pipeline and pins it there until ReleasePipeline or the end of the request, whatever happens to
+        the controller meanwhile. Returns once the worker has answered.
 
         Errors: NOT_FOUND for a request that is not live here; INVALID_ARGUMENT for a pipeline that does not parse; the
         worker's own status where it refuses; DEADLINE_EXCEEDED when it does not answer in time.
@@ -105,14 +122,15 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetMode(self, request, context):
-        """Says how much this controller steers.
+        """Says how much this controller steers: what SetMode last set, also before a restart, else the mode it was configured
+        to start with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetMode(self, request, context):
-        """Sets how much this controller steers.
+        """Sets how much this controller steers. Kept: from now on it wins over the configured mode at every start.
 
         Errors: INVALID_ARGUMENT for MODE_UNSPECIFIED.
         """
@@ -163,6 +181,14 @@ def add_OperatorServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class OperatorService:
     """Served by the controller that holds the workers' steering streams.
+
+    Durability: what an operator sets, overrides and the mode, is kept in the job store, and a controller takes both up
+    again when it starts. OverridePipeline, ReleasePipeline and SetMode take effect in this controller at once and return
+    when the store has the change too. With the store out of reach, or slower than a second, they succeed all the same:
+    the controller logs a warning and goes on trying to write, the newest value of each, for as long as it runs; only if it
+    dies before that is the change lost. A controller that runs without a job store forgets both when it ends. Everything
+    else here is rebuilt from the workers' reports. Controllers that share a store read each other's settings when they
+    start, not while they run.
     """
 
     @staticmethod
