@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from models.features import F64, NAMES, SCHEMA_HASH
 
 KEYS = ("document", "kind", "model", "pipeline", "family", "measured_under")
-"""Text columns: the document's name (the unit of splitting), its kind (``prose``, ``code``, ``chat``, a task's name)."""
+"""Text columns: the document's name (the unit of splitting), its kind (``prose``, ``code``, ``chat``, a task)."""
 MEASURES = (
     "divergence",
     "divergence_max",

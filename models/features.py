@@ -201,7 +201,8 @@ class FeatureBuilder:
         Raises:
             PipelineError: a pipeline that the worker does not know.
         """
-        return self.matrix(self.state_row(state)[None], np.array([seen_tokens(state)]), pipelines)[0]
+        rows: F64 = self.matrix(self.state_row(state)[None], np.array([seen_tokens(state)]), pipelines)[0]
+        return rows
 
     def matrix(self, states: F64, seen: I64, pipelines: Sequence[str]) -> F64:
         """The rows of R requests and C pipelines, [R, C, features].

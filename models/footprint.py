@@ -95,7 +95,9 @@ class Footprints:
 def estimate(pipeline: PipelineKey, tokens: int, layout: CacheLayout) -> Footprint | None:
     """Bytes of ``tokens`` tokens (seen so far, kept or not) under a pipeline; None where a stage is not known here."""
     many = estimate_many(pipeline, np.array([tokens]), layout)
-    return many and Footprint(int(many.device_bytes[0]), int(many.host_bytes[0]), int(many.shadow_bytes[0]))
+    if many is None:
+        return None
+    return Footprint(int(many.device_bytes[0]), int(many.host_bytes[0]), int(many.shadow_bytes[0]))
 
 
 def estimate_many(pipeline: PipelineKey, tokens: I64, layout: CacheLayout) -> Footprints | None:
