@@ -70,12 +70,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         model = check_generate(request, await self._directory.models())
         job_id, created = await self._submit(request, model.name)
         log.info("job accepted" if created else "job attached", job=job_id, model=model.name)
-        tokens = 0
+        begun = False
         async with contextlib.aclosing(self._events(job_id, 0)) as events:
             async for event in events:
-                tokens += len(event.tokens.tokens)
+                begun = begun or bool(event.tokens.tokens) or event.HasField("replayed")
                 failed = event.finished.reason == generation_pb2.FINISH_REASON_FAILED
-                if not failed or tokens:
+                if not failed or begun:
                     yield generation_pb2.GenerateResponse(event=event)
                 if failed:
                     raise RefusedError(event.finished.problem)

@@ -20,6 +20,12 @@ MAX_STOP_STRINGS = 16
 MAX_TEMPERATURE = 10.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_TOP_LOGPROBS = 20
+MAX_REPLAYED = 64
+"""Most places, and most pipelines, of a replay."""
+MAX_HORIZON_TOKENS = 256
+FIRST_PLACE = 64
+PLACE_DISTANCE = 32
+"""Tokens before the first place of a replay, and between two."""
 ROLES = ("system", "user", "assistant")
 _NAME = re.compile(r"[A-Za-z0-9._:-]*")
 _SHOWN_CHARACTERS = 80
@@ -56,7 +62,9 @@ def check_generate(request: generation_pb2.GenerateRequest, models: ServedModels
     _check_input(request, model, bad)
     _check_sampling(request.sampling, model, bad)
     _check_objective(request.objective, bad)
-    _check_pipeline(request.pipeline, model, bad)
+    _check_pipeline("pipeline", request.pipeline, model, bad)
+    if request.HasField("replay"):
+        _check_replay(request, model, bad)
     check_name("session_id", request.session_id, bad)
     check_name("idempotency_key", request.idempotency_key, bad)
     if request.scenario not in common_pb2.Scenario.values():
@@ -170,7 +178,37 @@ def _check_objective(objective: common_pb2.Objective, bad: Violations) -> None:
             bad.add(f"objective.{field}", value, "a finite number, 0 or more")
 
 
-def _check_pipeline(pipeline: str, model: generation_pb2.Model | None, bad: Violations) -> None:
+def _check_replay(request: generation_pb2.GenerateRequest, model: generation_pb2.Model | None, bad: Violations) -> None:
+    replay = request.replay
+    if request.WhichOneof("input") == "chat":
+        bad["chat"] = "a replay needs the whole text; accepted: prompt or token_ids"
+    for field in ("pipeline", "session_id", "top_logprobs"):
+        if getattr(request, field):
+            bad.add(field, getattr(request, field), "unset with replay, which generates nothing")
+    if request.HasField("sampling"):
+        bad["sampling"] = "given; accepted: unset with replay, which generates nothing"
+    if not 0 <= replay.horizon_tokens <= MAX_HORIZON_TOKENS:
+        bad.add("replay.horizon_tokens", replay.horizon_tokens, f"1 to {MAX_HORIZON_TOKENS}; 0 or unset is 32")
+    places = list(replay.at_tokens)
+    if not 1 <= len(places) <= MAX_REPLAYED:
+        bad["replay.at_tokens"] = f"{len(places)} places given; accepted: 1 to {MAX_REPLAYED}"
+    for index, (before, place) in enumerate(zip([FIRST_PLACE - PLACE_DISTANCE, *places], places, strict=False)):
+        if place < before + PLACE_DISTANCE:
+            accepted = f"{before + PLACE_DISTANCE} or more: {FIRST_PLACE} at first, then {PLACE_DISTANCE} apart"
+            bad.add(f"replay.at_tokens[{index}]", place, accepted)
+    if not 1 <= len(replay.pipelines) <= MAX_REPLAYED:
+        bad["replay.pipelines"] = f"{len(replay.pipelines)} pipelines given; accepted: 1 to {MAX_REPLAYED}"
+    if len(replay.measured_under) not in (0, len(places)):
+        accepted = f"none, or as many as at_tokens: {len(places)}"
+        bad["replay.measured_under"] = f"{len(replay.measured_under)} pipelines given; accepted: {accepted}"
+    for field in ("pipelines", "measured_under"):
+        for index, pipeline in enumerate(getattr(replay, field)[:MAX_REPLAYED]):
+            if not pipeline:
+                bad.add(f"replay.{field}[{index}]", pipeline, "a pipeline")
+            _check_pipeline(f"replay.{field}[{index}]", pipeline, model, bad)
+
+
+def _check_pipeline(field: str, pipeline: str, model: generation_pb2.Model | None, bad: Violations) -> None:
     if not pipeline:
         return
     try:
@@ -179,4 +217,4 @@ def _check_pipeline(pipeline: str, model: generation_pb2.Model | None, bad: Viol
         else:
             StageCatalog(model.stages).check(pipeline)
     except PipelineError as error:
-        bad["pipeline"] = str(error)
+        bad[field] = str(error)

@@ -126,7 +126,7 @@ class ScriptedEngine:
             self.steps += steps
             self._turn.notify_all()
 
-    def submit(self, job: job_pb2.Job, emitted: Sequence[int] = ()) -> None:
+    def submit(self, job: job_pb2.Job, emitted: Sequence[int] = (), measured: int = 0) -> None:
         with self._turn:
             self.submissions.append((job.job_id, tuple(emitted)))
             if job.request.prompt == REFUSED_PROMPT:

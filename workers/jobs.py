@@ -214,7 +214,9 @@ class JobRunner:
         job.submitted = True
         progress = job.claim.progress
         try:
-            await asyncio.to_thread(self._engine.submit, job.claim.job, tuple(progress.token_ids))
+            await asyncio.to_thread(
+                self._engine.submit, job.claim.job, tuple(progress.token_ids), len(progress.replayed)
+            )
         except Exception as error:
             problem = self._problem_of(job, error)
             if self._holds(job):

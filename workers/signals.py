@@ -98,3 +98,17 @@ def _entropy(mass: F32) -> float:
         return 0.0
     terms = -mass * np.log(np.maximum(mass, 1e-12))
     return float(terms.sum(axis=2).mean() / np.log(blocks))
+
+
+def prompt_statistics(token_ids: list[int], turns: int = 1) -> policy_pb2.PromptStatistics:
+    """What a prompt looks like."""
+    ids = np.asarray(token_ids)
+    _, counts = np.unique(ids, return_counts=True)
+    shares = counts / len(ids)
+    trigrams = list(zip(token_ids, token_ids[1:], token_ids[2:], strict=False))
+    return policy_pb2.PromptStatistics(
+        distinct_share=len(counts) / len(ids),
+        repeated_share=1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0,
+        unigram_entropy=float(-(shares * np.log(shares)).sum()),
+        turns=turns,
+    )

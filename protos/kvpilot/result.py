@@ -17,6 +17,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     FAILED = "failed"
+    MEASURED = "measured"
 
 
 class JobState(StrEnum):
@@ -58,6 +59,7 @@ class Result:
         token_ids: tokens generated so far.
         logprobs: one entry per token where log-probabilities were asked for, else empty.
         switches: changes of pipeline so far, in order.
+        replayed: what a replay has measured so far, place by place.
         worker: the worker that has, or had, the job; empty while it is queued.
         next_offset: offset of the first event not yet seen.
         finished: how it ended, None while it has not.
@@ -69,6 +71,7 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     switches: list[common_pb2.Switch] = field(default_factory=list)
+    replayed: list[generation_pb2.Replayed] = field(default_factory=list)
     worker: str = ""
     next_offset: int = 0
     finished: generation_pb2.Finished | None = None
@@ -89,6 +92,8 @@ class Result:
             self.worker = event.started.worker
         elif kind == "switch":
             self.switches.append(event.switch)
+        elif kind == "replayed":
+            self.replayed.append(event.replayed)
         elif kind == "tokens":
             self.text += event.tokens.text
             for token in event.tokens.tokens:

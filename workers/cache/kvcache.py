@@ -7,7 +7,7 @@ nothing that a reader could see.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -68,6 +68,12 @@ class SequenceCache:
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
     as often, would depend on where the prompt is cut."""
     peak: CacheUse = field(default_factory=CacheUse)
+    origin: SequenceCache | None = None
+    """The cache it is a fork of."""
+    forks: int = 0
+    """Open forks of it."""
+    lent: list[Lot] = field(default_factory=list)
+    """Its own lots, which its forks read."""
 
 
 class KVCache:
@@ -125,6 +131,46 @@ class KVCache:
         seq.prefix = []
         self.tables.length[seq.slot] = 0
         self._free_slots.append(seq.slot)
+        if seq.origin:
+            self._reclaim(seq.origin)
+
+    def fork(self, seq: SequenceCache) -> SequenceCache:
+        """A second cache with the same tokens, which goes its own way from here: only blocks that are not full yet are
+        copied. While forks are open, the original may grow and be forked again, but not be switched or closed.
+
+        Raises:
+            TierFullError: there is no room for the copied blocks.
+            ValueError: the original has an exact copy of its own, which two cannot share.
+        """
+        if seq.shadow:
+            raise ValueError("a cache with a shadow cannot be forked")
+        now = blocks_of(self.tables, seq.slot)
+        tail = now.valid & ~now.full
+        lot = self.device.open_lot(Format.RAW)
+        addresses = self.device.allocate(lot, int(tail.sum()))
+        self.backend.store(Tier.DEVICE, addresses, self.backend.load(Tier.DEVICE, now.address[tail], Format.RAW))
+        slot, tables = self._free_slots.pop(), self.tables
+        for name in ("address", "format", "tier", "length", "position", "mass", "votes"):
+            values = getattr(tables, name)
+            values[slot] = values[seq.slot]
+        tables.address[slot, :, :, : tail.shape[2]][tail] = addresses
+        fork = replace(seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[])
+        fork.lots[Tier.DEVICE, Format.RAW] = lot
+        if not seq.forks:
+            held = [arena.lots_of(now.on(tier)) for tier, arena in self._arenas.items()]
+            seq.lent = [lot for lots in held for lot in lots if not lot.borrowed]
+        for lent in seq.lent:
+            lent.borrowed = True
+        seq.forks += 1
+        return fork
+
+    def _reclaim(self, origin: SequenceCache) -> None:
+        """A fork was closed; after the last one the original owns its blocks again."""
+        origin.forks -= 1
+        if not origin.forks:
+            for lot in origin.lent:
+                lot.borrowed = False
+            origin.lent = []
 
     def reuse_prefix(self, seq: SequenceCache, token_ids: Sequence[int]) -> int:
         """Starts an empty cache with published rows of the same prompt. Returns tokens that need not be computed.
@@ -215,9 +261,10 @@ class KVCache:
         seq.seen += tokens
         seq.reserved = max(0, seq.reserved - tokens)
 
-    def context(self, seq: SequenceCache) -> PromptContext:
-        """Reader of a prompt's exact keys and values, layer by layer, while it is being computed."""
-        return PromptContext(self.backend, blocks_of(self.tables, seq.slot))
+    def context(self, seq: SequenceCache) -> CacheContext:
+        """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
+        values."""
+        return CacheContext(self.backend, blocks_of(self.tables, seq.slot))
 
     def evacuate(self, seq: SequenceCache) -> int:
         """Moves a prompt's oldest finished rows to the host tier, as many as it has room for; returns how many.
@@ -535,16 +582,18 @@ class KVCache:
 _NOTHING = np.zeros(0, np.int32)
 
 
-class PromptContext:
-    """Exact keys and values of a prompt so far, wherever its blocks live."""
+class CacheContext:
+    """Keys and values that a request keeps, wherever and however its blocks are stored."""
 
     def __init__(self, backend: Backend, blocks: Blocks) -> None:
         self._backend = backend
         self._blocks = blocks
-        self.tokens = int(blocks.length.flat[0])
+        self.tokens = int(blocks.length.max(initial=0))
+        self.length = blocks.length
+        """[layers, kv_heads] tokens kept; what :meth:`read` gives beyond them is not defined."""
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer, each [kv_heads, tokens, head_dim]."""
+        """K and V of one layer, each [kv_heads, tokens, head_dim], ``tokens`` being the longest table's."""
         blocks = self._blocks
         heads, count = blocks.address.shape[1:]
         spread = (heads * count, BLOCK_TOKENS)
@@ -553,7 +602,8 @@ class PromptContext:
             return np.repeat(values[layer].reshape(-1), BLOCK_TOKENS).reshape(spread)
 
         row = np.broadcast_to(np.arange(BLOCK_TOKENS, dtype=np.uint8), spread).copy()
-        source = TokenSource(repeat(blocks.address), repeat(blocks.format), repeat(blocks.tier), row)
+        address = np.where(blocks.valid[layer].reshape(-1, 1), repeat(blocks.address), np.int32(-1))
+        source = TokenSource(address, repeat(blocks.format), repeat(blocks.tier), row)
         k, v = self._backend.read(source)  # [heads * count, 32, D]
         whole = (heads, count * BLOCK_TOKENS, -1)
         return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]

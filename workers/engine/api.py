@@ -15,7 +15,8 @@ Event: TypeAlias = tuple[str, generation_pb2.GenerationEvent]
 class EngineApi(Protocol):
     """A running engine.
 
-    Events of a job come in order: Started, then Tokens and Switch, then Finished exactly once; nothing after it.
+    Events of a job come in order: Started, then Tokens and Switch (or Replayed), then Finished exactly once; nothing
+    after it.
     """
 
     def start(
@@ -34,9 +35,10 @@ class EngineApi(Protocol):
         """Ends the step loop after the step at work; unfinished requests are dropped (the job store re-runs them)."""
         ...
 
-    def submit(self, job: job_pb2.Job, emitted: Sequence[int] = ()) -> None:
+    def submit(self, job: job_pb2.Job, emitted: Sequence[int] = (), measured: int = 0) -> None:
         """Admits a job. ``emitted`` are tokens already delivered by an earlier worker: they are computed again as part
-        of the prompt, not emitted again, and their number is where token indices and random numbers go on.
+        of the prompt, not emitted again, and their number is where token indices and random numbers go on. ``measured``
+        is the number of places of a replay that an earlier worker delivered: they are left out.
 
         Raises:
             ProblemError: INVALID_ARGUMENT or RESOURCE_EXHAUSTED; the job was not admitted and no event will come.

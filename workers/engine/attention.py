@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from kernels.api import F32, DecodePlan
 from kernels.layout import CacheShape
-from workers.cache.kvcache import KVCache, PromptContext
+from workers.cache.kvcache import CacheContext, KVCache
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 
 ATTENTION_NAME = "kvpilot"
@@ -84,7 +84,7 @@ class PromptAttention:
     """
 
     def __init__(
-        self, cache: KVCache, slot: int, context: PromptContext, start: int, votes: F32, all_queries: bool
+        self, cache: KVCache, slot: int, context: CacheContext, start: int, votes: F32, all_queries: bool
     ) -> None:
         self._cache = cache
         self._slot = slot
@@ -119,6 +119,39 @@ class PromptAttention:
         tables.mass[slot, layer, :, :end] += counted.sum(dim=1).cpu().numpy()
         if first_vote < end:
             self._votes[layer, :, :end] += counted[:, first_vote - first :].sum(dim=1).cpu().numpy()
+
+
+class ScoringAttention:
+    """A run of known tokens behind a cache that is only read: nothing is written, counted or kept of it.
+
+    Args:
+        context: what the request keeps.
+    """
+
+    def __init__(self, context: CacheContext) -> None:
+        self._context = context
+        self._mask: torch.Tensor | None = None  # of all layers, where every table is of one length
+        self._uneven = bool((context.length != context.tokens).any())
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+        """See :class:`Attend`; B is 1, S the number of tokens."""
+        before = self._context.read(layer)
+        k, v = (torch.cat([old[None], new], dim=2) for old, new in zip(before, (k, v), strict=True))
+        if self._mask is None or self._uneven:
+            self._mask = self._seen(layer, q)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def _seen(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """bool [queries, T] or [query_heads, queries, T]: everything kept, and among the new tokens those before."""
+        kept, queries = self._context.tokens, q.shape[2]
+        mask = _causal(queries, kept + queries, q.device)
+        if not self._uneven:
+            return mask
+        length = torch.from_numpy(self._context.length[layer]).to(q.device)  # [kv_heads]
+        there = torch.arange(kept, device=q.device) < length[:, None]
+        there = torch.nn.functional.pad(there, (0, queries), value=True)  # [kv_heads, T]
+        return (mask & there[:, None]).repeat_interleave(q.shape[1] // len(length), dim=0)
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -16,12 +16,15 @@ import torch
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
+from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
 from workers.engine.intake import Intake, Limits
 from workers.engine.memory import EngineMemory
+from workers.engine.replay import SLOTS as REPLAY_SLOTS
+from workers.engine.replay import Replay, Replayer
 from workers.engine.reports import Reporter
 from workers.engine.runner import LoadedModel, ModelRunner, load_model
 from workers.engine.sampler import Choice, SampleRequest, sample
@@ -73,7 +76,7 @@ class Engine:
             self.shape,
             settings.device_budget_bytes,
             settings.host_budget_bytes,
-            settings.max_running,
+            settings.max_running + REPLAY_SLOTS,
             self._context_tokens,
             self._loaded.name,
             device,
@@ -83,11 +86,25 @@ class Engine:
         default = build(settings.default_pipeline, self.shape)
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)
-        self._memory = EngineMemory(self.cache, lambda: list(self._scheduler.running), self._switch_for_pressure)
+        self._memory = EngineMemory(
+            self.cache,
+            lambda: list(self._scheduler.running),
+            self._switch_for_pressure,
+            lambda: self._replayer.give_way(),
+        )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
-        self._reporter = Reporter(self.cache, settings.report_interval_tokens)
         self._bandwidths = _measure_bandwidths(self.cache)
+        self._reporter = Reporter(self.cache, settings.report_interval_tokens)
+        self._replayer = Replayer(
+            self.cache,
+            self._runner,
+            FeatureBuilder.of(self._description()),
+            settings.step_tokens,
+            lambda replay, **event: self._emit(replay, **event),
+            self._replayed,
+        )
         self._live: dict[str, Sequence] = {}
+        self._replays: dict[str, Replay] = {}
         self._lock = threading.Lock()  # guards _live, which other threads read
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._events: list[Event] = []
@@ -132,14 +149,24 @@ class Engine:
         if self._thread:
             self._thread.join(timeout_s)
 
-    def submit(self, job: job_pb2.Job, emitted: Ids[int] = ()) -> None:
+    def submit(self, job: job_pb2.Job, emitted: Ids[int] = (), measured: int = 0) -> None:
         """See EngineApi."""
+        if job.request.HasField("replay"):
+            replay = self._intake.read_replay(job, measured)
+            with self._lock:
+                self._check_new(job.job_id)
+                self._replays[job.job_id] = replay
+            self._commands.put(lambda: self._add_replay(replay))
+            return
         seq = self._intake.read(job, emitted)
         with self._lock:
-            if seq.job_id in self._live:
-                raise ProblemError(FAILED_PRECONDITION, f"job {seq.job_id} is already here")
+            self._check_new(seq.job_id)
             self._live[seq.job_id] = seq
         self._commands.put(lambda: self._add(seq))
+
+    def _check_new(self, job_id: str) -> None:
+        if job_id in self._live or job_id in self._replays:
+            raise ProblemError(FAILED_PRECONDITION, f"job {job_id} is already here")
 
     def cancel(self, job_id: str) -> None:
         """See EngineApi."""
@@ -161,17 +188,22 @@ class Engine:
     def free_slots(self) -> int:
         """See EngineApi."""
         with self._lock:
-            return self._settings.max_running - len(self._live)
+            return self._settings.max_running - len(self._live) - len(self._replays)
 
     def live_jobs(self) -> list[str]:
         """See EngineApi."""
         with self._lock:
-            return list(self._live)
+            return [*self._live, *self._replays]
 
     def hello(self) -> policy_pb2.Hello:
         """See EngineApi."""
+        hello = self._description()
         with self._lock:
-            epochs = [policy_pb2.RequestEpoch(request_id=seq.job_id, epoch=seq.epoch) for seq in self._live.values()]
+            for seq in self._live.values():
+                hello.epochs.add(request_id=seq.job_id, epoch=seq.epoch)
+        return hello
+
+    def _description(self) -> policy_pb2.Hello:
         shape, limits = self.shape, self._limits()
         return policy_pb2.Hello(
             worker=self._settings.name,
@@ -202,7 +234,7 @@ class Engine:
                 for arena in (self.cache.device, self.cache.host)
             ],
             far_horizons_tokens=FAR_HORIZONS_TOKENS,
-            epochs=epochs,
+            feature_schema_hash=SCHEMA_HASH,
         )
 
     def configure(self, welcome: policy_pb2.Welcome) -> None:
@@ -244,8 +276,26 @@ class Engine:
             self._prefill(seq, count)
         if not step.empty:
             self._reporter.stepped(tokens, time.monotonic() - began)
+        worked = not step.empty or bool(step.stuck) or self._replay()
         self._flush()
-        return not step.empty or bool(step.stuck)
+        return worked
+
+    def _replay(self) -> bool:
+        """A piece of a replay, in a moment when no request can be served. False: there is nothing to do."""
+        if self._scheduler.waiting:  # for memory that a replay may hold
+            return self._replayer.give_way()
+        return self._replayer.step()
+
+    def _add_replay(self, replay: Replay) -> None:
+        started = generation_pb2.Started(
+            worker=self._settings.name, pipeline=Pipeline().text, prompt_tokens=len(replay.token_ids)
+        )
+        self._emit(replay, started=started)
+        self._replayer.add(replay)
+
+    def _replayed(self, replay: Replay) -> None:
+        with self._lock:
+            del self._replays[replay.job_id]
 
     def _drain_commands(self) -> None:
         while True:
@@ -457,6 +507,8 @@ class Engine:
         seq = self._live.get(job_id)
         if seq:
             self._finish(seq, generation_pb2.FINISH_REASON_CANCELLED)
+        else:
+            self._replayer.cancel(job_id)
 
     def _fail_stuck(self, seq: Sequence) -> None:
         seq.problem = common_pb2.Problem(
@@ -502,7 +554,7 @@ class Engine:
         with self._lock:
             del self._live[seq.job_id]
 
-    def _emit(self, seq: Sequence, **event: object) -> None:
+    def _emit(self, seq: Sequence | Replay, **event: object) -> None:
         self._events.append((seq.job_id, generation_pb2.GenerationEvent(**event)))  # type: ignore[arg-type]
 
     def _flush(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from kernels.layout import CacheShape
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import generation_pb2, job_pb2
 from models.scenarios import effective_scenario, fill_objective
+from workers.engine.replay import SIGNAL_TOKENS, Place, Replay
 from workers.engine.runner import LoadedModel
 from workers.engine.sampler import SamplingParameters
 from workers.engine.sequence import Sequence
@@ -18,6 +20,7 @@ from workers.stages.base import Pipeline
 from workers.stages.registry import build
 
 DEFAULT_MAX_TOKENS = 256
+DEFAULT_HORIZON_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Intake:
             violations["sampling.max_tokens"] = (
                 f"{wanted}; the context of {self._limits.context_tokens} tokens leaves {room} after the prompt"
             )
-        pipeline = self._pipeline(request.pipeline, violations)
+        pipeline = self._named_pipeline("pipeline", request.pipeline, violations) if request.pipeline else None
         for token_id in request.sampling.stop_token_ids:
             if not 0 <= token_id < self._loaded.vocabulary_size:
                 violations["sampling.stop_token_ids"] = f"{token_id}; ids are below {self._loaded.vocabulary_size}"
@@ -82,6 +85,47 @@ class Intake:
         max_tokens = wanted or min(DEFAULT_MAX_TOKENS, room)
         self._check_capacity(len(prompt) + max_tokens)
         return self._sequence(job, prompt, list(emitted), max_tokens, pipeline)
+
+    def read_replay(self, job: job_pb2.Job, measured: int) -> Replay:
+        """The replay of a job, without the first ``measured`` places, which an earlier worker delivered.
+
+        Raises:
+            ProblemError: INVALID_ARGUMENT naming every bad field.
+        """
+        request, asked = job.request, job.request.replay
+        violations: dict[str, str] = {}
+        tokens = self._tokenise(request, violations)
+        horizon = asked.horizon_tokens or DEFAULT_HORIZON_TOKENS
+        field = request.WhichOneof("input") or "prompt"
+        if len(tokens) > self._limits.context_tokens:
+            violations[field] = f"{len(tokens)} tokens; at most {self._limits.context_tokens} fit the context"
+        if asked.at_tokens and asked.at_tokens[-1] + horizon > len(tokens):
+            violations["replay.at_tokens"] = (
+                f"{asked.at_tokens[-1]}; {horizon} tokens must follow, and the text has {len(tokens)}"
+            )
+        pipelines = [
+            (text, self._named_pipeline(f"replay.pipelines[{place}]", text, violations))
+            for place, text in enumerate(asked.pipelines)
+        ]
+        under = [
+            self._named_pipeline(f"replay.measured_under[{place}]", text, violations)
+            for place, text in enumerate(asked.measured_under)
+        ] or [Pipeline()] * len(asked.at_tokens)
+        if violations:
+            summary = "; ".join(f"{name}: {description}" for name, description in violations.items())
+            raise ProblemError(INVALID_ARGUMENT, summary, violations)
+        places = [Place(at, pipeline) for at, pipeline in zip(asked.at_tokens, under, strict=True) if pipeline]
+        self._check_capacity(asked.at_tokens[-1] + horizon)
+        return Replay(
+            job_id=job.job_id,
+            token_ids=tokens,
+            places=deque(places[measured:]),
+            pipelines=tuple((text, pipeline) for text, pipeline in pipelines if pipeline),
+            horizon_tokens=horizon,
+            scenario=effective_scenario(request.scenario),
+            objective=fill_objective(request.scenario, request.objective),
+            prompt_tokens=places[0].at_token - SIGNAL_TOKENS,
+        )
 
     def _tokenise(self, request: generation_pb2.GenerateRequest, violations: dict[str, str]) -> list[int]:
         kind = request.WhichOneof("input")
@@ -106,13 +150,11 @@ class Intake:
             violations.setdefault(kind or "prompt", "empty; at least one token is needed")
         return ids
 
-    def _pipeline(self, text: str, violations: dict[str, str]) -> Pipeline | None:
-        if not text:
-            return None
+    def _named_pipeline(self, field: str, text: str, violations: dict[str, str]) -> Pipeline | None:
         try:
             return build(text, self._shape)
         except PipelineError as error:
-            violations["pipeline"] = str(error)
+            violations[field] = str(error)
             return None
 
     def _check_capacity(self, tokens: int) -> None:

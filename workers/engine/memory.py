@@ -1,8 +1,8 @@
 """How a worker makes room: the order in which pressure is relieved before a request is preempted.
 
-Drop published prefixes that nobody uses; without a controller, compress requests whose objective allows it (the static
-rule); move older blocks to the host tier, which changes no logits, as far as there is room; where the host is full too,
-give up the exact copies of requests that are lossy already. Only then does the scheduler preempt.
+Drop published prefixes that nobody uses; interrupt a replay; without a controller, compress requests whose objective
+allows it (the static rule); move older blocks to the host tier, which changes no logits, as far as there is room; where
+the host is full too, give up the exact copies of requests that are lossy already. Only then does the scheduler preempt.
 """
 
 from __future__ import annotations
@@ -41,12 +41,20 @@ class EngineMemory:
         cache: the worker's cache.
         running: the requests that hold cache now.
         switch: carries out a pipeline change, for pressure's sake.
+        interrupt: makes work that can wait give its memory back; False where there is none.
     """
 
-    def __init__(self, cache: KVCache, running: Callable[[], list[Sequence]], switch: Switcher) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        running: Callable[[], list[Sequence]],
+        switch: Switcher,
+        interrupt: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._cache = cache
         self._running = running
         self._switch = switch
+        self._interrupt = interrupt
         self.steered = False
         """Whether a controller is attached; it then decides on lossy pipelines."""
 
@@ -99,7 +107,7 @@ class EngineMemory:
 
     def _relieve(self, missing_bytes: int) -> bool:
         """Frees some device memory by the mildest means there is. False: there is none."""
-        if self._cache.prefixes.drop(missing_bytes):
+        if self._cache.prefixes.drop(missing_bytes) or self._interrupt():
             return True
         holders = sorted(self._running(), key=self._device_bytes, reverse=True)
         measures = (self._compress, self._move_to_host) if not self.steered else (self._move_to_host,)

@@ -19,6 +19,7 @@ from workers.engine.attention import (
     Attend,
     DecodeAttention,
     PromptAttention,
+    ScoringAttention,
     check_servable,
 )
 
@@ -116,13 +117,29 @@ class ModelRunner:
             seq.prompt_votes = None
         return logits
 
+    @torch.inference_mode()
+    def score(self, seq: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+        """What the model expects behind each of these tokens, if they follow what the cache holds now.
+
+        The cache is only read. A decode step of every token would give the same as long as it moves no block.
+
+        Returns:
+            Logits [len(token_ids), vocabulary]; row i is the distribution of the token behind token i.
+        """
+        attend = ScoringAttention(self._cache.context(seq))
+        positions = list(range(seq.seen, seq.seen + len(token_ids)))
+        return self._run([list(token_ids)], [positions], attend, keep=len(token_ids))[0]
+
     def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
+        return self._run(token_ids, positions, attend, keep=1)[:, -1]
+
+    def _run(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend, keep: int) -> torch.Tensor:
         output = self._model(
             input_ids=torch.tensor(token_ids, device=self._device),
             position_ids=torch.tensor(positions, device=self._device),
             use_cache=False,
-            logits_to_keep=1,
+            logits_to_keep=keep,
             **{STEP_ARGUMENT: attend},
         )
         logits: torch.Tensor = output.logits
-        return logits[:, -1]
+        return logits

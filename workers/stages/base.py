@@ -230,6 +230,11 @@ class Pipeline:
         return not (self.evictor or self.codec or self.placer)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it changes no logits."""
+        return self.loss_class is LossClass.EXACT
+
+    @property
     def wants_shadow(self) -> bool:
         """Whether what it loses is to be kept exactly on the host tier."""
         return self.loss_class is LossClass.RECOVERABLE
