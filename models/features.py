@@ -31,6 +31,8 @@ F64: TypeAlias = npt.NDArray[np.float64]
 SCHEMA_VERSION = 1
 HORIZONS_TOKENS = (32, 64, 128, 256, 512, 1024)
 """Horizons of ``Signals.far_mass`` that the schema knows; a worker that measures others gives NaN here."""
+DEPTHS = 4
+"""Parts of the layers for ``Signals.far_votes_by_depth``."""
 KEPT_SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of ``Signals.dropped_votes``, rising."""
 _RAW_BITS = 16
@@ -110,6 +112,13 @@ SIGNAL_FEATURES: tuple[Feature, ...] = (
         _signal(f"dropped_votes_max_{round(1 / share)}", "share", 0, 1, "the same, largest head")
         for share in KEPT_SHARES
     ),
+    *(_signal(f"far_votes_{h}", "share", 0, 1, f"recent attention beyond {h} tokens, mean") for h in HORIZONS_TOKENS),
+    *(_signal(f"far_votes_max_{h}", "share", 0, 1, "the same, largest head") for h in HORIZONS_TOKENS),
+    *(
+        _signal(f"far_votes_depth{depth}_{h}", "share", 0, 1, f"the same, layers of quarter {depth}")
+        for depth in range(DEPTHS)
+        for h in HORIZONS_TOKENS
+    ),
     _signal("sink_mass", "share", 0, 1, "attention on the block of the first 4 tokens"),
     _signal("attention_entropy", "share", 0, 1, "entropy of attention over blocks, over its largest value"),
     _signal("next_token_entropy", "nats", 0, 20, "entropy of the next-token distribution, mean"),
@@ -137,6 +146,8 @@ CANDIDATE_FEATURES: tuple[Feature, ...] = (
     _candidate("mass_beyond", "share", 0, 1, "far mass at the last token that it surely keeps, between horizons"),
     _candidate("mass_beyond_max", "share", 0, 1, "the same, largest head"),
     _candidate("mass_beyond_last", "share", 0, 1, "the same, last step looked at"),
+    _candidate("votes_beyond", "share", 0, 1, "far votes at the last token that it surely keeps, between horizons"),
+    _candidate("votes_beyond_max", "share", 0, 1, "the same, largest head"),
     _candidate("votes_dropped", "share", 0, 1, "dropped votes at its kept share, between shares"),
     _candidate("votes_dropped_max", "share", 0, 1, "the same, largest head"),
 )
@@ -258,6 +269,9 @@ class FeatureBuilder:
                 *self._by_horizon(signals.far_mass_worst_layer),
                 *_by_share(signals.dropped_votes),
                 *_by_share(signals.dropped_votes_max),
+                *self._by_horizon(signals.far_votes),
+                *self._by_horizon(signals.far_votes_max),
+                *self._by_depth(signals.far_votes_by_depth),
                 signals.sink_mass if measured else nan,
                 signals.attention_entropy if measured else nan,
                 signals.next_token_entropy if measured else nan,
@@ -274,6 +288,11 @@ class FeatureBuilder:
 
     def _by_horizon(self, values: Sequence[float]) -> list[float]:
         return [values[place] if 0 <= place < len(values) else math.nan for place in self._places]
+
+    def _by_depth(self, values: Sequence[float]) -> list[float]:
+        measured = len(values) // DEPTHS
+        quarters = [values[depth * measured : (depth + 1) * measured] for depth in range(DEPTHS)]
+        return [value for quarter in quarters for value in self._by_horizon(quarter)]
 
     def _fill_candidate(self, out: F64, states: F64, seen: I64, candidate: Candidate) -> None:
         """Writes [R, candidate features]."""
@@ -384,7 +403,10 @@ def _columns(*names: str) -> list[int]:
 
 _FULL: PipelineKey = (("full", ()),)
 _LOG_HORIZONS = np.log2(np.array(HORIZONS_TOKENS, np.float64))
-_FAR = [_columns(*(f"far_mass{which}_{horizon}" for horizon in HORIZONS_TOKENS)) for which in ("", "_max", "_last")]
+_FAR = [
+    _columns(*(f"{signal}_{horizon}" for horizon in HORIZONS_TOKENS))
+    for signal in ("far_mass", "far_mass_max", "far_mass_last", "far_votes", "far_votes_max")
+]
 _KEPT = np.array([*KEPT_SHARES, 1.0])
 _DROPPED = [_columns(*(f"dropped_votes{which}_{round(1 / share)}" for share in KEPT_SHARES)) for which in ("", "_max")]
 

@@ -108,6 +108,48 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+def replay_request(**asked: Any) -> generation_pb2.GenerateRequest:
+    """A replay of 500 tokens."""
+    request = generation_pb2.GenerateRequest(token_ids=generation_pb2.TokenIds(ids=[1] * 500))
+    request.replay.CopyFrom(generation_pb2.Replay(**({"at_tokens": [64, 96], "pipelines": ["full", "kivi"]} | asked)))
+    return request
+
+
+def test_a_good_replay_passes() -> None:
+    assert violations_of(replay_request()) == {}
+    assert violations_of(replay_request(horizon_tokens=256, measured_under=["full", "snapkv"])) == {}
+
+
+BAD_REPLAYS: list[tuple[dict[str, Any], str, str]] = [
+    ({"at_tokens": []}, "replay.at_tokens", "0 places given; accepted: 1 to 64"),
+    ({"at_tokens": list(range(64, 64 + 32 * 65, 32))}, "replay.at_tokens", "65 places given"),
+    ({"at_tokens": [63]}, "replay.at_tokens[0]", "63 given; accepted: 64 or more"),
+    ({"at_tokens": [100, 131]}, "replay.at_tokens[1]", "131 given; accepted: 132 or more"),
+    ({"pipelines": []}, "replay.pipelines", "0 pipelines given; accepted: 1 to 64"),
+    ({"pipelines": ["full", "kivi(bits=3)"]}, "replay.pipelines[1]", "3 given; accepted: 2 or 4"),
+    ({"pipelines": ["full", ""]}, "replay.pipelines[1]", "'' given; accepted: a pipeline"),
+    ({"measured_under": ["full"]}, "replay.measured_under", "as many as at_tokens: 2"),
+    ({"measured_under": ["full", "shrink"]}, "replay.measured_under[1]", "unknown stage 'shrink'"),
+    ({"horizon_tokens": -1}, "replay.horizon_tokens", "-1 given; accepted: 1 to 256"),
+    ({"horizon_tokens": 257}, "replay.horizon_tokens", "257 given"),
+]
+
+
+@pytest.mark.parametrize(("asked", "field", "words"), BAD_REPLAYS, ids=lambda value: str(value)[:40])
+def test_a_bad_field_of_a_replay_is_named_alone(asked: dict[str, Any], field: str, words: str) -> None:
+    found = violations_of(replay_request(**asked))
+    assert set(found) == {field}
+    assert words in found[field]
+
+
+def test_a_replay_generates_nothing() -> None:
+    request = make_request(
+        messages=[{"role": "user", "content": "hi"}], temperature=1.0, session_id="s", top_logprobs=1, pipeline="kivi"
+    )
+    request.replay.CopyFrom(generation_pb2.Replay(at_tokens=[64], pipelines=["full"]))
+    assert set(violations_of(request)) == {"chat", "sampling", "session_id", "top_logprobs", "pipeline"}
+
+
 @pytest.mark.parametrize(("options", "field", "words"), BAD, ids=lambda value: str(value)[:40])
 def test_a_bad_field_is_named_alone(options: dict[str, Any], field: str, words: str) -> None:
     found = violations_of(make_request("hello", **options))

@@ -221,6 +221,7 @@ class Replayer:
         self, replay: Replay, seq: SequenceCache, pipeline: Pipeline, at_token: int, meter: SignalMeter
     ) -> policy_pb2.RequestState:
         """The request as its report would describe it."""
+        meter.note_votes(self._cache.tables, seq.slot, seq.seen)
         return policy_pb2.RequestState(
             request_id=replay.job_id,
             scenario=replay.scenario,
@@ -316,4 +317,4 @@ def _note_token(meter: SignalMeter, logits: torch.Tensor, token_id: int) -> None
     """Counts a token of the text as the sampler would count one it chose."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     entropy = float(torch.special.entr(logprobs.exp()).sum())
-    meter.note_choice(token_id, entropy, float(logprobs.max().exp()))
+    meter.note_choice(token_id, entropy, float(logprobs.max().exp()), -float(logprobs[token_id]))
