@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from kernels.api import F32, I32, DecodePlan, Tables
 from kernels.layout import BLOCK_TOKENS
@@ -79,10 +78,8 @@ class SignalMeter:
         blocks = int(block_count(length).max())
         mass = plan.block_mass[:, row, :, :blocks]  # [L, H, B]
         seen = int(tables.position[slot, 0, 0, length[0, 0] - 1]) + 1
-        last = tables.position[slot, :, :, BLOCK_TOKENS - 1 : blocks * BLOCK_TOKENS : BLOCK_TOKENS]  # [L, H, B]
-        full = np.arange(blocks) < (length // BLOCK_TOKENS)[..., None]
-        holds_sinks = tables.position[slot, :, :, : blocks * BLOCK_TOKENS : BLOCK_TOKENS] < SINK_TOKENS
-        far = _beyond_horizons(mass, np.where(full & ~holds_sinks, seen - last, 0))  # [L, H, horizons]
+        age, holds_sinks = _ages(tables, slot, blocks, seen)
+        far = _beyond_horizons(mass, age)  # [L, H, horizons]
         self._far_last = far.mean(axis=(0, 1))
         self._far += self._far_last
         self._far_max += far.max(axis=(0, 1))
@@ -132,7 +129,7 @@ class VoteSignals:
     """[L, H, KEPT_SHARES] share of the votes that the best tokens do not have, if only that share of all tokens seen
     may stay; 0 where a head holds no more than may stay, or nothing was voted for."""
     far: F64
-    """[L, H, horizons] share of the votes on tokens older than each horizon, the sinks left out."""
+    """[L, H, horizons] share of the votes on tokens older than each horizon: whole blocks, without that of the sinks."""
 
 
 def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:
@@ -144,33 +141,33 @@ def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:
         seen: its tokens so far, kept or not.
     """
     length = tables.length[slot]  # [L, H]
-    count = int(length.max(initial=0))
-    valid = np.arange(count) < length[..., None]
-    votes = torch.from_numpy(tables.votes[slot, :, :, :count]).float().numpy()  # [L, H, T]; numpy's halves are slow
-    votes[~valid] = 0.0
-    total = votes.sum(axis=2, dtype=np.float64)
+    blocks = int(block_count(length).max(initial=0))
+    count = blocks * BLOCK_TOKENS
+    votes = np.where(np.arange(count) < length[..., None], tables.votes[slot, :, :, :count], np.float16(0))
+    by_block = votes.astype(np.float32).reshape(*length.shape, blocks, BLOCK_TOKENS).sum(axis=3)  # [L, H, B]
+    total = by_block.sum(axis=2, dtype=np.float64)
     voted = total > 0
-    position = tables.position[slot, :, :, :count]
-    running = np.concatenate([np.zeros((*length.shape, 1)), votes.cumsum(axis=2, dtype=np.float64)], axis=2)
-    sinks = _votes_before(running, position, valid, SINK_TOKENS)
-    far = np.zeros((*length.shape, len(FAR_HORIZONS_TOKENS)))
-    for place, horizon in enumerate(FAR_HORIZONS_TOKENS):
-        older = _votes_before(running, position, valid, seen - horizon) - sinks
-        np.divide(np.maximum(older, 0.0), total, out=far[:, :, place], where=voted)
-    votes.sort(axis=2)
+    far = _beyond_horizons(by_block, _ages(tables, slot, blocks, seen)[0])
+    np.divide(far, total[..., None], out=far, where=voted[..., None])
+
+    bits = votes.view(np.uint16)  # halves that are not negative are in the order of their bits, which sort faster
+    bits.sort(axis=2)
     dropped = np.zeros((*length.shape, len(KEPT_SHARES)))
     for place, share in enumerate(KEPT_SHARES):
         may_stay = math.ceil(share * seen)
         if may_stay < count:
-            rest = votes[:, :, : count - may_stay].sum(axis=2, dtype=np.float64)
+            rest = votes[:, :, : count - may_stay].sum(axis=2, dtype=np.float32)
             np.divide(rest, total, out=dropped[:, :, place], where=(length > may_stay) & voted)
     return VoteSignals(dropped, far)
 
 
-def _votes_before(running: F64, position: I32, valid: Mask, end: int) -> F64:
-    """[L, H] votes on tokens at positions below ``end``; ``running`` [L, H, T + 1] sums those of the first tokens."""
-    number = ((position < end) & valid).sum(axis=2)
-    return np.asarray(np.take_along_axis(running, number[..., None], axis=2)[..., 0])
+def _ages(tables: Tables, slot: int, blocks: int, seen: int) -> tuple[I32, Mask]:
+    """Tokens since the last one of each block [L, H, B], 0 for those not full or with sinks; and which have sinks."""
+    length = tables.length[slot]
+    last = tables.position[slot, :, :, BLOCK_TOKENS - 1 : blocks * BLOCK_TOKENS : BLOCK_TOKENS]  # [L, H, B]
+    full = np.arange(blocks) < (length // BLOCK_TOKENS)[..., None]
+    holds_sinks = tables.position[slot, :, :, : blocks * BLOCK_TOKENS : BLOCK_TOKENS] < SINK_TOKENS
+    return np.where(full & ~holds_sinks, seen - last, np.int32(0)), holds_sinks
 
 
 def prompt_statistics(token_ids: Sequence[int], turns: int = 1) -> policy_pb2.PromptStatistics:
@@ -194,7 +191,7 @@ def prompt_statistics(token_ids: Sequence[int], turns: int = 1) -> policy_pb2.Pr
     return policy_pb2.PromptStatistics(
         distinct_share=width / len(kind),
         repeated_share=1.0 - len(np.unique(number)) / grams if grams else 0.0,
-        unigram_entropy=float(-(frequency * np.log(frequency)).sum()),
+        unigram_entropy=abs(float((frequency * np.log(frequency)).sum())),
         turns=turns,
     )
 

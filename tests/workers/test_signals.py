@@ -271,8 +271,14 @@ def test_far_votes_of_evicted_tables_equal_plain_loops(positions: Positions, see
     for (layer, head), kept in positions.items():
         votes = tables.votes[SLOT, layer, head, : len(kept)].astype(float).tolist()
         total = sum(votes)
+        blocks = [range(first, first + BLOCK_TOKENS) for first in range(0, len(kept) - BLOCK_TOKENS + 1, BLOCK_TOKENS)]
         beyond = [
-            sum(v for v, at in zip(votes, kept, strict=True) if SINK_TOKENS <= at < seen - h)
+            sum(
+                votes[i]
+                for block in blocks
+                if kept[block[0]] >= SINK_TOKENS and kept[block[-1]] < seen - h
+                for i in block
+            )
             for h in FAR_HORIZONS_TOKENS
         ]
         far[layer].append([part / total if total else 0.0 for part in beyond])
