@@ -24,7 +24,7 @@ class Event:
 
     @property
     def kind(self) -> str:
-        """``accepted``, ``started``, ``tokens``, ``switch`` or ``finished``."""
+        """``accepted``, ``started``, ``tokens``, ``switch``, ``replayed`` or ``finished``."""
         return self.message.WhichOneof("event") or ""
 
     @property
