@@ -1,9 +1,9 @@
 """The pipelines that are measured and planned with.
 
-What is not here is neither replayed by ``kvpilot models collect`` nor chosen by the learned planner, so the list covers
-each family at a few strengths, and little more: every entry costs a decode of the whole horizon at every replayed place,
-and a row of every live request at every planning tick. All lossy entries keep shadows (the stages' default), so that a
-planner may try them and come back; without shadows they differ in their bytes alone.
+What is not here is neither replayed by ``kvpilot models collect`` nor chosen by the learned planner, so the list
+covers each family at a few strengths, and little more: every entry costs a decode of the whole horizon at every
+replayed place, and a row of every live request at every planning tick. All lossy entries keep shadows (the stages'
+default), so that a planner may try them and come back; without shadows they differ in their bytes alone.
 """
 
 from __future__ import annotations

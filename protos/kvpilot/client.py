@@ -171,9 +171,7 @@ class Client:
         ...     for place in client.replay(text, at_tokens=[512], pipelines=["full", "kivi(bits=4)"]):
         ...         print(place.at_token, [measured.divergence for measured in place.pipelines])  # nats per token
         """
-        request = make_replay_request(
-            prompt, token_ids=token_ids, at_tokens=at_tokens, pipelines=pipelines, **options
-        )
+        request = make_replay_request(prompt, token_ids=token_ids, at_tokens=at_tokens, pipelines=pipelines, **options)
         for event in self._follow(JobStream(request, retries=self._settings.retries)):
             if (place := replayed_of(event)) is not None:
                 yield place
@@ -312,9 +310,7 @@ class AsyncClient:
         **options: Unpack[ReplayOptions],
     ) -> AsyncGenerator[generation_pb2.Replayed, None]:
         """See :meth:`Client.replay`."""
-        request = make_replay_request(
-            prompt, token_ids=token_ids, at_tokens=at_tokens, pipelines=pipelines, **options
-        )
+        request = make_replay_request(prompt, token_ids=token_ids, at_tokens=at_tokens, pipelines=pipelines, **options)
         events = self._follow(JobStream(request, retries=self._settings.retries))
         async with contextlib.aclosing(events):
             async for event in events:
