@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from models.features import F64, NAMES, SCHEMA_HASH
 
 KEYS = ("document", "kind", "model", "pipeline", "family", "measured_under")
-"""Text columns: the document's name (the unit of splitting), its kind (``prose``, ``code``, ``chat``, a task)."""
+"""Text columns: the document's name (see :func:`source_of`), its kind (``prose``, ``code``, ``chat``, a task)."""
 MEASURES = (
     "divergence",
     "divergence_max",
@@ -58,9 +58,17 @@ class Split(Enum):
     TEST = "test"
 
 
+def source_of(document: str) -> str:
+    """The document that another one was made of: ``<source>#<what>`` is made of ``<source>``'s text.
+
+    What shares a source shares text: it belongs to one split, and to one group of a cross-validation.
+    """
+    return document.partition("#")[0]
+
+
 def split_of(document: str) -> Split:
-    """60 % train, 20 % calibrate, 20 % test, by the document's name alone."""
-    place = int.from_bytes(hashlib.sha256(document.encode()).digest()[:4], "big") / 2**32
+    """60 % train, 20 % calibrate, 20 % test, by the name of the document's source alone."""
+    place = int.from_bytes(hashlib.sha256(source_of(document).encode()).digest()[:4], "big") / 2**32
     return Split.TRAIN if place < 0.6 else Split.CALIBRATE if place < 0.8 else Split.TEST
 
 

@@ -15,9 +15,9 @@ import grpc
 
 from kvpilot.errors import KvpilotError, error_of_rpc
 from kvpilot.event import Event
-from kvpilot.request import Options, Turn, make_request
+from kvpilot.request import Options, ReplayOptions, Turn, make_replay_request, make_request
 from kvpilot.result import JobState, Result
-from kvpilot.stream import Call, JobStream, Retries
+from kvpilot.stream import Call, JobStream, Retries, replayed_of
 from kvpilot.v1 import generation_pb2, generation_pb2_grpc
 
 CHANNEL_OPTIONS = (
@@ -138,6 +138,43 @@ class Client:
             error.result = result
             raise
         return result
+
+    def replay(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        at_tokens: Sequence[int],
+        pipelines: Sequence[str],
+        **options: Unpack[ReplayOptions],
+    ) -> Iterator[generation_pb2.Replayed]:
+        """Measures what pipelines would do to a text whose continuation is known; yields P results for P places.
+
+        At each place the next-token distributions over the ``horizon_tokens`` tokens of the text that follow, under
+        each pipeline, are compared with those under the full cache. Nothing is generated. Survives lost connections
+        like :meth:`generate`; a place is never given twice.
+
+        Args:
+            prompt: the text; or
+            token_ids: its tokens [T], used as they are.
+            at_tokens: [P] tokens before each place; rising, at least 64, at most T - ``horizon_tokens``.
+            pipelines: [C] in text form, at most 64; each result has C entries, in this order.
+            **options: ``horizon_tokens`` (1 to 256, default 32); ``measured_under`` ([P] pipelines in force while the
+                signals before each place are measured, default ``full``); ``model``; ``idempotency_key`` (the same
+                call again attaches to the first job).
+
+        Raises:
+            KvpilotError: as :meth:`generate`; ``Cancelled`` where somebody cancelled the job.
+            TypeError, ValueError: see make_replay_request.
+
+        >>> with Client("localhost:7450") as client:  # doctest: +SKIP
+        ...     for place in client.replay(text, at_tokens=[512], pipelines=["full", "kivi(bits=4)"]):
+        ...         print(place.at_token, [measured.divergence for measured in place.pipelines])  # nats per token
+        """
+        request = make_replay_request(prompt, token_ids=token_ids, at_tokens=at_tokens, pipelines=pipelines, **options)
+        for event in self._follow(JobStream(request, retries=self._settings.retries)):
+            if (place := replayed_of(event)) is not None:
+                yield place
 
     def resume(self, job_id: str, offset: int = 0) -> Iterator[Event]:
         """Yields a job's events from ``offset`` on: the last offset seen plus 1, or 0 for all.
@@ -262,6 +299,23 @@ class AsyncClient:
             error.result = result
             raise
         return result
+
+    async def replay(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        at_tokens: Sequence[int],
+        pipelines: Sequence[str],
+        **options: Unpack[ReplayOptions],
+    ) -> AsyncGenerator[generation_pb2.Replayed, None]:
+        """See :meth:`Client.replay`."""
+        request = make_replay_request(prompt, token_ids=token_ids, at_tokens=at_tokens, pipelines=pipelines, **options)
+        events = self._follow(JobStream(request, retries=self._settings.retries))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if (place := replayed_of(event)) is not None:
+                    yield place
 
     def resume(self, job_id: str, offset: int = 0) -> AsyncGenerator[Event, None]:
         """See :meth:`Client.resume`."""

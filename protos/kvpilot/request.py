@@ -37,6 +37,15 @@ class Options(TypedDict, total=False):
     top_logprobs: int
 
 
+class ReplayOptions(TypedDict, total=False):
+    """What a replay may say beside its text, its places and its pipelines; see Replay in generation.proto."""
+
+    horizon_tokens: int
+    measured_under: Sequence[str]
+    model: str
+    idempotency_key: str
+
+
 SCENARIOS: dict[str, common_pb2.Scenario] = {
     name.removeprefix("SCENARIO_").lower().replace("_", "-"): common_pb2.Scenario.Value(name)
     for name in common_pb2.Scenario.keys()[1:]
@@ -86,6 +95,38 @@ def make_request(
         else:
             known = ", ".join(sorted(Options.__annotations__))
             raise TypeError(f"unknown option {name!r}; known: {known}")
+    return request
+
+
+def make_replay_request(
+    prompt: str | None = None,
+    *,
+    token_ids: Sequence[int] | None = None,
+    at_tokens: Sequence[int],
+    pipelines: Sequence[str],
+    **options: Unpack[ReplayOptions],
+) -> generation_pb2.GenerateRequest:
+    """Builds a replay of exactly one of ``prompt`` and ``token_ids``; see ``Client.replay``.
+
+    Raises:
+        TypeError: none or both inputs, an unknown option, or a value of another type.
+        ValueError: a number out of its field's range.
+    """
+    if (prompt is None) == (token_ids is None):
+        raise TypeError("exactly one of prompt and token_ids must be given")
+    if unknown := sorted(set(options) - set(ReplayOptions.__annotations__)):
+        known = ", ".join(sorted(ReplayOptions.__annotations__))
+        raise TypeError(f"unknown option {unknown[0]!r}; known: {known}")
+    replay = generation_pb2.Replay(
+        at_tokens=at_tokens,
+        pipelines=pipelines,
+        horizon_tokens=options.get("horizon_tokens", 0),
+        measured_under=options.get("measured_under", ()),
+    )
+    request = make_request(prompt, token_ids=token_ids)
+    request.replay.CopyFrom(replay)
+    request.model = options.get("model", "")
+    request.idempotency_key = options.get("idempotency_key", "")
     return request
 
 

@@ -15,6 +15,7 @@ Call: TypeAlias = tuple[str, Any]
 
 _FIRST_DELAY_S = 0.1
 _LAST_DELAY_S = 5.0
+_CANCELLED = 1
 _UNAVAILABLE = 14
 
 
@@ -103,3 +104,15 @@ class JobStream:
             return self._retries.delay_s(error_of_rpc(error))
         ended = common_pb2.Problem(code=_UNAVAILABLE, message="the stream ended before the job did")
         return self._retries.delay_s(error_of_problem(ended))
+
+
+def replayed_of(event: Event) -> generation_pb2.Replayed | None:
+    """What an event of a replay says of a place; None for events that say nothing of one.
+
+    Raises:
+        Cancelled: it says that the job was cancelled, so that there are places missing.
+    """
+    finished = event.message.finished
+    if event.kind == "finished" and finished.reason == generation_pb2.FINISH_REASON_CANCELLED:
+        raise error_of_problem(common_pb2.Problem(code=_CANCELLED, message="the replay was cancelled"))
+    return event.message.replayed if event.kind == "replayed" else None

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cli.main import ScenarioName, app
 from kvpilot.request import SCENARIOS
 
-COMMANDS = "up generate chat top mode override release demo model:fetch model:list bench:serve".replace(
+COMMANDS = "up generate chat top mode override release demo model:fetch model:list models:collect bench:serve".replace(
     ":", "/"
 ).split()
 
