@@ -129,7 +129,7 @@ class VoteSignals:
     """[L, H, KEPT_SHARES] share of the votes that the best tokens do not have, if only that share of all tokens seen
     may stay; 0 where a head holds no more than may stay, or nothing was voted for."""
     far: F64
-    """[L, H, horizons] share of the votes on tokens older than each horizon: whole blocks, without that of the sinks."""
+    """[L, H, horizons] share of the votes on whole blocks older than each horizon, that of the sinks left out."""
 
 
 def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:

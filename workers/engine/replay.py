@@ -173,9 +173,10 @@ class Replayer:
             replayed = generation_pb2.Replayed(
                 at_token=place.at_token, feature_schema_hash=SCHEMA_HASH, measured_under=place.measured_under.text
             )
+            scored = {Pipeline().logits_key: exact}
             rows = self._features.rows(state, [text for text, _ in replay.pipelines])
             for (text, pipeline), row in zip(replay.pipelines, rows, strict=True):
-                measured = self._try_pipeline(base, pipeline, horizon, exact)
+                measured = self._try_pipeline(base, pipeline, horizon, scored)
                 measured.pipeline = text
                 measured.features.extend(row.tolist())
                 replayed.pipelines.append(measured)
@@ -238,7 +239,7 @@ class Replayer:
         )
 
     def _try_pipeline(
-        self, base: SequenceCache, pipeline: Pipeline, horizon: Sequence[int], exact: torch.Tensor
+        self, base: SequenceCache, pipeline: Pipeline, horizon: Sequence[int], scored: dict[Pipeline, torch.Tensor]
     ) -> generation_pb2.ReplayedPipeline:
         """Switches a fork to a pipeline and scores the horizon behind it.
 
@@ -246,14 +247,18 @@ class Replayer:
             base: the full cache.
             pipeline: what to try.
             horizon: the text's next tokens.
-            exact: [horizon, V] log-probabilities behind the full cache.
+            scored: [horizon, V] log-probabilities by ``Pipeline.logits_key``: those behind the full cache, and those of
+                pipelines tried before, to which this one's are added.
         """
         fork = self._hold(self._cache.fork(base))
         began = time.perf_counter()
         self._cache.apply(fork, pipeline, Occasion.SWITCH)
         conversion_s = time.perf_counter() - began
         cache_bytes = self._cache.use(fork).to_proto()
-        lossy = torch.log_softmax(self._runner.score(fork, horizon).float(), dim=-1) if not pipeline.is_exact else exact
+        key, exact = pipeline.logits_key, scored[Pipeline().logits_key]
+        if key not in scored:
+            scored[key] = torch.log_softmax(self._runner.score(fork, horizon).float(), dim=-1)
+        lossy = scored[key]
         self._reserve(fork, 1)
         began = time.perf_counter()
         self._runner.decode([fork], [horizon[0]])

@@ -230,9 +230,10 @@ class Pipeline:
         return not (self.evictor or self.codec or self.placer)
 
     @property
-    def is_exact(self) -> bool:
-        """Whether it changes no logits."""
-        return self.loss_class is LossClass.EXACT
+    def logits_key(self) -> Pipeline:
+        """Equal for pipelines with the same logits: it leaves out exact stages, and whether there is a shadow."""
+        lossy = tuple(stage.without_shadow() for stage in self.stages if stage.loss_class is not LossClass.EXACT)
+        return Pipeline(lossy or (Full(),))
 
     @property
     def wants_shadow(self) -> bool:
