@@ -34,7 +34,7 @@ def collect(
         int | None, typer.Option(min=0, metavar="N", help="Most documents, tasks not counted. Default: all.")
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=160, metavar="N", help="Longest window of a text, and longest task, in tokens.")
+        int, typer.Option(min=160, metavar="N", help="Longest window of a text, in tokens; of a task, about.")
     ] = 2500,
     min_tokens: Annotated[
         int, typer.Option(min=160, metavar="N", help="Shortest window of a longer text, and shortest task.")

@@ -134,6 +134,7 @@ async def _collect(endpoint: str, settings: CliSettings, order: Order, console: 
         asked = Asked(model.name, check_candidates(given, catalog), order.options.horizon_tokens)
         folder = Folder(order.out or store.cache_folder() / "datasets" / model.name, asked)
         skipped = Skipped()
+        console.print("reading texts and choosing places", markup=False)
         plans = await _plan(settings, order, model, recoverable(asked.pipelines, catalog), skipped)
         left, there = remaining(plans, folder)
         places = sum(plan.places for plan in left)

@@ -13,12 +13,14 @@ from models.collect.document import CODE, PROSE, Document, safe_name
 _SHARE = Path("/usr/share")
 _LEAST_BYTES = 2_000
 _LEAST_DOCSTRINGS_CHARACTERS = 2_000
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-_DOCUMENTATION = ("readme", "news", "changelog", "faq", "todo", "history")
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings"}
+_DOCUMENTATION = ("readme", "news", "faq", "todo", "history")
+_CHANGES = ("changelog", "changes")
+_GNU = ("GPL", "LGPL", "GFDL")
 
 
 def find_builtin(share: Path = _SHARE, library: Path | None = None) -> list[Found]:
-    """What of it there is here; groups: licences, manual, packages' documentation, code."""
+    """What of it there is here."""
     library = library or Path(sysconfig.get_path("stdlib"))
     return [*_licences(share), *_manual(share), *_documentation(share), *_code(library)]
 
@@ -26,7 +28,9 @@ def find_builtin(share: Path = _SHARE, library: Path | None = None) -> list[Foun
 def _licences(share: Path) -> Iterator[Found]:
     for path in _files(share / "common-licenses", "*"):
         if not path.is_symlink():
-            yield Found(safe_name(f"licences/{path.name}"), path, "licences", PROSE)
+            family = path.name.partition("-")[0]  # versions of a licence share text, and so do GNU's
+            family = "GNU" if family in _GNU else family
+            yield Found(f"licences/{safe_name(family)}#{safe_name(path.name)}", path, "licences", PROSE)
 
 
 def _manual(share: Path) -> Iterator[Found]:
@@ -39,15 +43,17 @@ def _manual(share: Path) -> Iterator[Found]:
 
 def _documentation(share: Path) -> Iterator[Found]:
     for path in _files(share / "doc", "*/*"):
-        if path.name.lower().startswith(_DOCUMENTATION):
-            yield Found(safe_name(f"doc/{path.parent.name}/{path.name}"), path, "documentation", PROSE)
+        for group, names in (("documentation", _DOCUMENTATION), ("changes", _CHANGES)):
+            if path.name.lower().startswith(names):
+                yield Found(safe_name(f"doc/{path.parent.name}/{path.name}"), path, group, PROSE)
 
 
 def _code(library: Path) -> Iterator[Found]:
     for path in _files(library, "**/*.py"):
         inside = path.relative_to(library)
         if not _LEFT_OUT & set(inside.parts):
-            yield Found(safe_name(f"python/{inside.as_posix()}"), path, "code", CODE)
+            group = "modules" if len(inside.parts) == 1 else "packages"
+            yield Found(safe_name(f"python/{inside.as_posix()}"), path, group, CODE)
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

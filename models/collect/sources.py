@@ -80,12 +80,12 @@ def _find(wanted: Wanted) -> tuple[list[Found], list[Document]]:
 
 
 def _texts(files: Sequence[Found], seed: int, skipped: Skipped) -> Iterator[Document]:
-    """Files, and every other Python module's documentation in its place: prose and code stay in balance."""
+    """Files, and for every third Python module its documentation in its place."""
     modules = 0
     for document in read_files(interleave(files, seed), skipped):
         said = docstrings_of(document)
         modules += said is not None
-        yield said if said is not None and modules % 2 == 0 else document
+        yield said if said is not None and modules % 3 == 0 else document
 
 
 def _task_sources(files: Sequence[Found], number: int, seed: int) -> list[Document]:

@@ -219,7 +219,7 @@ def chat_recall(stack: Haystack, rng: random.Random) -> Document:
         ),
         ("assistant", f"Nice to meet you, {name}. I have noted your booking number and will have it ready."),
     ]
-    parts = max(1, min(6, len(stack.sentences) // 4))
+    parts = max(1, min(6, len(stack.sentences) // 6))
     size = -(-len(stack.sentences) // parts)
     for part in range(parts):
         piece = " ".join(stack.sentences[part * size : (part + 1) * size])
@@ -291,15 +291,15 @@ def make_task(
     made: Document | None
     match kind:
         case TaskKind.NEEDLE_SINGLE | TaskKind.NEEDLE_MULTIKEY | TaskKind.NEEDLE_MULTIVALUE:
-            made = needle(kind, haystack(source, about - 80, count, rng, number), rng)
+            made = needle(kind, haystack(source, max(64, about - 80), count, rng, number), rng)
         case TaskKind.VARIABLES:
-            made = variables(haystack(source, about - 120, count, rng, number), rng)
+            made = variables(haystack(source, max(64, about - 120), count, rng, number), rng)
         case TaskKind.COMMON_WORDS:
             made = common_words(about, count, rng, number)
         case TaskKind.FREQUENT_WORDS:
             made = frequent_words(about, count, rng, number)
         case TaskKind.CHAT_RECALL:
-            made = chat_recall(haystack(source, about - 240, count, rng, number), rng)
+            made = chat_recall(haystack(source, max(64, about - 120), count, rng, number), rng)
         case TaskKind.CODE_COMPLETION:
             made = completion(source, tokens, count, rng)
     if made is None:
