@@ -207,6 +207,11 @@ async def run_ours(endpoint: str, prompts: list[list[int]], max_tokens: int) -> 
     """Submits all prompts at once and waits for all of them."""
     started = time.perf_counter()
     streams = await asyncio.gather(*(_generate(endpoint, prompt, max_tokens) for prompt in prompts))
+    return figures_of(streams, started)
+
+
+def figures_of(streams: list[tuple[list[float], list[int]]], started: float) -> Figures:
+    """Speeds from when each request's tokens came, and the tokens; ``started`` by the same clock."""
     all_decode = max(times[0] for times, _ in streams)
     first_end = min(times[-1] for times, _ in streams)
     arrived = sum(all_decode < moment <= first_end for times, _ in streams for moment in times)
