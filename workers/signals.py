@@ -1,16 +1,21 @@
 """What decoding shows of a request: measured from the attention pass and the sampler, reported to the controller.
 
 Attention is looked at in one step of ``SAMPLE_EVERY``; a signal is the mean over the steps looked at since the last
-report. Block masses come from the decode kernel at no extra pass over the cache.
+report. Block masses come from the decode kernel at no extra pass over the cache. Votes are looked at once a report.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
-from kernels.api import F32, DecodePlan, Tables
+from kernels.api import F32, I32, DecodePlan, Tables
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.v1 import policy_pb2
+from models.features import F64, KEPT_SHARES
 from workers.cache.arrangement import block_count
 
 FAR_HORIZONS_TOKENS = (32, 64, 128, 256, 512, 1024)
@@ -18,40 +23,51 @@ SINK_TOKENS = 4
 SAMPLE_EVERY = 4
 REPEAT_WINDOW_TOKENS = 32
 REPEAT_NGRAM = 3
+_HALVES: F32 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+"""Every float16 by its bits: looking them up is several times faster than numpy's conversion."""
 
 
 class SignalMeter:
-    """Signals of one request since its last report."""
+    """Signals of one request since its last report.
 
-    def __init__(self, token_ids: list[int]) -> None:
-        self._ngrams: set[tuple[int, ...]] = set()
-        self._repeats: list[bool] = []
-        self._recent: list[int] = []
-        for token_id in token_ids:
-            self._note_token(token_id)
-        self._repeats = []
+    Args:
+        token_ids: its tokens so far.
+    """
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._ngrams = set(_ngrams(token_ids))
+        self._recent = list(token_ids[1 - REPEAT_NGRAM :])
+        self._repeats: deque[bool] = deque(maxlen=REPEAT_WINDOW_TOKENS)
         self._steps = 0
         self._clear()
 
     def _clear(self) -> None:
         horizons = len(FAR_HORIZONS_TOKENS)
         self._samples = self._token_samples = 0
-        self._far, self._far_max = np.zeros(horizons), np.zeros(horizons)
-        self._sink = self._attention_entropy = self._token_entropy = self._top1 = 0.0
+        self._far, self._far_max, self._far_layer, self._far_last = np.zeros((4, horizons))
+        self._sink = self._attention_entropy = self._token_entropy = self._top1 = self._surprise = 0.0
+        self._token_entropy_max = 0.0
+        self._dropped: F64 | None = None  # [L, H, KEPT_SHARES]
 
-    def note_choice(self, token_id: int, entropy: float, top1_probability: float) -> None:
-        """Counts a token the sampler chose."""
-        self._note_token(token_id)
-        self._token_entropy += entropy
-        self._top1 += top1_probability
-        self._token_samples += 1
+    def note_choice(self, token_id: int, entropy: float, top1_probability: float, surprise: float) -> None:
+        """Counts a token that came, and what the distribution it came from looked like.
 
-    def _note_token(self, token_id: int) -> None:
+        Args:
+            token_id: the token.
+            entropy: of the distribution, nats.
+            top1_probability: of its most likely token.
+            surprise: -log p of the token that came, nats.
+        """
         self._recent = [*self._recent[1 - REPEAT_NGRAM :], token_id]
         ngram = tuple(self._recent)
-        self._repeats = [*self._repeats[1 - REPEAT_WINDOW_TOKENS :], ngram in self._ngrams]
+        self._repeats.append(ngram in self._ngrams)
         if len(ngram) == REPEAT_NGRAM:
             self._ngrams.add(ngram)
+        self._token_entropy += entropy
+        self._token_entropy_max = max(self._token_entropy_max, entropy)
+        self._top1 += top1_probability
+        self._surprise += surprise
+        self._token_samples += 1
 
     def note_attention(self, plan: DecodePlan, row: int, tables: Tables) -> None:
         """Looks at a decode step's attention, if it is this one's turn."""
@@ -66,13 +82,18 @@ class SignalMeter:
         last = tables.position[slot, :, :, BLOCK_TOKENS - 1 : blocks * BLOCK_TOKENS : BLOCK_TOKENS]  # [L, H, B]
         full = np.arange(blocks) < (length // BLOCK_TOKENS)[..., None]
         holds_sinks = tables.position[slot, :, :, : blocks * BLOCK_TOKENS : BLOCK_TOKENS] < SINK_TOKENS
-        for index, horizon in enumerate(FAR_HORIZONS_TOKENS):
-            far = (mass * (full & (last < seen - horizon) & ~holds_sinks)).sum(axis=2)  # [L, H]
-            self._far[index] += far.mean()
-            self._far_max[index] += far.max()
+        far = _beyond_horizons(mass, np.where(full & ~holds_sinks, seen - last, 0))  # [L, H, horizons]
+        self._far_last = far.mean(axis=(0, 1))
+        self._far += self._far_last
+        self._far_max += far.max(axis=(0, 1))
+        self._far_layer += far.mean(axis=1).max(axis=0)
         self._sink += float((mass * holds_sinks).sum(axis=2).mean())
         self._attention_entropy += _entropy(mass)
         self._samples += 1
+
+    def note_votes(self, tables: Tables, slot: int, seen: int) -> None:
+        """Looks at the votes as they are now; :meth:`take` tells what was seen last."""
+        self._dropped = dropped_votes(tables, slot, seen)
 
     def take(self) -> policy_pb2.Signals:
         """The means so far, and starts anew."""
@@ -80,15 +101,89 @@ class SignalMeter:
         if self._samples:
             signals.far_mass.extend(self._far / self._samples)
             signals.far_mass_max.extend(self._far_max / self._samples)
+            signals.far_mass_last.extend(self._far_last)
+            signals.far_mass_worst_layer.extend(self._far_layer / self._samples)
             signals.sink_mass = self._sink / self._samples
             signals.attention_entropy = self._attention_entropy / self._samples
         if self._token_samples:
             signals.next_token_entropy = self._token_entropy / self._token_samples
+            signals.next_token_entropy_max = self._token_entropy_max
             signals.top1_probability = self._top1 / self._token_samples
+            signals.surprise = self._surprise / self._token_samples
         if self._repeats:
             signals.repeat_rate = sum(self._repeats) / len(self._repeats)
+        if self._dropped is not None:
+            signals.dropped_votes.extend(self._dropped.mean(axis=(0, 1)))
+            signals.dropped_votes_max.extend(self._dropped.max(axis=(0, 1)))
         self._clear()
         return signals
+
+
+def dropped_votes(tables: Tables, slot: int, seen: int) -> F64:
+    """Share of each head's votes that the best tokens do not have, if only a share of all tokens seen may stay.
+
+    Args:
+        tables: whose votes to look at.
+        slot: the request's.
+        seen: its tokens so far, kept or not.
+
+    Returns:
+        [L, H, KEPT_SHARES]; 0 where a head holds no more than may stay, or nothing was voted for.
+    """
+    length = tables.length[slot]  # [L, H]
+    count = int(length.max(initial=0))
+    kept = np.arange(count) < length[..., None]
+    bits = tables.votes[slot, :, :, :count].view(np.uint16) * kept  # [L, H, T]
+    bits.sort(axis=2, kind="stable")  # a radix sort; votes are not negative, so their bits are in their order
+    votes = _HALVES.take(bits)
+    total = votes.sum(axis=2)
+    dropped = np.zeros((*length.shape, len(KEPT_SHARES)))
+    for place, share in enumerate(KEPT_SHARES):
+        may_stay = math.ceil(share * seen)
+        if may_stay < count:
+            rest = votes[:, :, : count - may_stay].sum(axis=2)
+            np.divide(rest, total, out=dropped[:, :, place], where=(length > may_stay) & (total > 0))
+    return dropped
+
+
+def prompt_statistics(token_ids: Sequence[int], turns: int = 1) -> policy_pb2.PromptStatistics:
+    """What a prompt looks like.
+
+    Args:
+        token_ids: the whole prompt.
+        turns: user turns of a chat so far.
+
+    Raises:
+        ValueError: a prompt without tokens.
+    """
+    if not len(token_ids):
+        raise ValueError("prompt of 0 tokens; statistics need at least 1")
+    _, kind, counts = np.unique(np.asarray(token_ids), return_inverse=True, return_counts=True)
+    grams, width = max(0, len(kind) - REPEAT_NGRAM + 1), len(counts)
+    number = np.zeros(grams, np.int64)  # names a gram: its tokens as digits, exact up to 2 million different tokens
+    for place in range(REPEAT_NGRAM):
+        number = number * width + kind[place : place + grams]
+    return policy_pb2.PromptStatistics(
+        distinct_share=width / len(kind),
+        repeated_share=1.0 - len(np.unique(number)) / grams if grams else 0.0,
+        unigram_entropy=float((counts / len(kind) * np.log(len(kind) / counts)).sum()),
+        turns=turns,
+    )
+
+
+def _ngrams(token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All runs of ``REPEAT_NGRAM`` tokens."""
+    return zip(*(token_ids[start:] for start in range(REPEAT_NGRAM)), strict=False)
+
+
+def _beyond_horizons(mass: F32, age: I32) -> F64:
+    """Mass on blocks that are older than each of ``FAR_HORIZONS_TOKENS``: [L, H, horizons] of [L, H, B]."""
+    heads, horizons = mass.shape[0] * mass.shape[1], len(FAR_HORIZONS_TOKENS)
+    passed = np.searchsorted(FAR_HORIZONS_TOKENS, age).reshape(heads, -1)  # horizons that a block is older than
+    passed += np.arange(heads)[:, None] * (horizons + 1)
+    sums = np.bincount(passed.ravel(), mass.ravel(), heads * (horizons + 1)).reshape(*mass.shape[:2], horizons + 1)
+    beyond: F64 = sums[..., :0:-1].cumsum(axis=2)[..., ::-1]
+    return beyond
 
 
 def _entropy(mass: F32) -> float:

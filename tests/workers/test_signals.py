@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from kernels.api import DecodePlan, Tables
 from kernels.layout import BLOCK_TOKENS, CacheShape
 from kvpilot.v1 import policy_pb2
-from workers.signals import FAR_HORIZONS_TOKENS, SAMPLE_EVERY, SINK_TOKENS, SignalMeter
+from models.features import HORIZONS_TOKENS, KEPT_SHARES
+from workers.signals import FAR_HORIZONS_TOKENS, SAMPLE_EVERY, SINK_TOKENS, SignalMeter, prompt_statistics
 
 SHAPE = CacheShape(layers=2, kv_heads=2, query_heads=4, head_dim=16, dtype=torch.float32)
 HEAD_INDEX = list(itertools.product(range(SHAPE.layers), range(SHAPE.kv_heads)))
@@ -77,9 +78,18 @@ def plain_signals(plan: DecodePlan, positions: Positions) -> dict[str, object]:
     return {
         "far_mass": [np.mean(values) for values in far],
         "far_mass_max": [max(values) for values in far],
+        "far_mass_worst_layer": [worst_layer(values, positions) for values in far],
         "sink_mass": np.mean(sinks),
         "attention_entropy": np.mean(entropies) / math.log(most_blocks) if most_blocks > 1 else 0.0,
     }
+
+
+def worst_layer(values: list[float], positions: Positions) -> float:
+    """The largest mean over a layer's heads, of one value per (layer, head)."""
+    layers: dict[int, list[float]] = {}
+    for (layer, _), value in zip(positions, values, strict=True):
+        layers.setdefault(layer, []).append(value)
+    return max(sum(heads) / len(heads) for heads in layers.values())
 
 
 def check(signals: policy_pb2.Signals, want: dict[str, object]) -> None:
@@ -164,7 +174,8 @@ def test_signals_of_evicted_tables_equal_plain_loops(positions: Positions, seed:
     plan = look(meter, positions, seed)
     signals = meter.take()
     assert signals.steps == 1
-    check(signals, plain_signals(plan, positions))
+    want = plain_signals(plan, positions)
+    check(signals, want | {"far_mass_last": want["far_mass"]})
 
 
 def test_one_step_in_four_is_looked_at_and_the_mean_is_told() -> None:
@@ -179,15 +190,79 @@ def test_one_step_in_four_is_looked_at_and_the_mean_is_told() -> None:
         {
             "far_mass": np.mean([one["far_mass"] for one in each], axis=0).tolist(),
             "far_mass_max": np.mean([one["far_mass_max"] for one in each], axis=0).tolist(),
+            "far_mass_worst_layer": np.mean([one["far_mass_worst_layer"] for one in each], axis=0).tolist(),
+            "far_mass_last": each[-1]["far_mass"],
             "sink_mass": np.mean([one["sink_mass"] for one in each]),
             "attention_entropy": np.mean([one["attention_entropy"] for one in each]),
         },
     )
     empty = meter.take()
     assert empty.steps == 0
-    assert list(empty.far_mass) == []
+    assert list(empty.far_mass) == list(empty.far_mass_last) == list(empty.far_mass_worst_layer) == []
     plan = look(meter, positions, 8, times=1)  # the fourth step since the last look
     check(meter.take(), plain_signals(plan, positions))
+
+
+def test_the_feature_schema_knows_every_horizon() -> None:
+    assert set(FAR_HORIZONS_TOKENS) <= set(HORIZONS_TOKENS)
+
+
+# -- votes -----------------------------------------------------------------------------------------------------------
+
+
+def make_votes(positions: Positions, seed: int = 0) -> Tables:
+    """Tables with votes, many of them equal or zero, and rubbish beyond their ends."""
+    rng, tables = np.random.default_rng(seed), make_tables(positions)
+    tables.votes[:] = rng.choice([0.0, 0.125, 1.0, 7.0], tables.votes.shape) * rng.random(tables.votes.shape)
+    return tables
+
+
+def plain_dropped(votes: list[float], seen: int, share: float) -> float:
+    """Share of a head's votes outside its best tokens, one by one."""
+    may_stay = math.ceil(share * seen)
+    dropped = sorted(votes, reverse=True)[may_stay:]
+    return sum(dropped) / sum(votes) if dropped and sum(votes) else 0.0
+
+
+@fixed
+@given(positions=evicted(), seed=st.integers(0, 100))
+def test_dropped_votes_of_evicted_tables_equal_plain_loops(positions: Positions, seed: int) -> None:
+    tables, seen = make_votes(positions, seed), positions[0, 0][-1] + 1
+    before = tables.votes.copy()
+    meter = SignalMeter([])
+    meter.note_votes(tables, SLOT, seen)
+    signals = meter.take()
+    for place, share in enumerate(KEPT_SHARES):
+        each = [
+            plain_dropped(tables.votes[SLOT, layer, head, : len(kept)].astype(float).tolist(), seen, share)
+            for (layer, head), kept in positions.items()
+        ]
+        assert signals.dropped_votes[place] == pytest.approx(np.mean(each), abs=1e-5)
+        assert signals.dropped_votes_max[place] == pytest.approx(max(each), abs=1e-5)
+    assert np.array_equal(tables.votes, before)
+
+
+def test_votes_by_hand() -> None:
+    """64 tokens seen: 8, 16 and 32 may stay. Head (0, 0) voted evenly, (0, 1) for one token, (1, 0) for none, and
+    (1, 1) holds 8 tokens only."""
+    positions = everywhere(list(range(64)))
+    positions[1, 1] = list(range(56, 64))
+    tables = make_tables(positions)
+    tables.votes[SLOT, 0, 0, :64] = 2.0
+    tables.votes[SLOT, 0, 1, 5] = 3.0
+    tables.votes[SLOT, 1, 1] = 1.0  # also beyond the end
+    meter = SignalMeter([])
+    meter.note_votes(tables, SLOT, 64)
+    signals = meter.take()
+    assert list(signals.dropped_votes_max) == pytest.approx([7 / 8, 3 / 4, 1 / 2])
+    assert list(signals.dropped_votes) == pytest.approx([7 / 32, 3 / 16, 1 / 8])
+    assert list(meter.take().dropped_votes) == []  # not looked at again
+
+
+def test_nothing_is_dropped_where_everything_may_stay() -> None:
+    meter = SignalMeter([])
+    meter.note_votes(make_votes(everywhere([5])), SLOT, 1)
+    assert list(meter.take().dropped_votes_max) == [0.0] * len(KEPT_SHARES)
 
 
 # -- what the sampler says -------------------------------------------------------------------------------------------
@@ -195,14 +270,18 @@ def test_one_step_in_four_is_looked_at_and_the_mean_is_told() -> None:
 
 def test_entropy_and_certainty_are_means_since_the_last_report() -> None:
     meter = SignalMeter([1, 2, 3])
-    for token, entropy, top1 in ((5, 1.0, 0.5), (6, 2.0, 0.25), (7, 0.0, 1.0)):
-        meter.note_choice(token, entropy, top1)
+    for token, entropy, top1, surprise in ((5, 1.0, 0.5, 0.7), (6, 2.0, 0.25, 3.1), (7, 0.0, 1.0, 0.0)):
+        meter.note_choice(token, entropy, top1, surprise)
     signals = meter.take()
     assert signals.next_token_entropy == pytest.approx(1.0)
+    assert signals.next_token_entropy_max == pytest.approx(2.0)
     assert signals.top1_probability == pytest.approx(1.75 / 3)
-    meter.note_choice(8, 0.5, 0.75)
-    assert meter.take().next_token_entropy == pytest.approx(0.5)
-    assert meter.take().next_token_entropy == 0.0
+    assert signals.surprise == pytest.approx(3.8 / 3)
+    meter.note_choice(8, 0.5, 0.75, 0.25)
+    signals = meter.take()
+    assert signals.next_token_entropy == signals.next_token_entropy_max == pytest.approx(0.5)
+    assert signals.surprise == pytest.approx(0.25)
+    assert meter.take() == policy_pb2.Signals(repeat_rate=0.0)
 
 
 def plain_repeat_rate(prompt: list[int], generated: list[int]) -> float:
@@ -225,7 +304,7 @@ def plain_repeat_rate(prompt: list[int], generated: list[int]) -> float:
 def test_repeat_rate_equals_a_plain_search(prompt: list[int], generated: list[int], reports: set[int]) -> None:
     meter = SignalMeter(prompt)
     for count, token in enumerate(generated, start=1):
-        meter.note_choice(token, 0.0, 1.0)
+        meter.note_choice(token, 0.0, 1.0, 0.0)
         if count in reports:  # a report does not shorten the window
             assert meter.take().repeat_rate == pytest.approx(plain_repeat_rate(prompt, generated[:count]))
     assert meter.take().repeat_rate == pytest.approx(plain_repeat_rate(prompt, generated))
@@ -234,9 +313,41 @@ def test_repeat_rate_equals_a_plain_search(prompt: list[int], generated: list[in
 def test_a_loop_is_seen_as_such() -> None:
     meter = SignalMeter([1, 2, 3])
     for token in [1, 2, 3] * 20:
-        meter.note_choice(token, 0.0, 1.0)
+        meter.note_choice(token, 0.0, 1.0, 0.0)
     assert meter.take().repeat_rate == 1.0
     fresh = SignalMeter([1, 2, 3] * 20)
     for token in range(100, 140):
-        fresh.note_choice(token, 0.0, 1.0)
+        fresh.note_choice(token, 0.0, 1.0, 0.0)
     assert fresh.take().repeat_rate == 0.0
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_by_hand() -> None:
+    """Of the six 3-grams of 1 2 3 1 2 3 1 2 the last three occurred before."""
+    statistics = prompt_statistics([1, 2, 3, 1, 2, 3, 1, 2], turns=4)
+    assert statistics.distinct_share == pytest.approx(3 / 8)
+    assert statistics.repeated_share == pytest.approx(3 / 6)
+    assert statistics.unigram_entropy == pytest.approx(-(6 / 8 * math.log(3 / 8) + 2 / 8 * math.log(2 / 8)))
+    assert statistics.turns == 4
+
+
+def test_prompts_that_are_too_short_for_a_3_gram() -> None:
+    assert prompt_statistics([9]) == policy_pb2.PromptStatistics(distinct_share=1.0, turns=1)
+    assert prompt_statistics([9, 9]).repeated_share == 0.0
+    with pytest.raises(ValueError, match="0 tokens"):
+        prompt_statistics([])
+
+
+@fixed
+@given(tokens=st.lists(st.sampled_from([0, 1, 2, 49_151, 2**31 - 1]), min_size=1, max_size=200))
+def test_prompt_statistics_equal_plain_loops(tokens: list[int]) -> None:
+    statistics = prompt_statistics(tokens)
+    grams = [tuple(tokens[start : start + 3]) for start in range(len(tokens) - 2)]
+    repeated = sum(gram in grams[:index] for index, gram in enumerate(grams))
+    shares = [tokens.count(token) / len(tokens) for token in set(tokens)]
+    assert statistics.distinct_share == pytest.approx(len(set(tokens)) / len(tokens))
+    assert statistics.repeated_share == pytest.approx(repeated / len(grams) if grams else 0.0)
+    assert statistics.unigram_entropy == pytest.approx(-sum(share * math.log(share) for share in shares), abs=1e-12)
+    assert statistics.turns == 1

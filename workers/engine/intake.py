@@ -14,6 +14,7 @@ from workers.engine.sampler import SamplingParameters
 from workers.engine.sequence import Sequence
 from workers.engine.text import TextStream
 from workers.errors import INVALID_ARGUMENT, RESOURCE_EXHAUSTED, ProblemError
+from workers.signals import prompt_statistics
 from workers.stages.base import Pipeline
 from workers.stages.registry import build
 
@@ -155,4 +156,12 @@ class Intake:
             pipeline=pipeline or self.default_pipeline,
             pinned=pipeline,
             accept_time_s=job.create_time.ToDatetime().timestamp() if job.HasField("create_time") else 0.0,
+            prompt=prompt_statistics(prompt, _turns(request)),
         )
+
+
+def _turns(request: generation_pb2.GenerateRequest) -> int:
+    """User turns of a chat so far; 1 for any other input."""
+    if request.WhichOneof("input") != "chat":
+        return 1
+    return sum(message.role == "user" for message in request.chat.messages)

@@ -59,7 +59,8 @@ class Reporter:
 
     def chose(self, seq: Sequence, choice: Choice) -> None:
         """A request got its next token."""
-        self._meters[seq.job_id].note_choice(choice.token_id, choice.entropy, choice.top1_probability)
+        meter = self._meters[seq.job_id]
+        meter.note_choice(choice.token_id, choice.entropy, choice.top1_probability, choice.surprise)
         if seq.generated - self._reported[seq.job_id] >= self.interval_tokens:
             self._news.add(seq.job_id)
 
@@ -104,6 +105,9 @@ class Reporter:
 
     def _request_state(self, seq: Sequence) -> policy_pb2.RequestState:
         self._reported[seq.job_id] = seq.generated
+        meter = self._meters[seq.job_id]
+        if seq.cache and seq.phase is Phase.DECODE:
+            meter.note_votes(self._cache.tables, seq.cache.slot, seq.cache.seen)
         state = policy_pb2.RequestState(
             request_id=seq.job_id,
             epoch=seq.epoch,
@@ -115,10 +119,11 @@ class Reporter:
             prompt_tokens=seq.prompt_tokens,
             generated_tokens=seq.generated,
             max_tokens=seq.max_tokens,
-            signals=self._meters[seq.job_id].take(),
+            signals=meter.take(),
             last_switch=seq.switches[-1] if seq.switches else None,
             prefilling=seq.phase is not Phase.DECODE,
             loss_class=loss_class_proto(seq.pipeline.loss_class),
+            prompt=seq.prompt,
         )
         if seq.cache:
             lengths = self._cache.tables.length[seq.cache.slot]

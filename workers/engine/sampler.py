@@ -30,6 +30,7 @@ class Choice:
     top: tuple[tuple[int, float], ...]  # most likely tokens and their log-probabilities, as many as asked for
     entropy: float  # nats, of the unmodified distribution
     top1_probability: float
+    surprise: float  # -log p of the chosen token, nats, of the unmodified distribution
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,21 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Choi
         parameters = request.parameters
         plain_greedy = parameters.temperature == 0 and parameters.repetition_penalty == 1
         token_id = best_ids[row] if plain_greedy else _choose(logits[row], request)
-        logprob: float | None = None
+        logprob = best_values[row] if plain_greedy else float(logprobs[row, token_id])
         top: tuple[tuple[int, float], ...] = ()
         if request.top_logprobs:
-            logprob = float(logprobs[row, token_id])
             values, ids = logprobs[row].topk(request.top_logprobs)
             top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        choices.append(Choice(token_id, logprob, top, entropy_values[row], float(np.exp(best_values[row]))))
+        choices.append(
+            Choice(
+                token_id,
+                logprob if request.top_logprobs else None,
+                top,
+                entropy_values[row],
+                top1_probability=float(np.exp(best_values[row])),
+                surprise=0.0 - logprob,
+            )
+        )
     return choices
 
 

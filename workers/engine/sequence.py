@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvpilot.v1 import common_pb2, generation_pb2
+from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
 from workers.cache.kvcache import SequenceCache
 from workers.engine.sampler import SamplingParameters
 from workers.engine.text import TextStream
@@ -45,6 +45,7 @@ class Sequence:
     pinned: Pipeline | None
     """The pipeline the client named: the request returns to it when pressure has moved it elsewhere."""
     accept_time_s: float
+    prompt: policy_pb2.PromptStatistics | None = None
 
     phase: Phase = Phase.WAITING
     computed: int = 0
