@@ -29,12 +29,15 @@ class Reporter:
         self.interval_tokens = interval_tokens
         self._meters: dict[str, SignalMeter] = {}
         self._reported: dict[str, int] = {}  # generated tokens at a request's last report
+        self._audits: dict[str, list[policy_pb2.Audit]] = {}  # since a request's last report
         self._news: set[str] = set()
         self._ended: list[str] = []
         self._sequence_number = 0
         self._token_times: deque[tuple[float, int]] = deque()
         self.step_ms = 0.0
         self.preemptions = 0
+        self.audits = self.audits_skipped = 0
+        self.audit_ms = 0.0
 
     def started(self, seq: Sequence) -> None:
         """A request was admitted."""
@@ -46,6 +49,7 @@ class Reporter:
         """A request is over."""
         self._meters.pop(seq.job_id, None)
         self._reported.pop(seq.job_id, None)
+        self._audits.pop(seq.job_id, None)
         self._news.discard(seq.job_id)
         self._ended.append(seq.job_id)
 
@@ -63,6 +67,12 @@ class Reporter:
         meter.note_choice(choice.token_id, choice.entropy, choice.top1_probability, choice.surprise)
         if seq.generated - self._reported[seq.job_id] >= self.interval_tokens:
             self._news.add(seq.job_id)
+
+    def audited(self, seq: Sequence, audit: policy_pb2.Audit) -> None:
+        """A step of a request was audited; its next report tells."""
+        self._audits.setdefault(seq.job_id, []).append(audit)
+        self.audits += 1
+        self.audit_ms += audit.cost_ms
 
     def stepped(self, tokens: int, duration_s: float) -> None:
         """A step is over."""
@@ -101,6 +111,9 @@ class Reporter:
             step_ms=self.step_ms,
             tokens_per_s=sum(tokens for _, tokens in self._token_times) / RATE_WINDOW_S,
             preemptions=self.preemptions,
+            audits=self.audits,
+            audits_skipped=self.audits_skipped,
+            audit_ms=self.audit_ms,
         )
 
     def _request_state(self, seq: Sequence) -> policy_pb2.RequestState:
@@ -124,6 +137,7 @@ class Reporter:
             prefilling=seq.phase is not Phase.DECODE,
             loss_class=loss_class_proto(seq.pipeline.loss_class),
             prompt=seq.prompt,
+            audits=self._audits.pop(seq.job_id, ()),
         )
         if seq.cache:
             lengths = self._cache.tables.length[seq.cache.slot]

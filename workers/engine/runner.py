@@ -116,6 +116,11 @@ class ModelRunner:
             seq.prompt_votes = None
         return logits
 
+    @torch.inference_mode()
+    def recompute(self, token_id: int, position: int, attend: Attend) -> torch.Tensor:
+        """One token at a position once more, with an attention that writes nothing: logits [vocabulary]."""
+        return self._forward([[token_id]], [[position]], attend)[0]
+
     def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
         output = self._model(
             input_ids=torch.tensor(token_ids, device=self._device),
