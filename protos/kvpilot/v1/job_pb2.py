@@ -27,7 +27,7 @@ from kvpilot.v1 import generation_pb2 as kvpilot_dot_v1_dot_generation__pb2
 from kvpilot.v1 import policy_pb2 as kvpilot_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvpilot/v1/job.proto\x12\nkvpilot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bkvpilot/v1/generation.proto\x1a\x17kvpilot/v1/policy.proto\"t\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.kvpilot.v1.GenerateRequest\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"^\n\nWorkerCard\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Hello\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x7f\n\x07Outcome\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12,\n\nlast_state\x18\x03 \x01(\x0b\x32\x18.kvpilot.v1.RequestState\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.kvpilot.v1.Finished\",\n\x08Override\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvpilot/v1/job.proto\x12\nkvpilot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bkvpilot/v1/generation.proto\x1a\x17kvpilot/v1/policy.proto\"t\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.kvpilot.v1.GenerateRequest\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"^\n\nWorkerCard\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Hello\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x01\n\x07Outcome\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12,\n\nlast_state\x18\x03 \x01(\x0b\x32\x18.kvpilot.v1.RequestState\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.kvpilot.v1.Finished\x12!\n\x06\x61udits\x18\x05 \x03(\x0b\x32\x11.kvpilot.v1.Audit\",\n\x08Override\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOB']._serialized_end=239
   _globals['_WORKERCARD']._serialized_start=241
   _globals['_WORKERCARD']._serialized_end=335
-  _globals['_OUTCOME']._serialized_start=337
-  _globals['_OUTCOME']._serialized_end=464
-  _globals['_OVERRIDE']._serialized_start=466
-  _globals['_OVERRIDE']._serialized_end=510
+  _globals['_OUTCOME']._serialized_start=338
+  _globals['_OUTCOME']._serialized_end=500
+  _globals['_OVERRIDE']._serialized_start=502
+  _globals['_OVERRIDE']._serialized_end=546
 # @@protoc_insertion_point(module_scope)

@@ -3,9 +3,10 @@ import datetime
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from kvpilot.v1 import generation_pb2 as _generation_pb2
 from kvpilot.v1 import policy_pb2 as _policy_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -29,16 +30,18 @@ class WorkerCard(_message.Message):
     def __init__(self, hello: _Optional[_Union[_policy_pb2.Hello, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Outcome(_message.Message):
-    __slots__ = ("job_id", "worker", "last_state", "finished")
+    __slots__ = ("job_id", "worker", "last_state", "finished", "audits")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     LAST_STATE_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    AUDITS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     worker: str
     last_state: _policy_pb2.RequestState
     finished: _generation_pb2.Finished
-    def __init__(self, job_id: _Optional[str] = ..., worker: _Optional[str] = ..., last_state: _Optional[_Union[_policy_pb2.RequestState, _Mapping]] = ..., finished: _Optional[_Union[_generation_pb2.Finished, _Mapping]] = ...) -> None: ...
+    audits: _containers.RepeatedCompositeFieldContainer[_policy_pb2.Audit]
+    def __init__(self, job_id: _Optional[str] = ..., worker: _Optional[str] = ..., last_state: _Optional[_Union[_policy_pb2.RequestState, _Mapping]] = ..., finished: _Optional[_Union[_generation_pb2.Finished, _Mapping]] = ..., audits: _Optional[_Iterable[_Union[_policy_pb2.Audit, _Mapping]]] = ...) -> None: ...
 
 class Override(_message.Message):
     __slots__ = ("pipeline", "reason")
