@@ -1,8 +1,8 @@
 """What steering costs: the same requests with planning on and off, in turn, on one running stack.
 
-Planning is on in mode ``advisory``: reports are read, every tick predicts and decides, decisions are logged, but none is
-sent, so that both sides compute the same tokens with the same cache and only the cost of steering differs. Each round
-has prompts of its own; which mode goes first alternates, so that a drift of the machine shows and cancels.
+Planning is on in mode ``advisory``: reports are read, every tick predicts and decides, decisions are logged, but none
+is sent, so that both sides compute the same tokens with the same cache and only the cost of steering differs. Each
+round has prompts of its own; which mode goes first alternates, so that a drift of the machine shows and cancels.
 
 The signals that reports carry are measured by the worker in either mode. What that takes is counted by the worker
 itself, and given beside the ratio as a share of the time it spent on decoding.

@@ -181,7 +181,11 @@ class ScriptedEngine:
                 if self.steps and any(event.HasField("tokens") for _, event in events):
                     self.steps -= 1
                 states = [
-                    policy_pb2.RequestState(request_id=job_id, generated_tokens=sequence.emitted)
+                    policy_pb2.RequestState(
+                        request_id=job_id,
+                        generated_tokens=sequence.emitted,
+                        audits=[policy_pb2.Audit(at_token=sequence.emitted)],
+                    )
                     for job_id, sequence in self._live.items()
                 ]
             self._on_report(policy_pb2.Report(requests=states))

@@ -52,6 +52,7 @@ class _Job:
         submitted: the engine may know it.
         stopping: its client wants it stopped.
         state: as last reported by the engine.
+        audits: all that the engine reported.
     """
 
     claim: Claim
@@ -60,6 +61,7 @@ class _Job:
     submitted: bool = False
     stopping: bool = False
     state: policy_pb2.RequestState | None = None
+    audits: list[policy_pb2.Audit] = field(default_factory=list)
 
     @property
     def job_id(self) -> str:
@@ -154,8 +156,9 @@ class JobRunner:
 
     def _take_report(self, report: policy_pb2.Report) -> None:
         for state in report.requests:
-            if state.request_id in self._jobs:
-                self._jobs[state.request_id].state = state
+            if job := self._jobs.get(state.request_id):
+                job.state = state
+                job.audits.extend(state.audits)
 
     # ---- claiming
 
@@ -295,7 +298,9 @@ class JobRunner:
     def _outcome(self, job: _Job, last: generation_pb2.GenerationEvent) -> job_pb2.Outcome | None:
         if not last.HasField("finished"):
             return None
-        return job_pb2.Outcome(job_id=job.job_id, worker=self.name, last_state=job.state, finished=last.finished)
+        return job_pb2.Outcome(
+            job_id=job.job_id, worker=self.name, last_state=job.state, finished=last.finished, audits=job.audits
+        )
 
     async def _settle(self, item: Append, status: AppendStatus, cancelled: bool) -> None:
         job = self._jobs.get(item.claim.job.job_id)

@@ -66,6 +66,12 @@ class WorkerSettings(FileSettings):
     report_interval_tokens: int = Field(
         16, ge=1, description="generated tokens between two reports, until a controller says otherwise"
     )
+    audit_every_tokens: int = Field(
+        64, ge=0, description="generated tokens between two audits of a request with a recoverable pipeline; 0: none"
+    )
+    audit_budget: float = Field(
+        0.01, ge=0, description="most time that audits may take, as a share of decoding; beyond it they are skipped"
+    )
     threads: int = Field(0, ge=0, description="CPU threads of torch and the kernels; 0: one per core")
     lease_s: float = Field(
         10.0, ge=1, description="a worker that is silent for this long loses its jobs to another; the same everywhere"

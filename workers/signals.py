@@ -24,6 +24,8 @@ SINK_TOKENS = 4
 SAMPLE_EVERY = 4
 REPEAT_WINDOW_TOKENS = 32
 REPEAT_NGRAM = 3
+_HALVES: F32 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+"""Every float16 by its bits: looking them up is several times faster than numpy's conversion."""
 
 
 class SignalMeter:
@@ -143,20 +145,21 @@ def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:
     length = tables.length[slot]  # [L, H]
     blocks = int(block_count(length).max(initial=0))
     count = blocks * BLOCK_TOKENS
-    votes = np.where(np.arange(count) < length[..., None], tables.votes[slot, :, :, :count], np.float16(0))
-    by_block = votes.astype(np.float32).reshape(*length.shape, blocks, BLOCK_TOKENS).sum(axis=3)  # [L, H, B]
+    kept = np.arange(count) < length[..., None]
+    bits = tables.votes[slot, :, :, :count].view(np.uint16) * kept  # [L, H, T]
+    by_block = _HALVES.take(bits).reshape(*length.shape, blocks, BLOCK_TOKENS).sum(axis=3)  # [L, H, B]
     total = by_block.sum(axis=2, dtype=np.float64)
     voted = total > 0
     far = _beyond_horizons(by_block, _ages(tables, slot, blocks, seen)[0])
     np.divide(far, total[..., None], out=far, where=voted[..., None])
 
-    bits = votes.view(np.uint16)  # halves that are not negative are in the order of their bits, which sort faster
-    bits.sort(axis=2)
+    bits.sort(axis=2, kind="stable")  # a radix sort; votes are not negative, so their bits are in their order
+    votes = _HALVES.take(bits)
     dropped = np.zeros((*length.shape, len(KEPT_SHARES)))
     for place, share in enumerate(KEPT_SHARES):
         may_stay = math.ceil(share * seen)
         if may_stay < count:
-            rest = votes[:, :, : count - may_stay].sum(axis=2, dtype=np.float32)
+            rest = votes[:, :, : count - may_stay].sum(axis=2)
             np.divide(rest, total, out=dropped[:, :, place], where=(length > may_stay) & voted)
     return VoteSignals(dropped, far)
 
@@ -187,11 +190,10 @@ def prompt_statistics(token_ids: Sequence[int], turns: int = 1) -> policy_pb2.Pr
     number = np.zeros(grams, np.int64)  # names a gram: its tokens as digits, exact up to 2 million different tokens
     for place in range(REPEAT_NGRAM):
         number = number * width + kind[place : place + grams]
-    frequency = counts / len(kind)
     return policy_pb2.PromptStatistics(
         distinct_share=width / len(kind),
         repeated_share=1.0 - len(np.unique(number)) / grams if grams else 0.0,
-        unigram_entropy=abs(float((frequency * np.log(frequency)).sum())),
+        unigram_entropy=float((counts / len(kind) * np.log(len(kind) / counts)).sum()),
         turns=turns,
     )
 

@@ -1,7 +1,8 @@
-"""How the serving benchmark adds up."""
+"""How the benchmarks add up."""
 
 from __future__ import annotations
 
+from bench import steer
 from bench.machine import describe_machine
 from bench.serve import Figures, Round, make_report, render
 
@@ -27,3 +28,17 @@ def test_machine_is_described() -> None:
     assert machine["threads_used"] == 2
     assert machine["cpu"]
     assert str(machine["torch"]).startswith("2.")
+
+
+def test_steering_costs_planning_and_signals() -> None:
+    rounds = [
+        steer.Round(off=Figures(100.0, 1.0, []), advisory=Figures(99.0, 1.0, []), signal_share=0.005),
+        steer.Round(off=Figures(50.0, 1.0, []), advisory=Figures(49.0, 1.0, []), signal_share=0.003),
+        steer.Round(off=Figures(80.0, 1.0, []), advisory=Figures(84.0, 1.0, []), signal_share=0.004),
+    ]
+    report = steer.make_report(rounds, describe_machine(2), "tiny", 2, 1, 4)
+    assert report["off_tokens_per_s"] == 80.0
+    assert report["planning_overhead"] == 0.01  # of 0.01, 0.02 and -0.05
+    assert report["signal_share"] == 0.004
+    assert report["steering_overhead"] == 0.014
+    assert steer.render(report).row_count == 1

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 from cli.main import ScenarioName, app
 from kvpilot.request import SCENARIOS
 
-COMMANDS = "up generate chat top mode override release demo model:fetch model:list models:collect bench:serve".replace(
-    ":", "/"
-).split()
+COMMANDS = [
+    *("up", "generate", "chat", "top", "mode", "override", "release", "demo"),
+    *("model/fetch", "model/list", "bench/serve", "bench/steer", "models/collect"),
+]
 
 
 def run(*words: str, **environment: str) -> tuple[int, str]:

@@ -48,6 +48,7 @@ async def test_a_job_is_run_and_its_outcome_kept(bus: Bus) -> None:
     assert (outcome.job_id, outcome.worker) == (job.job_id, "w1")
     assert outcome.finished == result.finished
     assert outcome.last_state.request_id == job.job_id
+    assert [audit.at_token for audit in outcome.audits] == [0, 1, 2, 3, 4]  # one with each report
     assert (await bus.record(job.job_id)).state == generation_pb2.JOB_STATE_FINISHED
 
 

@@ -13,7 +13,7 @@ from kvpilot.v1 import generation_pb2, job_pb2
 from models.features import NAMES, SCHEMA_HASH
 from tests.tiny import Drive, Outcome, prompt, run, tiny_engine, tiny_model
 from workers.cache.kvcache import Occasion
-from workers.engine.replay import divergences
+from workers.engine.scoring import divergences
 from workers.errors import ProblemError
 from workers.stages.registry import build
 
@@ -104,7 +104,7 @@ def test_scoring_equals_decoding_token_by_token(pipeline: str) -> None:
     runner.prefill(base, TEXT[:320], 320, all_queries=True)
     fork = cache.fork(base)
     cache.apply(fork, build(pipeline, engine.shape), Occasion.SWITCH)
-    scored = runner.score(fork, TEXT[320:340])
+    scored = runner.score(cache.context(fork), fork.seen, TEXT[320:340])
     decoded = []
     for token in TEXT[320:340]:
         cache.reserve(fork, 1)
@@ -225,7 +225,7 @@ def test_a_fork_goes_its_own_way() -> None:
     base = cache.open(400)
     cache.reserve(base, 301)
     runner.prefill(base, TEXT[:301], 301, all_queries=False)
-    before = runner.score(base, TEXT[301:320])
+    before = runner.score(cache.context(base), base.seen, TEXT[301:320])
     used = cache.device.used_bytes
     forks = [cache.fork(base), cache.fork(base)]
     row_bytes = cache.worst_bytes(1)
@@ -235,10 +235,10 @@ def test_a_fork_goes_its_own_way() -> None:
         cache.reserve(fork, 1)
         runner.decode([fork], [7])
     cache.reserve(base, 1)  # the original may grow
-    assert torch.equal(runner.score(base, TEXT[301:320]), before)
+    assert torch.equal(runner.score(cache.context(base), base.seen, TEXT[301:320]), before)
     for fork in forks:
         cache.close(fork)
-    assert torch.equal(runner.score(base, TEXT[301:320]), before)
+    assert torch.equal(runner.score(cache.context(base), base.seen, TEXT[301:320]), before)
     assert cache.host.used_bytes == 0
     cache.apply(base, build("kivi(bits=4)", engine.shape), Occasion.SWITCH)  # it owns its blocks again
     assert cache.device.used_bytes < used

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.api import F32, I32, Backend, Tables, TokenSource
+from kernels.api import F32, I32, U8, Backend, Tables, TokenSource
 from kernels.backends import make_backend
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
@@ -265,6 +265,40 @@ class KVCache:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
         values."""
         return CacheContext(self.backend, blocks_of(self.tables, seq.slot))
+
+    def exact_context(self, seq: SequenceCache, tokens: int) -> TokenContext | None:
+        """Reader of the exact keys and values of a request's first ``tokens`` tokens, kept or not. Changes nothing.
+
+        Whole rows come from the shadow, tokens behind them from the tables.
+
+        Returns:
+            None where something was rounded or dropped that the shadow does not have.
+        """
+        shadow = seq.shadow
+        if shadow is None or seq.lost:
+            return None
+        tables, slot, heads = self.tables, seq.slot, (self.shape.layers, self.shape.kv_heads)
+        shadowed = min(shadow.rows * BLOCK_TOKENS, tokens)
+        width = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+        row = np.broadcast_to(np.arange(width) % BLOCK_TOKENS, (*heads, width)).astype(np.uint8)
+        address = np.full(row.shape, -1, np.int32)
+        fmt, tier = np.full(row.shape, Format.RAW, np.uint8), np.full(row.shape, Tier.HOST, np.uint8)
+        rows = shadow.address[: -(-shadowed // BLOCK_TOKENS)]  # [rows, L, H]
+        address[:, :, :shadowed] = np.repeat(rows.transpose(1, 2, 0), BLOCK_TOKENS, axis=2)[:, :, :shadowed]
+        position = np.arange(shadowed, tokens)
+        # The last tokens of every table are the last positions, whatever was evicted before them.
+        index = position + (tables.length[slot] - seq.seen)[..., None]  # [L, H, tail]
+        if (index < 0).any():
+            return None
+        layer, head = (axis[..., None] for axis in np.indices(heads))
+        block = index // BLOCK_TOKENS
+        there = tables.position[slot, layer, head, index] == position
+        if not (there & (tables.format[slot, layer, head, block] == Format.RAW)).all():
+            return None
+        address[:, :, shadowed:tokens] = tables.address[slot, layer, head, block]
+        tier[:, :, shadowed:tokens] = tables.tier[slot, layer, head, block]
+        row[:, :, shadowed:tokens] = index % BLOCK_TOKENS
+        return TokenContext(self.backend, address, fmt, tier, row, tokens)
 
     def evacuate(self, seq: SequenceCache) -> int:
         """Moves a prompt's oldest finished rows to the host tier, as many as it has room for; returns how many.
@@ -606,6 +640,24 @@ class CacheContext:
         source = TokenSource(address, repeat(blocks.format), repeat(blocks.tier), row)
         k, v = self._backend.read(source)  # [heads * count, 32, D]
         whole = (heads, count * BLOCK_TOKENS, -1)
+        return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]
+
+
+class TokenContext:
+    """Keys and values of a request's tokens, each named by block and row: arrays [layers, kv_heads, whole blocks]."""
+
+    def __init__(self, backend: Backend, address: I32, fmt: U8, tier: U8, row: U8, tokens: int) -> None:
+        self._backend = backend
+        self._places = (address, fmt, tier, row)
+        self.tokens = tokens
+        self.length = np.full(address.shape[:2], tokens, np.int32)
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, each [kv_heads, tokens, head_dim]."""
+        heads, width = self._places[0].shape[1:]
+        source = TokenSource(*(values[layer].reshape(-1, BLOCK_TOKENS) for values in self._places))
+        k, v = self._backend.read(source)  # [heads * blocks, 32, D]
+        whole = (heads, width, -1)
         return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]
 
 

@@ -101,7 +101,7 @@ class PromptAttention:
             k, v = (part[None] for part in self._context.read(layer))  # [1, kv_heads, T, D]
         self._count_attention(layer, q[0], k[0], scaling)
         if self._start and self._mask is None:
-            self._mask = _causal(q.shape[2], k.shape[2], q.device)
+            self._mask = causal(q.shape[2], k.shape[2], q.device)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self._mask, is_causal=self._mask is None, scale=scaling, enable_gqa=True
         )
@@ -121,39 +121,6 @@ class PromptAttention:
             self._votes[layer, :, :end] += counted[:, first_vote - first :].sum(dim=1).cpu().numpy()
 
 
-class ScoringAttention:
-    """A run of known tokens behind a cache that is only read: nothing is written, counted or kept of it.
-
-    Args:
-        context: what the request keeps.
-    """
-
-    def __init__(self, context: CacheContext) -> None:
-        self._context = context
-        self._mask: torch.Tensor | None = None  # of all layers, where every table is of one length
-        self._uneven = bool((context.length != context.tokens).any())
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        """See :class:`Attend`; B is 1, S the number of tokens."""
-        before = self._context.read(layer)
-        k, v = (torch.cat([old[None], new], dim=2) for old, new in zip(before, (k, v), strict=True))
-        if self._mask is None or self._uneven:
-            self._mask = self._seen(layer, q)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
-
-    def _seen(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """bool [queries, T] or [query_heads, queries, T]: everything kept, and among the new tokens those before."""
-        kept, queries = self._context.tokens, q.shape[2]
-        mask = _causal(queries, kept + queries, q.device)
-        if not self._uneven:
-            return mask
-        length = torch.from_numpy(self._context.length[layer]).to(q.device)  # [kv_heads]
-        there = torch.arange(kept, device=q.device) < length[:, None]
-        there = torch.nn.functional.pad(there, (0, queries), value=True)  # [kv_heads, T]
-        return (mask & there[:, None]).repeat_interleave(q.shape[1] // len(length), dim=0)
-
-
 def attention_received(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
     """Softmax attention of the last N queries, summed over each KV head's query group.
 
@@ -169,11 +136,11 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torc
     grouped = q.reshape(kv_heads, -1, dim).float()  # [kv_heads, group * N, D]
     scores = torch.matmul(grouped, k.float().transpose(1, 2)) * scaling
     scores = scores.view(kv_heads, heads // kv_heads, queries, tokens)
-    scores.masked_fill_(~_causal(queries, tokens, q.device), float("-inf"))
+    scores.masked_fill_(~causal(queries, tokens, q.device), float("-inf"))
     return torch.softmax(scores, dim=-1).sum(dim=1)
 
 
-def _causal(queries: int, tokens: int, device: torch.device) -> torch.Tensor:
+def causal(queries: int, tokens: int, device: torch.device) -> torch.Tensor:
     """bool [queries, tokens]: query i, at position tokens - queries + i, sees itself and what came before."""
     return torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
 

@@ -21,6 +21,7 @@ from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
+from workers.engine.audit import Auditor
 from workers.engine.intake import Intake, Limits
 from workers.engine.memory import EngineMemory
 from workers.engine.replay import SLOTS as REPLAY_SLOTS
@@ -95,6 +96,9 @@ class Engine:
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
         self._bandwidths = _measure_bandwidths(self.cache)
         self._reporter = Reporter(self.cache, settings.report_interval_tokens)
+        self._auditor = Auditor(
+            self.cache, self._runner, self._reporter, settings.audit_every_tokens, settings.audit_budget
+        )
         self._replayer = Replayer(
             self.cache,
             self._runner,
@@ -306,7 +310,11 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence]) -> None:
         caches = [seq.cache for seq in sequences if seq.cache]
+        began = time.monotonic()
         logits, plan = self._runner.decode(caches, [seq.token_ids[-1] for seq in sequences])
+        decode_ms = (time.monotonic() - began) * 1e3
+        self._reporter.decode_ms += decode_ms
+        self._auditor.decoded(sequences, logits, decode_ms)
         for row, seq in enumerate(sequences):
             seq.computed += 1
             self._reporter.decoded(seq, plan, row)

@@ -25,6 +25,7 @@ from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.runner import ModelRunner
+from workers.engine.scoring import divergences
 from workers.errors import INTERNAL, RESOURCE_EXHAUSTED
 from workers.signals import SignalMeter, prompt_statistics
 from workers.stages.base import Pipeline
@@ -168,7 +169,7 @@ class Replayer:
             yield from self._compute(replay, base, place.at_token - SIGNAL_TOKENS)
             state = yield from self._watch(replay, base, place)
             horizon = replay.token_ids[place.at_token : place.at_token + replay.horizon_tokens]
-            exact = torch.log_softmax(self._runner.score(base, horizon).float(), dim=-1)  # [horizon, V]
+            exact = self._score(base, horizon)
             yield
             replayed = generation_pb2.Replayed(
                 at_token=place.at_token, feature_schema_hash=SCHEMA_HASH, measured_under=place.measured_under.text
@@ -257,7 +258,7 @@ class Replayer:
         cache_bytes = self._cache.use(fork).to_proto()
         key, exact = pipeline.logits_key, scored[Pipeline().logits_key]
         if key not in scored:
-            scored[key] = torch.log_softmax(self._runner.score(fork, horizon).float(), dim=-1)
+            scored[key] = self._score(fork, horizon)
         lossy = scored[key]
         self._reserve(fork, 1)
         began = time.perf_counter()
@@ -275,6 +276,11 @@ class Replayer:
             loss=_loss(lossy, horizon),
             full_loss=_loss(exact, horizon),
         )
+
+    def _score(self, seq: SequenceCache, horizon: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities [horizon, V] behind each of the horizon's tokens."""
+        logits = self._runner.score(self._cache.context(seq), seq.seen, horizon)
+        return torch.log_softmax(logits.float(), dim=-1)
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -303,13 +309,6 @@ class Replayer:
         for seq in reversed(self._open):  # forks before what they are forks of
             self._cache.close(seq)
         self._open = []
-
-
-def divergences(exact: torch.Tensor, lossy: torch.Tensor) -> torch.Tensor:
-    """KL(exact || lossy) of each row, nats, [N]; from log-probabilities [N, V]. Never below 0."""
-    # A token that the exact distribution rules out contributes nothing, whatever the other says of it.
-    terms = torch.where(exact == -torch.inf, 0.0, exact.exp() * (exact - lossy))
-    return terms.sum(dim=-1).clamp(min=0.0)
 
 
 def _loss(logprobs: torch.Tensor, horizon: Sequence[int]) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 
 from kernels.api import DecodePlan
 from kvpilot.v1 import common_pb2, policy_pb2
@@ -37,7 +39,7 @@ class Reporter:
         self.step_ms = 0.0
         self.preemptions = 0
         self.audits = self.audits_skipped = 0
-        self.audit_ms = 0.0
+        self.audit_ms = self.signal_ms = self.decode_ms = 0.0
 
     def started(self, seq: Sequence) -> None:
         """A request was admitted."""
@@ -59,12 +61,14 @@ class Reporter:
 
     def decoded(self, seq: Sequence, plan: DecodePlan, row: int) -> None:
         """A request took part in a decode step."""
-        self._meters[seq.job_id].note_attention(plan, row, self._cache.tables)
+        with self._measured():
+            self._meters[seq.job_id].note_attention(plan, row, self._cache.tables)
 
     def chose(self, seq: Sequence, choice: Choice) -> None:
         """A request got its next token."""
-        meter = self._meters[seq.job_id]
-        meter.note_choice(choice.token_id, choice.entropy, choice.top1_probability, choice.surprise)
+        with self._measured():
+            meter = self._meters[seq.job_id]
+            meter.note_choice(choice.token_id, choice.entropy, choice.top1_probability, choice.surprise)
         if seq.generated - self._reported[seq.job_id] >= self.interval_tokens:
             self._news.add(seq.job_id)
 
@@ -73,6 +77,13 @@ class Reporter:
         self._audits.setdefault(seq.job_id, []).append(audit)
         self.audits += 1
         self.audit_ms += audit.cost_ms
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Counts what is done within as time spent on signals."""
+        began = time.perf_counter()
+        yield
+        self.signal_ms += (time.perf_counter() - began) * 1e3
 
     def stepped(self, tokens: int, duration_s: float) -> None:
         """A step is over."""
@@ -114,13 +125,16 @@ class Reporter:
             audits=self.audits,
             audits_skipped=self.audits_skipped,
             audit_ms=self.audit_ms,
+            signal_ms=self.signal_ms,
+            decode_ms=self.decode_ms,
         )
 
     def _request_state(self, seq: Sequence) -> policy_pb2.RequestState:
         self._reported[seq.job_id] = seq.generated
         meter = self._meters[seq.job_id]
         if seq.cache and seq.phase is Phase.DECODE:
-            meter.note_votes(self._cache.tables, seq.cache.slot, seq.cache.seen)
+            with self._measured():
+                meter.note_votes(self._cache.tables, seq.cache.slot, seq.cache.seen)
         state = policy_pb2.RequestState(
             request_id=seq.job_id,
             epoch=seq.epoch,

@@ -19,9 +19,9 @@ from workers.engine.attention import (
     Attend,
     DecodeAttention,
     PromptAttention,
-    ScoringAttention,
     check_servable,
 )
+from workers.engine.scoring import Context, ScoringAttention
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,16 @@ class ModelRunner:
         return logits
 
     @torch.inference_mode()
-    def score(self, seq: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
-        """What the model expects behind each of these tokens, if they follow what the cache holds now.
+    def score(self, context: Context, start: int, token_ids: Sequence[int]) -> torch.Tensor:
+        """What the model expects behind each of these tokens, at positions from ``start`` on.
 
-        The cache is only read. A decode step of every token would give the same as long as it moves no block.
+        Nothing is written. Decode steps of these tokens would give the same as long as they move no block.
 
         Returns:
             Logits [len(token_ids), vocabulary]; row i is the distribution of the token behind token i.
         """
-        attend = ScoringAttention(self._cache.context(seq))
-        positions = list(range(seq.seen, seq.seen + len(token_ids)))
-        return self._run([list(token_ids)], [positions], attend, keep=len(token_ids))[0]
+        positions = list(range(start, start + len(token_ids)))
+        return self._run([list(token_ids)], [positions], ScoringAttention(context), keep=len(token_ids))[0]
 
     def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
         return self._run(token_ids, positions, attend, keep=1)[:, -1]

@@ -76,7 +76,7 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Choi
                 top,
                 entropy_values[row],
                 top1_probability=float(np.exp(best_values[row])),
-                surprise=-logprob,
+                surprise=0.0 - logprob,
             )
         )
     return choices

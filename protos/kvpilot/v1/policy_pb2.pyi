@@ -94,7 +94,7 @@ class Report(_message.Message):
     def __init__(self, sequence_number: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., worker: _Optional[_Union[WorkerState, _Mapping]] = ..., requests: _Optional[_Iterable[_Union[RequestState, _Mapping]]] = ..., ended_request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("running", "waiting", "tiers", "step_ms", "tokens_per_s", "preemptions", "audits", "audits_skipped", "audit_ms")
+    __slots__ = ("running", "waiting", "tiers", "step_ms", "tokens_per_s", "preemptions", "audits", "audits_skipped", "audit_ms", "signal_ms", "decode_ms")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,8 @@ class WorkerState(_message.Message):
     AUDITS_FIELD_NUMBER: _ClassVar[int]
     AUDITS_SKIPPED_FIELD_NUMBER: _ClassVar[int]
     AUDIT_MS_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_MS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_MS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tiers: _containers.RepeatedCompositeFieldContainer[TierUse]
@@ -113,7 +115,9 @@ class WorkerState(_message.Message):
     audits: int
     audits_skipped: int
     audit_ms: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., step_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., audits: _Optional[int] = ..., audits_skipped: _Optional[int] = ..., audit_ms: _Optional[float] = ...) -> None: ...
+    signal_ms: float
+    decode_ms: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., step_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., audits: _Optional[int] = ..., audits_skipped: _Optional[int] = ..., audit_ms: _Optional[float] = ..., signal_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ...) -> None: ...
 
 class TierUse(_message.Message):
     __slots__ = ("name", "used_bytes", "budget_bytes")
