@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.errors import BadInputError, reported
+from cli.models import models_app
 
 if TYPE_CHECKING:
     from cli.settings import CliSettings
@@ -33,6 +34,7 @@ app = typer.Typer(
 model_app = typer.Typer(no_args_is_help=True, help="Bring models into the local store and list them.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure kvpilot against its peers on this machine.")
 app.add_typer(model_app, name="model", rich_help_panel="Set-up")
+app.add_typer(models_app, name="models", rich_help_panel="Watch and steer")
 app.add_typer(bench_app, name="bench", rich_help_panel="Set-up")
 
 USE, OPERATE, SETUP = "Generate", "Watch and steer", "Set-up"

@@ -298,6 +298,4 @@ def _self_test(bundle: Bundle, text: bytes) -> None:
         given = getattr(answer, part)
         apart = np.abs(given - wanted).max() if wanted.shape == given.shape else np.inf
         if not apart <= TOLERANCE:
-            raise BundleError(
-                name, f"self-test failed: {part} differs by {apart:.3g} from what it was when it was made"
-            )
+            raise BundleError(name, f"self-test failed: {part} differs by {apart:.3g} from what it was when made")

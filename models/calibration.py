@@ -72,7 +72,7 @@ def conformal_quantile(scores: F64, alpha: float) -> float:
     Raises:
         CalibrationError: fewer scores than any finite bound takes.
     """
-    rank = math.ceil((len(scores) + 1) * (1 - alpha))
+    rank = math.ceil(round((len(scores) + 1) * (1 - alpha), 9))  # 100 * 0.9 is 90, whatever its last bit
     if rank > len(scores):
         raise CalibrationError(f"{len(scores)} windows: alpha {alpha} takes at least {math.ceil(1 / alpha) - 1}")
     return float(np.partition(scores, rank - 1)[rank - 1])

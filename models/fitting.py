@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
-from models.examples import Examples, LongRange
+from models.examples import NEEDED_NATS, Examples, LongRange
 from models.features import F64, NAMES
 from models.forest import Models
 
@@ -102,8 +102,8 @@ def fit_head(examples: Examples, given: Hyperparameters) -> HistGradientBoosting
     windows = LongRange.of(examples)
     if not (windows.needed.any() and (~windows.needed).any()):
         raise TrainingError(
-            f"{len(windows.needed)} places with a measured `window` pipeline, {int(windows.needed.sum())} of which lost "
-            "more than it may: the long-range model needs some of both"
+            f"{len(windows.needed)} places with a measured `window` pipeline, {int(windows.needed.sum())} of which "
+            f"lost more than {NEEDED_NATS} nats: the long-range model needs some of both"
         )
     settings = _common(given, SEED + 2) | {"monotonic_cst": None, "min_samples_leaf": min(given.min_leaf_rows, 20)}
     model = HistGradientBoostingClassifier(max_iter=given.long_range_trees, **settings)
@@ -128,7 +128,7 @@ def _check(examples: Examples) -> None:
 
 
 def _binnable(rows: F64) -> F64:
-    """Columns that are nowhere known get a constant: nothing can be split by either, but scikit-learn bins only these."""
+    """Columns that are nowhere known get a constant: neither can be split by, but scikit-learn cannot bin the former."""
     return np.where(np.isnan(rows).all(0), 0.0, rows)
 
 

@@ -135,7 +135,7 @@ class BoundAlarm:
         self._log_wealth = 0.0
 
     def observe(self, exceeded: bool) -> bool:
-        """Takes an audit; returns whether the alarm rings now. Once it rang it keeps ringing until a new one is made."""
+        """Takes an audit; returns whether the alarm rings now. Once it rang it rings on."""
         seen = (self.exceeded + self.alpha) / (self.audits + 1)  # share so far, before this audit, one of alpha added
         stake = min(0.5, max(0.0, seen - self.alpha) / (1 - self.alpha)) / self.alpha
         if self._log_wealth < -math.log(self.error):

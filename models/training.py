@@ -95,9 +95,8 @@ def calibrate(models: Models, examples: Examples, alpha: float) -> conformal.Cal
     """
     if not examples.lossy.any():
         raise conformal.CalibrationError("no rows of lossy pipelines to calibrate on")
-    return conformal.calibrate(
-        examples, models.point.predict(examples.rows), models.upper.predict(examples.rows), alpha
-    )
+    answer = models.answer(examples.rows)
+    return conformal.calibrate(examples, answer.point, answer.upper, alpha)
 
 
 def validate(examples: Examples, given: Hyperparameters, alpha: float, folds: int = FOLDS) -> Validation:

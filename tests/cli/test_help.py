@@ -10,9 +10,28 @@ from typer.testing import CliRunner
 from cli.main import ScenarioName, app
 from kvpilot.request import SCENARIOS
 
-COMMANDS = "up generate chat top mode override release demo model:fetch model:list bench:serve".replace(
-    ":", "/"
-).split()
+COMMANDS = [
+    "up",
+    "generate",
+    "chat",
+    "top",
+    "mode",
+    "override",
+    "release",
+    "demo",
+    "model/fetch",
+    "model/list",
+    "bench/serve",
+    "models/train",
+    "models/evaluate",
+    "models/calibrate",
+    "models/list",
+    "models/show",
+    "models/explain",
+    "models/promote",
+    "models/rollback",
+    "models/shadow",
+]
 
 
 def run(*words: str, **environment: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Replays that never happened: a dataset as `kvpilot models collect` writes it, whose divergence follows a known rule."""
+"""Replays that never happened: a dataset as `kvpilot models collect` writes it, with divergence by a known rule."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from kvpilot.v1 import job_pb2
 
 
 class Bus(FrontDoor, Workshop, ControlRoom, PointerBoard):
-    """The jobs, their events, the workers, the outcomes, the operators' orders and the bundle pointers, as kept in Redis.
+    """The jobs, their events, the workers, the outcomes, operators' orders and bundle pointers, as kept in Redis.
 
     One instance serves any number of concurrent calls of one event loop. Calls are tried again for a moment after a
     connection failure and then raise :class:`BusUnavailableError`; none of them does its work twice.
