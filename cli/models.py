@@ -82,9 +82,7 @@ def evaluate(
     store: Store = None,
     all_documents: Annotated[
         bool,
-        typer.Option(
-            "--all-documents", help="Use all documents of the data, not its test split: for data of your own."
-        ),
+        typer.Option("--all-documents", help="Use all documents of the data, not its test split: for your own."),
     ] = False,
     steering_overhead: Annotated[
         float | None,
@@ -153,7 +151,7 @@ def explain(
     data: Data = None,
     store: Store = None,
     document: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Explain one prediction for this document.")
+        str | None, typer.Option(metavar="NAME", help="Explain one prediction, for this document.")
     ] = None,
     at_token: Annotated[
         int | None, typer.Option(metavar="N", help="With --document: the place. Default: its first one.")

@@ -104,12 +104,14 @@ class Examples:
     @cached_property
     def evicting(self) -> Mask:
         """[N] rows of pipelines that evict, where they do."""
-        return np.isin(self.family, [family.value for family in EVICTING]) & (self.rows[:, _DROPPED] > 0)
+        dropping: Mask = self.rows[:, _DROPPED] > 0
+        return np.isin(self.family, [family.value for family in EVICTING]) & dropping
 
     @cached_property
     def on_device(self) -> Mask:
         """[N] rows that keep nothing on the host to be read there: their device bytes can be compared."""
-        return ~(self.rows[:, _HOST] > 0)
+        on_host: Mask = self.rows[:, _HOST] > 0
+        return ~on_host
 
     @cached_property
     def window(self) -> Index:

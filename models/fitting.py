@@ -128,7 +128,7 @@ def _check(examples: Examples) -> None:
 
 
 def _binnable(rows: F64) -> F64:
-    """Columns that are nowhere known get a constant: neither can be split by, but scikit-learn cannot bin the former."""
+    """Columns that are nowhere known get a constant: neither can be split by, but only the latter can be binned."""
     return np.where(np.isnan(rows).all(0), 0.0, rows)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from models.features import F64, REQUEST_FEATURES, SIGNAL_FEATURES
 from models.trees import Trees
 
+Index: TypeAlias = npt.NDArray[np.intp]
 STATE_FEATURES = len(REQUEST_FEATURES) + len(SIGNAL_FEATURES)
 """The first columns of a row, equal for all candidates of a request."""
 
@@ -65,7 +68,7 @@ class Models:
         )
 
 
-def _requests(states: F64) -> tuple[F64, F64]:
+def _requests(states: F64) -> tuple[Index, Index]:
     """First rows of runs of equal columns in ``states`` [features, N], and each row's run."""
     bits = states.view(np.int64)  # NaN equals NaN
     new = np.ones(states.shape[1], bool)

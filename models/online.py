@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -160,7 +161,8 @@ class DriftDetector:
     def __init__(self, confidence: float = 0.002) -> None:
         from river.drift import ADWIN
 
-        self._adwin = ADWIN(delta=confidence)
+        adwin: Any = ADWIN  # river has no annotations
+        self._adwin = adwin(delta=confidence)
 
     def observe(self, predicted: float, divergence: float) -> bool:
         """Takes an audit: nats predicted and measured. Returns whether the mean residual has just changed."""

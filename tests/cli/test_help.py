@@ -11,26 +11,10 @@ from cli.main import ScenarioName, app
 from kvpilot.request import SCENARIOS
 
 COMMANDS = [
-    "up",
-    "generate",
-    "chat",
-    "top",
-    "mode",
-    "override",
-    "release",
-    "demo",
-    "model/fetch",
-    "model/list",
-    "bench/serve",
-    "models/train",
-    "models/evaluate",
-    "models/calibrate",
-    "models/list",
-    "models/show",
-    "models/explain",
-    "models/promote",
-    "models/rollback",
-    "models/shadow",
+    *("up", "generate", "chat", "top", "mode", "override", "release", "demo"),
+    *("model/fetch", "model/list", "bench/serve"),
+    *("models/train", "models/evaluate", "models/calibrate", "models/list", "models/show", "models/explain"),
+    *("models/promote", "models/rollback", "models/shadow"),
 ]
 
 

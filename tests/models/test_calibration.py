@@ -59,12 +59,11 @@ def test_each_family_is_covered_and_the_point_is_its_median() -> None:
     examples, models, calibration = held_out(), trained().models, trained().calibration
     answer = models.answer(examples.rows)
     bound, point = calibration.shifts(examples.families)
-    seen = [
-        family for family in calibration.families if (examples.lossy & (examples.family == family.value)).sum() > 60
-    ]
+    rows_of = {family: examples.lossy & (examples.family == family.value) for family in calibration.families}
+    seen = [family for family, rows in rows_of.items() if rows.sum() > 60]
     assert {Family.QUANTISE, Family.WINDOW, Family.SCORED} <= set(seen)
     for family in seen:
-        rows = examples.lossy & (examples.family == family.value)
+        rows = rows_of[family]
         exceeded = (examples.target > np.maximum(answer.upper + bound, FLOOR))[rows].mean()
         assert 0.02 < exceeded < 0.2
         assert 0.35 < (examples.target > answer.point + point)[rows].mean() < 0.65

@@ -117,14 +117,14 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
     rang = 0
     for _ in range(400):
         alarm = BoundAlarm(0.1, error=0.05)
-        rang += any([alarm.observe(bool(value < 0.1)) for value in random.random(500)])
+        rang += any(alarm.observe(bool(value < 0.1)) for value in random.random(500))
     assert rang <= 0.05 * 400 + 3 * math.sqrt(0.05 * 0.95 * 400)
 
 
 def test_drift_is_seen_and_steadiness_is_not() -> None:
     random = np.random.default_rng(2)
     detector = DriftDetector()
-    assert not any([detector.observe(0.01, 0.01 * math.exp(random.normal(0, 0.5))) for _ in range(2000)])
+    assert not any(detector.observe(0.01, 0.01 * math.exp(random.normal(0, 0.5))) for _ in range(2000))
     assert detector.mean_residual == pytest.approx(0, abs=0.05)
     drifted = [detector.observe(0.01, 0.05 * math.exp(random.normal(0, 0.5))) for _ in range(200)]
     assert any(drifted)

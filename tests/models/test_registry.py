@@ -65,10 +65,10 @@ def test_shipped_bundles_are_there_too_and_their_names_are_taken(registry: Regis
 
 
 def test_what_is_not_there_is_named_beside_what_is(registry: Registry) -> None:
-    with pytest.raises(RegistryError, match="no bundle in .*; `kvpilot models train` makes one"):
+    with pytest.raises(RegistryError, match=r"no bundle in .*; `kvpilot models train` makes one"):
         registry.newest()
     registry.put(made("one"))
-    with pytest.raises(RegistryError, match="no bundle 'other' in .*; there are: one"):
+    with pytest.raises(RegistryError, match=r"no bundle 'other' in .*; there are: one"):
         registry.get("other")
     with pytest.raises(RegistryError, match="expected at most 64"):
         registry.get("../one")
@@ -84,9 +84,9 @@ def test_an_upload_that_broke_off_is_not_there_and_can_be_done_again(registry: R
 
 
 def test_wrong_files_are_not_put(registry: Registry) -> None:
-    with pytest.raises(BundleError, match="bundle one: selftest.json does not have the checksum"):
+    with pytest.raises(BundleError, match=r"bundle one: selftest\.json does not have the checksum"):
         registry.put({**made("one"), SELF_TEST: b"{}"})
-    with pytest.raises(BundleError, match="bundle one: predictor.skops is missing"):
+    with pytest.raises(BundleError, match=r"bundle one: predictor\.skops is missing"):
         registry.put({name: content for name, content in made("one").items() if name != PREDICTOR})
     assert registry.list() == []
 
@@ -95,7 +95,7 @@ def test_a_store_that_changed_a_file_is_noticed_and_others_are_not_touched(regis
     registry.put(made("one"))
     registry.put(made("two"))
     overwrite(url, "one", PREDICTOR, made("one")[PREDICTOR][:-1])
-    with pytest.raises(BundleError, match="bundle one: predictor.skops does not have the checksum"):
+    with pytest.raises(BundleError, match=r"bundle one: predictor\.skops does not have the checksum"):
         registry.load("one")
     assert registry.load("two").version == "two"
 

@@ -126,7 +126,7 @@ def test_pinball_is_the_quantile_loss() -> None:
 def test_tuning_is_repeatable_and_never_worse_than_where_it_starts() -> None:
     examples = Examples.of(dataset.only(table(documents=30), Split.TRAIN))
     examples = examples.take(~examples.exact)
-    start = with_settings(SMALL, trees=6, learning_rate=0.03, leaves=2, min_leaf_rows=150)
+    start = with_settings(SMALL, trees=6, learning_rate=0.03, leaves=7, min_leaf_rows=150)
     told: list[str] = []
     chosen = tune(examples, start, 0.1, 4, 2, told.append)
     assert chosen == tune(examples, start, 0.1, 4, 2)
