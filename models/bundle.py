@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import skops.io
 import structlog
 from pydantic import ValidationError
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
@@ -38,6 +37,7 @@ from models.manifest import (
     version_name,
 )
 from models.predictor import Prediction
+from models.safe_io import dumps, get_untrusted_types, loads
 from models.scale import FLOOR
 
 log = structlog.get_logger(__name__)
@@ -152,7 +152,7 @@ def make(
         BundleError: the version is no name.
     """
     at = created or datetime.now(UTC)
-    predictor = skops.io.dumps({name: getattr(models, name) for name in _PARTS})
+    predictor = dumps({name: getattr(models, name) for name in _PARTS})
     table = CalibrationTable.of(calibration)
     self_test = _make_self_test(models, calibration, rows, families)
     version = version or version_name(predictor + table.model_dump_json().encode(), at)
@@ -244,7 +244,7 @@ def _note_libraries(manifest: Manifest) -> None:
 def _load_models(name: str, data: bytes) -> Models:
     # A file that may be anything: whatever reading it raises means that it is no predictor.
     try:
-        untrusted = sorted(set(skops.io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
+        untrusted = sorted(set(get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
     except Exception as error:
         raise BundleError(name, f"{PREDICTOR} cannot be read: {error}") from None
     if untrusted:
@@ -252,7 +252,7 @@ def _load_models(name: str, data: bytes) -> Models:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # another version of scikit-learn: said above, and the self-test decides
-            parts = skops.io.loads(data, trusted=list(TRUSTED_TYPES))
+            parts = loads(data, trusted=list(TRUSTED_TYPES))
     except Exception as error:
         raise BundleError(name, f"{PREDICTOR} cannot be read: {type(error).__name__}: {error}") from None
     if not isinstance(parts, dict) or set(parts) != set(_PARTS):

@@ -98,14 +98,15 @@ class Examples:
         A window longer than the text so far, say, keeps everything: counting it would flatter every metric.
         Unknown stages (NaN) count as lossy.
         """
-        keeps_all = (self.rows[:, _DROPPED] == 0) & (self.rows[:, _CODED] == 0)
+        keeps_all: Mask = (self.rows[:, _DROPPED] == 0) & (self.rows[:, _CODED] == 0)
         return ~self.exact & ~keeps_all
 
     @cached_property
     def evicting(self) -> Mask:
         """[N] rows of pipelines that evict, where they do."""
         dropping: Mask = self.rows[:, _DROPPED] > 0
-        return np.isin(self.family, [family.value for family in EVICTING]) & dropping
+        evicts: Mask = np.isin(self.family, [family.value for family in EVICTING])
+        return evicts & dropping
 
     @cached_property
     def on_device(self) -> Mask:

@@ -36,8 +36,8 @@ class Hyperparameters:
     Prediction takes time in proportion to trees times depth, so :mod:`models.tuning` leaves these alone.
     """
 
-    trees: int = 80
-    upper_trees: int = 50
+    trees: int = 100
+    upper_trees: int = 60
     long_range_trees: int = 40
     leaves: int = 31
     depth: int = 7

@@ -7,6 +7,7 @@ of three models. The answers are the same to the bit: the same comparisons, the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numba
@@ -65,7 +66,7 @@ class Trees:
             roots=roots.astype(np.uint32),
             depths=np.array(depths, np.int32),
             feature=np.where(leaf, 0, every["feature_idx"]).astype(np.uint32),
-            threshold=np.where(leaf, np.inf, every["num_threshold"]),
+            threshold=np.where(leaf, np.inf, np.minimum(every["num_threshold"], np.finfo(np.float64).max)),
             child=np.where(leaf, np.arange(len(every)), np.repeat(roots, sizes) + every["left"]).astype(np.uint32),
             missing_right=~leaf & (every["missing_go_to_left"] == 0),
             value=np.where(leaf, every["value"], 0.0),
@@ -80,8 +81,14 @@ class Trees:
         if columns.shape[0] != self.features:
             raise ValueError(f"{columns.shape[0]} features given; these trees look at {self.features}")
         rows = columns.shape[1]
+        column = np.tile(np.arange(self.features, dtype=np.uint32), 2)  # of each feature; then where NaN goes right
+        # NaN is above nothing and so goes left. Where it goes right, nodes look at a copy in which it is infinite.
+        missing = np.flatnonzero(np.isnan(columns).any(1) & self._sent_right)
+        if len(missing):
+            column[self.features + missing] = self.features + np.arange(len(missing), dtype=np.uint32)
+            columns = np.vstack([columns, np.where(np.isnan(columns[missing]), np.inf, columns[missing])])
+        offset = column[self.feature + np.uint32(self.features) * self.missing_right] * np.uint32(rows)
         out = np.full(rows, self.base)
-        offset = self.feature * np.uint32(rows)
         _descend(
             np.ascontiguousarray(columns).reshape(-1),
             self.roots,
@@ -89,11 +96,17 @@ class Trees:
             offset,
             self.threshold,
             self.child,
-            self.missing_right,
             self.value,
             out,
         )
         return out
+
+    @cached_property
+    def _sent_right(self) -> npt.NDArray[np.bool_]:
+        """[features] whose missing values some node sends to the right."""
+        sent = np.zeros(self.features, bool)
+        sent[self.feature[self.missing_right]] = True
+        return sent
 
 
 def _checked_depth(tree: Any, features: int) -> int:
@@ -138,7 +151,6 @@ def _walk(
     offset: Any,
     threshold: Any,
     child: Any,
-    missing_right: Any,
     value: Any,
     out: Any,
 ) -> None:
@@ -153,8 +165,7 @@ def _walk(
                 for row in range(rows):
                     node = np.uint64(place[row])
                     x = columns[np.uint64(offset[node]) + np.uint64(first + row)]
-                    right = (x > threshold[node]) | ((x != x) & missing_right[node])
-                    place[row] = child[node] + np.uint32(right)
+                    place[row] = child[node] + np.uint32(x > threshold[node])
             for row in range(rows):
                 out[first + row] += value[np.uint64(place[row])]
 
