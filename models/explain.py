@@ -56,16 +56,19 @@ def importance(bundle: Bundle, examples: Examples, repeats: int = 3) -> list[Imp
     if not len(lossy):
         raise ExplainError("no rows of lossy pipelines to explain on")
     random = np.random.default_rng(SEED)
-    base_error, base_rank = _figures(bundle, lossy, lossy.rows)
+    base = bundle.predict(lossy.rows, lossy.families).divergence
+    base_error, base_rank = _figures(lossy, base)
     found = []
     for place, feature in enumerate(FEATURES):
         figures = []
         for _ in range(repeats):
             rows = lossy.rows.copy()
             rows[:, place] = random.permutation(rows[:, place])
-            figures.append(_figures(bundle, lossy, rows))
-        error, rank = np.mean(figures, axis=0)
-        if error != base_error:
+            predicted = bundle.predict(rows, lossy.families).divergence
+            if not np.array_equal(predicted, base):
+                figures.append(_figures(lossy, predicted))
+        if figures:
+            error, rank = np.mean(figures, axis=0)
             found.append(Importance(feature.name, feature.meaning, float(error - base_error), float(base_rank - rank)))
     return sorted(found, key=lambda one: -one.error)
 
@@ -122,7 +125,6 @@ def _listed(values: object) -> str:
     return ", ".join(str(value) for value in np.asarray(values).tolist())
 
 
-def _figures(bundle: Bundle, lossy: Examples, rows: F64) -> tuple[float, float]:
-    predicted = bundle.predict(rows, lossy.families).divergence
+def _figures(lossy: Examples, predicted: F64) -> tuple[float, float]:
     error = float(np.abs(log_divergence(predicted) - lossy.target).mean())
     return error, ranking(lossy, predicted).spearman_within
