@@ -89,12 +89,12 @@ def write(path: Path, rows: Iterable[dict[str, object]]) -> None:
 
 
 def read(path: Path) -> pa.Table:
-    """Reads a dataset file, or all of a folder's, in the order of their names.
+    """Reads a dataset file, or all in and below a folder, in the order of their names.
 
     Raises:
         DatasetError: there is none, or one of another feature schema.
     """
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise DatasetError(f"{path}: no dataset there; `kvpilot models collect` makes one")
     return pa.concat_tables([_read_file(file) for file in files])

@@ -13,6 +13,8 @@ from kvpilot.request import SCENARIOS
 COMMANDS = [
     *("up", "generate", "chat", "top", "mode", "override", "release", "demo"),
     *("model/fetch", "model/list", "bench/serve", "bench/steer", "models/collect"),
+    *("models/train", "models/evaluate", "models/calibrate", "models/list", "models/show", "models/explain"),
+    *("models/promote", "models/rollback", "models/shadow"),
 ]
 
 

@@ -1,5 +1,6 @@
-"""The job store: jobs, their events, leases, sessions, outcomes, and operators' orders, in Redis."""
+"""The job store: jobs, their events, leases, sessions, outcomes, operators' orders, and bundle pointers, in Redis."""
 
+from kvpilot.bus.pointers import Passed, Pointer, PointerMovedError, PointerState
 from kvpilot.bus.store import Bus
 from kvpilot.bus.values import (
     Append,
@@ -32,6 +33,10 @@ __all__ = [
     "JobRecord",
     "OffsetOutOfRangeError",
     "Orders",
+    "Passed",
+    "Pointer",
+    "PointerMovedError",
+    "PointerState",
     "QueueFullError",
     "Renewal",
 ]

@@ -17,6 +17,14 @@ MODE = f"{PREFIX}mode"
 OVERRIDES = f"{PREFIX}overrides"
 """Hash: job id -> Override. Without expiry: controllers remove what has ended."""
 
+POINTERS_MOVED = f"{PREFIX}pointers-moved"
+"""Channel: names of pointers that were moved."""
+
+
+def pointer(name: str) -> str:
+    """State of a pointer to a bundle, JSON."""
+    return f"{PREFIX}pointer:{name}"
+
 
 def job(job_id: str) -> str:
     """Hash: the job, its state, owner, epoch, attempts, number of events, and where it is queued."""

@@ -1,0 +1,375 @@
+"""``kvpilot models``: what its commands do and print. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from cli.errors import BadInputError, FailedError
+from cli.settings import CliSettings, state_folder
+from kvpilot.bus import Bus, BusError, BusSettings, BusUnavailableError, Pointer, PointerState
+from models import bundle as bundles
+from models import dataset, promotion
+from models.bundle import Bundle, BundleError
+from models.calibration import CalibrationError
+from models.dataset import DatasetError, Split
+from models.evaluation import EvaluationError
+from models.examples import Examples
+from models.explain import ExplainError
+from models.fitting import TrainingError
+from models.manifest import Manifest, Provenance, SplitCount, file_hashes
+from models.registry import Registry, RegistryError
+from models.store import cache_folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from models.metrics import Ranking
+
+_IMPATIENT = BusSettings(timeout_s=1.0, retries=0)
+
+
+def train(
+    data: Path | None, store: str | None, version: str | None, trials: int, alpha: float, folds: int, note: str
+) -> None:
+    """Trains a bundle, adds it to the store and prints its version on stdout."""
+    from models.training import train as run
+
+    with _said():
+        registry = Registry(store)
+        path, table = _read(data)
+        trained = run(table, alpha=alpha, trials=trials, folds=folds, progress=_progress)
+        validation = trained.validation
+        metrics = _metrics(validation.ranking) | {
+            "pinball": validation.pinball,
+            "long_range_auc": validation.long_range_auc,
+        }
+        files = bundles.make(
+            trained.models,
+            trained.calibration,
+            _provenance(path, table),
+            trained.calibrating.rows,
+            trained.calibrating.families,
+            hyperparameters=asdict(trained.hyperparameters),
+            metrics=metrics,
+            version=version,
+            note=note,
+        )
+        added = registry.put(files)
+    _err().print(_figures("cross-validation", metrics))
+    print(added)
+
+
+def calibrate(
+    version: str, data: Path | None, store: str | None, name: str | None, alpha: float, all_documents: bool
+) -> None:
+    """Adds a bundle with another one's models and new bounds, and prints its version on stdout."""
+    from models.training import calibrate as run
+
+    with _said():
+        registry = Registry(store)
+        bundle = registry.load(version)
+        _, table = _read(data)
+        examples = Examples.of(table if all_documents else dataset.only(table, Split.CALIBRATE))
+        calibration = run(bundle.models, examples, alpha)
+        manifest = bundle.manifest
+        files = bundles.make(
+            bundle.models,
+            calibration,
+            manifest.provenance,
+            examples.rows,
+            examples.families,
+            hyperparameters=manifest.hyperparameters,
+            metrics={key: float("nan") if value is None else value for key, value in manifest.metrics.items()},
+            version=name,
+            note=f"{version}, calibrated on {examples.documents} documents",
+        )
+        print(registry.put(files))
+
+
+def evaluate(
+    report: Path,
+    version: str | None,
+    data: Path | None,
+    store: str | None,
+    all_documents: bool,
+    steering_overhead: float | None,
+    tick: bool,
+) -> None:
+    """Evaluates a bundle, prints its targets and writes the report."""
+    from models import evaluation
+    from models.report import targets, write
+
+    with _said():
+        registry = Registry(store)
+        bundle = registry.load(version or registry.newest())
+        _, table = _read(data)
+        tick_ms = _tick(bundle, table) if tick else None
+        found = evaluation.evaluate(
+            bundle, table, every_document=all_documents, tick_ms=tick_ms, steering_overhead=steering_overhead
+        )
+        written = write(found, report)
+    shown = Table("figure", "wanted", "found", "", title=f"bundle {found.bundle} on {found.documents} unseen documents")
+    for one in targets(found):
+        shown.add_row(one.name, one.wanted, one.value, {True: "pass", False: "[bold]fail[/]", None: "-"}[one.passed])
+    Console().print(shown)
+    print("\n".join(str(path) for path in written if path.suffix in (".html", ".json")))
+
+
+def show_list(settings: CliSettings, store: str | None) -> None:
+    """Prints one line per bundle."""
+    with _said():
+        entries = Registry(store).list()
+        shown = {}
+        if url := _job_store(settings):
+            try:
+                shown = asyncio.run(_pointers(url))
+            except BusUnavailableError:
+                _err().print("the job store does not answer: active and shadow are not known", markup=False)
+    for entry in entries:
+        marks = ",".join(which.value for which, state in shown.items() if state.version == entry.version)
+        made = f"{entry.manifest.created:%Y-%m-%d %H:%M}" if entry.manifest else "-"
+        told = (
+            f"Spearman within {_figure(entry.manifest, 'spearman_within')}, {entry.manifest.note or 'no note'}"
+            if entry.manifest
+            else entry.problem
+        )
+        print(f"{entry.version}\t{marks or '-'}\t{made}\t{entry.place}\t{told}")
+
+
+def show(version: str, store: str | None, json: bool) -> None:
+    """Prints a bundle's manifest, once it has loaded."""
+    with _said():
+        manifest = Registry(store).load(version).manifest
+    if json:
+        print(manifest.text(), end="")
+        return
+    out = Console()
+    facts = Table("", "", show_header=False, title=f"bundle {manifest.version}")
+    facts.add_row("made", f"{manifest.created:%Y-%m-%d %H:%M} UTC")
+    facts.add_row("note", manifest.note or "-")
+    facts.add_row("models replayed", ", ".join(manifest.provenance.models) or "-")
+    for split, count in manifest.provenance.splits.items():
+        facts.add_row(f"{split} split", f"{count.documents:,} documents, {count.rows:,} rows")
+    facts.add_row("kinds of text", ", ".join(manifest.provenance.kinds) or "-")
+    facts.add_row("pipelines", str(len(manifest.provenance.pipelines)))
+    facts.add_row("feature schema", f"{manifest.schema_version}, {manifest.schema_hash}")
+    facts.add_row("libraries", ", ".join(f"{name} {number}" for name, number in manifest.libraries.items()))
+    facts.add_row("hyperparameters", ", ".join(f"{name} {value}" for name, value in manifest.hyperparameters.items()))
+    out.print(facts)
+    out.print(_figures("cross-validation", dict(manifest.metrics)))
+    table = manifest.calibration
+    bounds = Table(
+        "family", "bound times", "prediction times", "windows", "documents", title=f"calibration, alpha {table.alpha:g}"
+    )
+    for name, shift in [*((family.value, shift) for family, shift in table.families.items()), ("others", table.pooled)]:
+        factors = (f"{math.exp(value):.2f}" for value in (shift.bound, shift.point))
+        bounds.add_row(name, *factors, f"{shift.windows:,}", f"{shift.documents:,}")
+    out.print(bounds)
+
+
+def explain(
+    version: str | None,
+    data: Path | None,
+    store: str | None,
+    document: str | None,
+    at_token: int | None,
+    pipeline: str | None,
+    top: int,
+) -> None:
+    """Prints permutation importance, or the contributions to one prediction."""
+    from models import explain as explaining
+
+    if (document is None) != (pipeline is None):
+        raise BadInputError("--document and --pipeline: one prediction takes both")
+    if document is None and at_token is not None:
+        raise BadInputError("--at-token: takes --document and --pipeline beside it")
+    with _said():
+        registry = Registry(store)
+        bundle = registry.load(version or registry.newest())
+        _, table = _read(data)
+        if document is None or pipeline is None:
+            found = explaining.importance(bundle, Examples.of(dataset.only(table, Split.TEST)))
+            shown = Table("feature", "error, log nats", "Spearman within", "meaning", title=f"bundle {bundle.version}")
+            for one in found[:top]:
+                shown.add_row(one.feature, f"{one.error:+.4f}", f"{-one.spearman_within:+.4f}", one.meaning)
+        else:
+            examples = Examples.of(table)
+            row = explaining.find_row(examples, document, at_token, pipeline)
+            training = Examples.of(dataset.only(table, Split.TRAIN))
+            moved = explaining.contributions(bundle, examples.rows[row], training)
+            said = bundle.predict(examples.rows[row : row + 1], [examples.families[row]])
+            shown = Table(
+                "feature",
+                "value",
+                "usual",
+                "moves it by",
+                "meaning",
+                title=f"{pipeline} at token {examples.at_token[row]} of {document}: predicted "
+                f"{said.divergence[0]:.4g}, bound {said.bound[0]:.4g}, measured {examples.divergence[row]:.4g} nats",
+            )
+            for part in moved[:top]:
+                shown.add_row(
+                    part.feature,
+                    f"{part.value:.4g}",
+                    f"{part.usual:.4g}",
+                    f"x {math.exp(part.log_nats):.3f}",
+                    part.meaning,
+                )
+    Console().print(shown)
+
+
+def promote(settings: CliSettings, version: str, reason: str, store: str | None) -> None:
+    """Moves the active pointer."""
+    registry = _registry(store)
+    state = _moved(settings, lambda bus: promotion.promote(bus, registry, version, reason or "promoted by an operator"))
+    print(f"active: {state.version} (before: {state.below[0] if state.below else 'none'})")
+
+
+def rollback(settings: CliSettings, reason: str, store: str | None) -> None:
+    """Moves the active pointer back."""
+    registry = _registry(store)
+    state = _moved(settings, lambda bus: promotion.rollback(bus, registry, reason or "rolled back by an operator"))
+    print(f"active: {state.version} (left: {state.history[0].version})")
+
+
+def shadow(settings: CliSettings, version: str | None, none: bool, reason: str, store: str | None) -> None:
+    """Shows or moves the shadow pointer."""
+    if version is not None and none:
+        raise BadInputError(f"--none: not together with a version, here {version!r}")
+    registry = _registry(store)
+    if version is None and not none:
+        state = _moved(settings, lambda bus: bus.pointer(Pointer.SHADOW))
+    else:
+        state = _moved(settings, lambda bus: promotion.shadow(bus, registry, version, reason or "set by an operator"))
+    print(f"shadow: {state.version or 'none'}")
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Errors of the learned side as the command line's."""
+    try:
+        yield
+    except (DatasetError, TrainingError, CalibrationError, EvaluationError, ExplainError, RegistryError) as error:
+        raise BadInputError(str(error)) from None
+    except (BundleError, BusError) as error:
+        raise FailedError(str(error)) from None
+
+
+def _moved(settings: CliSettings, move: Callable[[Bus], Awaitable[PointerState]]) -> PointerState:
+    async def run(url: str) -> PointerState:
+        bus = await Bus.connect(url)
+        try:
+            return await move(bus)
+        finally:
+            await bus.close()
+
+    with _said():
+        url = _job_store(settings)
+        if not url:
+            raise BadInputError("no job store is known: start one with `kvpilot up`, or name one with --redis-url")
+        try:
+            return asyncio.run(run(url))
+        except ValueError as error:
+            raise BadInputError(f"redis_url: {error}") from None
+
+
+async def _pointers(url: str) -> dict[Pointer, PointerState]:
+    bus = await Bus.connect(url, _IMPATIENT)
+    try:
+        return {which: await bus.pointer(which) for which in Pointer}
+    finally:
+        await bus.close()
+
+
+def _job_store(settings: CliSettings) -> str:
+    """URL of the job store of the settings, else of the one that ``kvpilot up`` last started here; empty for none."""
+    if settings.redis_url:
+        return settings.redis_url
+    configuration = (settings.state or state_folder()) / "redis" / "server.conf"
+    try:
+        lines = [line.split(maxsplit=1) for line in configuration.read_text().splitlines()]
+    except OSError:
+        return ""
+    values = {line[0]: line[1] for line in lines if len(line) == 2}
+    if not {"port", "requirepass"} <= set(values):
+        return ""
+    return f"redis://:{values['requirepass']}@127.0.0.1:{values['port']}/0"
+
+
+def _registry(store: str | None) -> Registry:
+    with _said():
+        return Registry(store)
+
+
+def _read(data: Path | None) -> tuple[Path, pa.Table]:
+    path = data or cache_folder() / "datasets"
+    return path, dataset.read(path)
+
+
+def _tick(bundle: Bundle, table: pa.Table) -> float:
+    """With the simplest choice, on SmolLM2's cache layout, which the time does not depend on."""
+    import torch  # the stages lie beside the worker's engine, which needs it
+
+    from kernels.layout import CacheShape
+    from models import evaluation
+    from models.features import HORIZONS_TOKENS, FeatureBuilder
+    from models.footprint import CacheLayout
+    from workers.stages.registry import catalog
+
+    stages = catalog(CacheShape(30, 3, 9, 64, torch.float32))
+    builder = FeatureBuilder(stages, CacheLayout(30, 3, 64, 4), HORIZONS_TOKENS)
+    examples = Examples.of(table)
+    pipelines = [name for name in sorted(set(examples.pipeline.tolist())) if stages.knows(name)]
+    return evaluation.measure_tick(bundle, builder, pipelines, examples.rows, evaluation.choose_densest)
+
+
+def _provenance(path: Path, table: pa.Table) -> Provenance:
+    counts = {}
+    for split in Split:
+        rows = dataset.only(table, split)
+        counts[split.value] = SplitCount(rows=rows.num_rows, documents=len(rows["document"].unique()))
+    return Provenance(
+        models=sorted(table["model"].unique().to_pylist()),
+        files=file_hashes(path),
+        splits=counts,
+        kinds=sorted(table["kind"].unique().to_pylist()),
+        pipelines=sorted(table["pipeline"].unique().to_pylist()),
+    )
+
+
+def _metrics(found: Ranking) -> dict[str, float]:
+    return {
+        "spearman_pooled": found.spearman_pooled,
+        "spearman_within": found.spearman_within,
+        "auc_within": found.auc_within,
+    }
+
+
+def _figures(title: str, values: dict[str, float | None] | dict[str, float]) -> Table:
+    table = Table("figure", "value", title=title)
+    for name, value in values.items():
+        table.add_row(name, "-" if value is None or value != value else f"{value:.4f}")
+    return table
+
+
+def _figure(manifest: Manifest, name: str) -> str:
+    value = manifest.metrics.get(name)
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _progress(line: str) -> None:
+    _err().print(f"  {datetime.now(UTC).astimezone():%H:%M:%S} {line}", markup=False)
+
+
+def _err() -> Console:
+    return Console(stderr=True, highlight=False)

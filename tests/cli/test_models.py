@@ -1,0 +1,162 @@
+"""``kvpilot models`` from a dataset to a bundle in charge, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from models.manifest import MANIFEST, PREDICTOR
+from models.registry import Registry
+from tests.models.fitted import made
+from tests.models.synthetic import PIPELINES, table, write
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache and state folder of the test's own."""
+    monkeypatch.setenv("KVPILOT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def store(home: Path) -> Registry:
+    registry = Registry()
+    for version in ("a", "b"):
+        registry.put(made(version))
+    return registry
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("data"), table(documents=60, windows=2, seed=3))
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, ["models", *map(str, words)])
+
+
+def said(result: Result, code: int = 0) -> str:
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.mark.slow
+def test_train_show_list_evaluate(home: Path, data: Path) -> None:
+    trained = run("train", "--data", data, "--folds", "2", "--version", "mine", "--note", "a first try")
+    said(trained)
+    assert trained.stdout.strip() == "mine"
+    assert "spearman_within" in trained.stderr
+    manifest = json.loads(said(run("show", "mine", "--json")))
+    assert manifest["provenance"]["models"] == ["made-up"]
+    assert manifest["provenance"]["splits"]["train"]["documents"] > 25
+    assert len(manifest["provenance"]["files"]["replays.parquet"]) == 64
+    assert manifest["metrics"]["spearman_within"] > 0.3
+    shown = said(run("show", "mine"))
+    for expected in ("a first try", "calibration, alpha 0.1", "window", "others", "spearman_within"):
+        assert expected in shown
+    assert said(run("list")).split("\t")[:2] == ["mine", "-"]
+
+    evaluated = said(run("evaluate", "--report", home / "report", "--data", data, "--steering-overhead", "0.01"))
+    for expected in ("spearman_pooled", "at least 0.9", "tick_ms_256x16", "bundle mine"):
+        assert expected in evaluated
+    figures = json.loads((home / "report" / "report.json").read_text())
+    assert figures["steering_overhead"] == 0.01
+    assert figures["tick_ms_256x16"] > 0
+    assert (home / "report" / "report.html").is_file()
+
+
+def test_evaluate_all_documents_of_other_data(store: Registry, home: Path, data: Path) -> None:
+    said(run("evaluate", "--bundle", "a", "--report", home / "r", "--data", data, "--all-documents", "--no-tick"))
+    figures = json.loads((home / "r" / "report.json").read_text())
+    assert (figures["bundle"], figures["documents"], figures["tick_ms_256x16"]) == ("a", 60, None)
+
+
+def test_calibrate_makes_a_new_bundle_with_the_same_models(store: Registry, data: Path) -> None:
+    made_one = run("calibrate", "a", "--data", data, "--all-documents", "--alpha", "0.2", "--version", "a-recalibrated")
+    assert said(made_one).strip() == "a-recalibrated"
+    old, new = store.load("a"), store.load("a-recalibrated")
+    assert (old.alpha, new.alpha) == (0.1, 0.2)
+    assert new.calibration.pooled.bound < old.calibration.pooled.bound
+    rows = json.loads((store.get("a") / "selftest.json").read_text())["rows"]
+    assert new.manifest.provenance == old.manifest.provenance
+    assert new.manifest.note == "a, calibrated on 60 documents"
+    assert len(rows) > 10
+
+
+def test_explain_a_dataset_and_a_window(store: Registry, data: Path) -> None:
+    over_all = said(run("explain", "b", "--data", data, "--top", "4"))
+    assert "mass_beyond" in over_all or "votes_dropped" in over_all or "bits" in over_all
+    one = said(run("explain", "b", "--data", data, "--document", "doc-3-0000", "--pipeline", PIPELINES[5]))
+    assert "of doc-3-0000: predicted" in one
+
+
+def test_promote_list_shadow_rollback(store: Registry, redis_url: str) -> None:
+    redis = ("--redis-url", redis_url)
+    assert said(run("promote", "a", *redis)) == "active: a (before: none)\n"
+    assert said(run("promote", "b", "--reason", "better", *redis)) == "active: b (before: a)\n"
+    assert said(run("shadow", *redis)) == "shadow: none\n"
+    assert said(run("shadow", "a", *redis)) == "shadow: a\n"
+    lines = {line.split("\t")[0]: line.split("\t")[1] for line in said(run("list", *redis)).splitlines()}
+    assert lines == {"a": "shadow", "b": "active"}
+    assert said(run("rollback", *redis)) == "active: a (left: b)\n"
+    assert said(run("shadow", "--none", *redis)) == "shadow: none\n"
+    assert "nothing to go back to" in said(run("rollback", *redis), code=2)
+
+
+def test_a_bundle_that_does_not_load_is_not_promoted(store: Registry, redis_url: str) -> None:
+    redis = ("--redis-url", redis_url)
+    said(run("promote", "a", *redis))
+    manifest = Path(store.url) / "b" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_hash": "0" * 16}))
+    assert "kvpilot: bundle b: feature schema 0000000000000000" in said(run("promote", "b", *redis), code=1)
+    marks = {line.split("\t")[0]: line.split("\t")[1] for line in said(run("list", *redis)).splitlines()}
+    assert marks == {"a": "active", "b": "-"}
+
+
+def test_the_store_that_up_started_is_found(store: Registry, home: Path, redis_url: str) -> None:
+    port = redis_url.split(":")[2].split("/")[0]
+    folder = home / "state" / "kvpilot" / "redis"
+    folder.mkdir(parents=True)
+    (folder / "server.conf").write_text(f'bind 127.0.0.1\nport {port}\nrequirepass wrong\nsave ""\n')
+    failed = said(run("promote", "a"), code=1)  # the tests' server wants no password: it was found, and refused one
+    assert "job store" in failed
+    assert "wrong" not in failed.replace("wrong number", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (("train", "--data", "nowhere"), 2, "nowhere: no dataset there; `kvpilot models collect` makes one"),
+        (("train", "--trials", "-1"), 2, "--trials"),
+        (("evaluate",), 2, "--report"),
+        (("evaluate", "--report", "r", "--bundle", "c"), 2, "no bundle 'c' in"),
+        (("show", "../a"), 2, "bundle '../a': expected at most 64 letters"),
+        (("explain", "--document", "x"), 2, "--document and --pipeline: one prediction takes both"),
+        (("explain", "--at-token", "4"), 2, "--at-token"),
+        (("promote", "a"), 2, "no job store is known"),
+        (("promote", "a", "--redis-url", "http://x"), 2, "redis_url"),
+        (("promote", "a", "--redis-url", "redis://127.0.0.1:1/0"), 1, "the job store is out of reach"),
+        (("shadow", "a", "--none"), 2, "--none: not together with a version, here 'a'"),
+        (("list", "--store", "nope://x"), 2, "bundle store 'nope://x'"),
+    ],
+)
+def test_bad_command_lines_name_what_is_wrong(store: Registry, words: tuple[str, ...], code: int, named: str) -> None:
+    assert named in said(run(*words), code)
+
+
+def test_bad_data_is_named(store: Registry, home: Path, data: Path) -> None:
+    (home / "text.parquet").write_text("not Parquet")
+    assert "text.parquet: not a Parquet file" in said(run("train", "--data", "text.parquet"), 2)
+    assert "alpha 1.5: expected a share" in said(run("calibrate", "a", "--data", data, "--alpha", "1.5"), 2)
+    assert "folds takes at least 50" in said(run("train", "--data", data, "--folds", "50"), 2)
+    assert "bundle a is there already" in said(run("calibrate", "a", "--data", data, "--version", "a"), 2)
+    (Path(store.url) / "a" / PREDICTOR).write_bytes(b"")
+    assert "bundle a: predictor.skops does not have the checksum" in said(run("show", "a"), 1)
