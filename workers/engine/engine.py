@@ -16,6 +16,7 @@ import torch
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
+from models.features import SCHEMA_HASH
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.engine.api import Event
@@ -201,6 +202,7 @@ class Engine:
                 )
                 for arena in (self.cache.device, self.cache.host)
             ],
+            feature_schema_hash=SCHEMA_HASH,
             far_horizons_tokens=FAR_HORIZONS_TOKENS,
             epochs=epochs,
         )
