@@ -1,4 +1,4 @@
-"""The job store: jobs, their events, leases, sessions, outcomes, and operators' orders, in Redis."""
+"""The job store: jobs, their events, leases, sessions, outcomes, decisions, and operators' orders, in Redis."""
 
 from kvpilot.bus.store import Bus
 from kvpilot.bus.values import (
