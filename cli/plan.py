@@ -59,6 +59,7 @@ def plan_stack(settings: CliSettings) -> StackPlan:
         for number in range(count)
     )
     own = {"listen": settings.endpoint} | ({"mode": settings.mode.value} if settings.mode else {})
+    own |= {"planner": settings.planner.value} if settings.planner else {}
     controller = _environment(
         ControllerSettings,
         defaults={"log_format": "console"},

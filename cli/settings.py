@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ByteSize, Field
 from pydantic_settings import SettingsConfigDict
 
-from controller.settings import SteeringMode
+from controller.settings import PlannerKind, SteeringMode
 from kvpilot.configuration import FileSettings
 from models.store import DEFAULT_MODEL
 
@@ -39,6 +39,9 @@ class CliSettings(FileSettings):
     threads: int = Field(0, ge=0, description="CPU threads of all workers together; 0: one per core")
     mode: SteeringMode | None = Field(
         None, description="how much is steered until an operator sets it (kept in the job store): off, advisory, active"
+    )
+    planner: PlannerKind | None = Field(
+        None, description="who decides: rule, learned (the active bundle), auto (that if there is one, else the rule)"
     )
     worker: dict[str, Any] = Field(default_factory=dict, description="further settings of each worker")
     controller: dict[str, Any] = Field(default_factory=dict, description="further settings of the controller")

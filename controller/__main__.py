@@ -54,7 +54,7 @@ def main() -> int:
     structlog.contextvars.bind_contextvars(process=settings.name)
     try:
         asyncio.run(serve(settings))
-    except (BusError, RuntimeError) as error:
+    except (BusError, RuntimeError, ValueError) as error:
         structlog.get_logger().error("cannot serve", error=str(error), address=settings.listen)
         return 1
     return 0

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import grpc
 
+from controller.journal import OUTCOMES
 from controller.ledger import MODES, STEERING_MODES
 from controller.refusals import abort, bad_fields
-from controller.state import DecisionRecord, Outcome
+from controller.state import DecisionRecord
 from controller.steering import DirectiveRefusedError, RequestNotLiveError, SteeringService
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
-from kvpilot.v1.operator_pb2 import DecisionOutcome
-
-_OUTCOMES = {
-    Outcome.KEEP: DecisionOutcome.DECISION_OUTCOME_KEEP,
-    Outcome.ADVISED: DecisionOutcome.DECISION_OUTCOME_ADVISED,
-    Outcome.SENT: DecisionOutcome.DECISION_OUTCOME_SENT,
-    Outcome.APPLIED: DecisionOutcome.DECISION_OUTCOME_APPLIED,
-    Outcome.REFUSED: DecisionOutcome.DECISION_OUTCOME_REFUSED,
-}
 
 
 class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
@@ -112,7 +104,10 @@ def _decision(record: DecisionRecord | None) -> operator_pb2.Decision | None:
     if record is None:
         return None
     decision = operator_pb2.Decision(
-        pipeline=record.pipeline, reason=record.reason, outcome=_OUTCOMES[record.outcome], refusal=record.refusal
+        pipeline=record.pipeline, reason=record.reason, outcome=OUTCOMES[record.outcome], refusal=record.refusal
     )
+    if (forecast := record.forecast) is not None:
+        decision.bundle, decision.runner_up = forecast.bundle, forecast.runner_up
+        decision.predicted_divergence, decision.bound = forecast.divergence, forecast.bound
     decision.time.FromDatetime(record.time)
     return decision

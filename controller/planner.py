@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 from kvpilot.catalog import StageCatalog
 from kvpilot.v1 import policy_pb2
+from models.features import F64, Family
 from models.footprint import CacheLayout
 
 
@@ -90,6 +91,22 @@ class WorkerView:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What a predictor said of the pipeline that was chosen."""
+
+    bundle: str
+    divergence: float
+    """Nats per token over the next horizon."""
+    bound: float
+    """Nats per token that are exceeded with the bundle's alpha at most."""
+    runner_up: str
+    """The pipeline that would have been next; empty if there was no other."""
+    family: Family
+    row: F64 = field(compare=False, repr=False)
+    """[features] of the chosen pipeline, as the predictor saw them."""
+
+
+@dataclass(frozen=True)
 class Decision:
     """The pipeline a request should have. The one in force means: leave it."""
 
@@ -97,14 +114,15 @@ class Decision:
     pipeline: str
     reason: str
     """In words, with the numbers that decided it."""
+    forecast: Forecast | None = None
+    """None where a rule decided."""
 
 
 class Planner(Protocol):
     """Decides. Called from the event loop: a plan over 256 requests should take a few milliseconds at most."""
 
-    @property
-    def bundle(self) -> str:
-        """Version of the predictor that decides; empty for a rule."""
+    def prepare(self, worker: WorkerView) -> None:
+        """Reports came in: whatever can be worked out of them before the next plan. ``worker`` holds their requests."""
         ...
 
     def plan(self, worker: WorkerView) -> Sequence[Decision]:

@@ -25,11 +25,12 @@ from models.scenarios import scenario_word
 class RulePlanner:
     """The rule. Holds no state: the same view gives the same plan; hysteresis comes from the pipelines in force."""
 
-    bundle = ""
-
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self.thresholds = thresholds or Thresholds()
         self._ladders = LadderBuilder(self.thresholds)
+
+    def prepare(self, worker: WorkerView) -> None:
+        """Nothing: the rule works its numbers out as it plans."""
 
     def plan(self, worker: WorkerView) -> list[Decision]:
         """Decides for every request that is neither pinned, overridden, prefilling nor awaiting an answer."""
@@ -97,7 +98,7 @@ class RulePlanner:
             cause = f"requests wait for memory: {waiting}" if waiting else f"more than {limits.device_high:.0%}"
             if room.device_share() < limits.device_critical:
                 open_seats.remove(seat)  # one rung each; the next reports tell whether that was enough
-            seat.move(rung, room, f"{cause}; saves about {_size(saving)}")
+            seat.move(rung, room, f"{cause}; saves about {size_text(saving)}")
 
     def _next_down(self, seat: _Seat, room: _Room) -> list[tuple[int, int]]:
         """The next denser rung that is worth it, as (bytes saved, rung); empty if there is none."""
@@ -217,6 +218,6 @@ def _decide(seat: _Seat, device_use: float) -> Decision:
     return Decision(state.request_id, seat.ladder.rungs[seat.target], f"{facts}: {seat.reason}")
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     """Bytes for a person."""
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"

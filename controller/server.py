@@ -7,11 +7,16 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from controller.bundles import BundleHolder, BundleSource
+from controller.choice import Limits as ChoiceLimits
 from controller.generation import GenerationService, Limits
+from controller.guard import Calibrator, Guard
+from controller.ladders import Thresholds
+from controller.learned import LearnedPlanner
 from controller.operator import OperatorService
 from controller.planner import Planner
 from controller.rule import RulePlanner
-from controller.settings import ControllerSettings, Role
+from controller.settings import ControllerSettings, PlannerKind, Role
 from controller.steering import SteeringService
 from kvpilot.bus import Bus
 from kvpilot.process import split_address, write_ready_file
@@ -43,21 +48,34 @@ class ControllerServer:
     Args:
         bus: the job store. The generation role needs it; the steering and operator roles keep overrides and the mode in
             it, and without it forget them when the process ends.
-        planner: decides for the steering role; the rule unless given.
+        planner: decides for the steering role; by ``settings.planner`` unless given.
+        bundles: where predictors come from; without it there is never an active one.
+        calibrator: learns online from what audits measure.
 
     Raises:
-        ValueError: the generation role without a bus.
+        ValueError: the generation role without a bus, or ``planner = learned`` without bundles.
     """
 
-    def __init__(self, settings: ControllerSettings, bus: Bus | None = None, planner: Planner | None = None) -> None:
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        bus: Bus | None = None,
+        planner: Planner | None = None,
+        bundles: BundleSource | None = None,
+        calibrator: Calibrator | None = None,
+    ) -> None:
         if Role.GENERATION in settings.roles and bus is None:
             raise ValueError("role generation needs the job store")
         self.settings = settings
         self.address = ""
         """``host:port`` once started, with the port that was taken where 0 was asked for."""
         self.steering: SteeringService | None = None
+        self.bundles: BundleHolder | None = None
         if Role.STEERING in settings.roles:
-            self.steering = SteeringService(settings, planner or RulePlanner(), bus)
+            if bundles is not None and settings.planner is not PlannerKind.RULE:
+                self.bundles = BundleHolder(bundles, settings.bundle_poll_s)
+            planner = planner or make_planner(settings, self.bundles)
+            self.steering = SteeringService(settings, planner, bus, self.bundles, Guard(calibrator=calibrator))
         self.generation: GenerationService | None = None
         if bus is not None and Role.GENERATION in settings.roles:
             self.generation = GenerationService(bus, Limits(max_queued=settings.max_queued))
@@ -80,6 +98,8 @@ class ControllerServer:
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         port = server.add_insecure_port(self.settings.listen)
         if self.steering is not None:
+            if self.bundles is not None:
+                await self.bundles.start()
             await self.steering.ledger.start()
             self.steering.start()
         await server.start()
@@ -109,8 +129,25 @@ class ControllerServer:
             self.generation.drain()
         if self.steering is not None:
             await self.steering.stop()
+        if self.bundles is not None:
+            await self.bundles.stop()
         await self._server.stop(self.settings.grace_s if grace_s is None else grace_s)
         if self.steering is not None:
             await self.steering.ledger.stop()  # after the last operator's call
         self._server = None
         log.info("stopped", address=self.address)
+
+
+def make_planner(settings: ControllerSettings, bundles: BundleHolder | None) -> Planner:
+    """The planner of the settings.
+
+    Raises:
+        ValueError: ``planner = learned`` without bundles.
+    """
+    rule = RulePlanner(Thresholds(dwell_tokens=settings.dwell_tokens))
+    if settings.planner is PlannerKind.LEARNED and bundles is None:
+        raise ValueError("planner learned needs a source of bundles, and this controller has none")
+    if bundles is None or settings.planner is PlannerKind.RULE:
+        return rule
+    limits = ChoiceLimits(dwell_tokens=settings.dwell_tokens, margin=settings.switch_margin)
+    return LearnedPlanner(bundles, limits, rule, insist=settings.planner is PlannerKind.LEARNED)

@@ -32,6 +32,14 @@ class SteeringMode(StrEnum):
     ACTIVE = "active"
 
 
+class PlannerKind(StrEnum):
+    """Who decides."""
+
+    RULE = "rule"
+    LEARNED = "learned"
+    AUTO = "auto"
+
+
 def _process_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
@@ -60,6 +68,20 @@ class ControllerSettings(FileSettings):
     tick_ms: float = Field(100.0, gt=0, description="longest time between two plans, milliseconds")
     coalesce_ms: float = Field(5.0, ge=0, description="wait for more reports before a plan, milliseconds")
     report_interval_tokens: int = Field(16, ge=1, description="generated tokens between two reports of a request")
+    planner: PlannerKind = Field(
+        PlannerKind.AUTO,
+        description="who decides: rule; learned, the active bundle, and while there is none the rule, saying so; auto, "
+        "the active bundle if there is one, else the rule",
+    )
+    dwell_tokens: int = Field(32, ge=0, description="generated tokens between two switches of a request")
+    switch_margin: float = Field(
+        0.05,
+        ge=0,
+        description="cost that a learned switch must gain; a full cache costs the sum of a request's two weights",
+    )
+    bundle_poll_s: float = Field(
+        5.0, gt=0, description="longest time until a new active bundle is noticed if its notice was lost, seconds"
+    )
     default_pipeline: str = Field("", description="pipeline of new requests that name none; empty: the worker's own")
     nack_backoff_ms: float = Field(
         1000.0, gt=0, description="wait before a refused pipeline is tried again, doubling each time, milliseconds"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
 
-from controller.planner import RequestView, WorkerView
+from controller.planner import Forecast, RequestView, WorkerView
 from kvpilot.catalog import StageCatalog
 from kvpilot.v1 import common_pb2, policy_pb2
 from kvpilot.v1.common_pb2 import Orderer
@@ -40,6 +40,7 @@ class DecisionRecord:
     time: datetime
     outcome: Outcome
     refusal: str = ""
+    forecast: Forecast | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,9 @@ class AttachedWorker:
         live.state = incoming
         live.epoch = max(live.epoch, incoming.epoch)
 
-    def send(self, directive: policy_pb2.Directive, time: datetime, now_s: float) -> LiveRequest:
+    def send(
+        self, directive: policy_pb2.Directive, time: datetime, now_s: float, forecast: Forecast | None = None
+    ) -> LiveRequest:
         """Notes that a directive goes out.
 
         Raises:
@@ -183,7 +186,7 @@ class AttachedWorker:
             raise ValueError(f"request {directive.request_id}: epoch {directive.epoch} is not above {live.epoch}")
         live.epoch = directive.epoch
         live.sent = Sent(directive, live.state.pipeline, now_s)
-        live.decision = DecisionRecord(directive.pipeline, directive.reason, time, Outcome.SENT)
+        live.decision = DecisionRecord(directive.pipeline, directive.reason, time, Outcome.SENT, forecast=forecast)
         return live
 
     def take_ack(self, ack: policy_pb2.Ack) -> Answer | None:

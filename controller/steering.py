@@ -7,14 +7,18 @@ import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 import grpc
 import structlog
 
+from controller.bundles import BundleHolder
+from controller.guard import Guard
+from controller.journal import JoinedAudit, Journal
 from controller.ledger import Ledger
-from controller.planner import Decision, Planner
+from controller.planner import Decision, Forecast, Planner, RequestView, WorkerView
 from controller.settings import ControllerSettings, SteeringMode
 from controller.state import (
     Answer,
@@ -83,12 +87,24 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         planner: decides; called from the event loop, once per worker and tick.
         bus: job store in which ``ledger`` keeps the overrides and the mode; its ``start`` goes before ours. None: they
             live as long as this object.
+        bundles: the predictors that the planner may use, for the guard and the shadow's predictions.
+        guard: watches the bounds of the active one.
     """
 
-    def __init__(self, settings: ControllerSettings, planner: Planner, bus: Bus | None = None) -> None:
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        planner: Planner,
+        bus: Bus | None = None,
+        bundles: BundleHolder | None = None,
+        guard: Guard | None = None,
+    ) -> None:
         self.state = ControllerState()
         self.mode = settings.mode
         self.ledger = Ledger(bus, self)
+        self.bundles = bundles
+        self.guard = guard or Guard()
+        self.journal = Journal(bus, lambda: self.bundles.shadow if self.bundles is not None else None)
         self._settings = settings
         self._planner = planner
         self._back_off = BackOffPolicy(settings.nack_backoff_ms / 1e3, settings.nack_backoff_max_ms / 1e3)
@@ -103,6 +119,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
     def start(self) -> None:
         """Starts planning; needs a running event loop."""
         self._task = asyncio.create_task(self._plan_forever(), name="planning")
+        self.journal.start()
 
     async def stop(self) -> None:
         """Stops planning and ends the streams with UNAVAILABLE, so that the workers look for another controller."""
@@ -111,6 +128,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             await asyncio.gather(self._task, return_exceptions=True)
         for stream in self._streams.values():
             stream.end(grpc.StatusCode.UNAVAILABLE, "this controller is stopping")
+        await self.journal.stop()
 
     # --- the stream ---------------------------------------------------------------------------------------------------
 
@@ -160,6 +178,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
     def _detach(self, stream: _Stream) -> None:
         if self._streams.get(stream.worker.name) is stream:
             del self._streams[stream.worker.name]
+            self.journal.detached(stream.worker)
         self.state.detach(stream.worker)
         log.info("worker detached", worker=stream.worker.name)
 
@@ -173,7 +192,10 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         async for request in requests:
             match request.WhichOneof("message"):
                 case "report":
+                    self._heed(self.journal.measured(stream.worker, request.report.requests))
                     gone = self.state.report(stream.worker, request.report, _now())
+                    self.journal.ended(stream.worker, request.report.ended_request_ids)
+                    self._prepare(stream.worker, request.report)
                     for request_id in gone:
                         self._fail_waiter(request_id, RequestNotLiveError(f"request {request_id} has ended"))
                     if overridden := self.state.overrides.keys() & set(gone):
@@ -192,12 +214,37 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             self._wake.set()
         return None
 
+    def _prepare(self, worker: AttachedWorker, report: policy_pb2.Report) -> None:
+        """Lets the planner work the reported requests out now, so that the next tick is short."""
+        if self.mode is SteeringMode.OFF:
+            return
+        reported = (worker.requests.get(state.request_id) for state in report.requests)
+        requests = tuple(RequestView(live.state) for live in reported if live is not None)
+        try:
+            self._planner.prepare(WorkerView(worker.hello, worker.state, requests, worker.catalog))
+        except Exception:
+            log.exception("preparing a plan failed", worker=worker.name)
+
+    def _heed(self, audits: Collection[JoinedAudit]) -> None:
+        """Shows the guard what was measured of the active bundle's decisions, and does as it says."""
+        for joined in audits:
+            forecast = joined.decision.forecast
+            active = self.bundles.active if self.bundles is not None else None
+            if forecast is None or active is None or forecast.bundle != active.version:
+                continue
+            broken = self.guard.observe(
+                active.version, active.alpha, forecast.family, forecast.bound, joined.audit.divergence
+            )
+            if broken and self.bundles is not None and self.bundles.rollback(active.version, broken):
+                self._replan_all()
+
     def _settle(self, stream: _Stream, answer: Answer | None, nonce: str) -> None:
         """Logs an answer and tells the operator's call that waits for it."""
         if answer is None:
             log.warning("answer to no outstanding directive", worker=stream.worker.name, nonce=nonce)
             return
         self._log_decision(stream.worker, answer.live, answer.sent.from_pipeline)
+        self.journal.answered(stream.worker, answer)
         if not answer.by_operator:
             return
         request_id = answer.sent.directive.request_id
@@ -259,29 +306,36 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         in_force = live.state.pipeline
         if worker.catalog.same(decision.pipeline, in_force):
             last = live.decision
+            if self.journal.due(worker, live):
+                self.journal.decided(next(self._nonces), worker, live, decision, Outcome.KEEP)
             if last and last.outcome is Outcome.REFUSED and not live.may_try(last.pipeline, now_s):
                 return  # the record keeps saying what was refused, and why
             if last and last.outcome is Outcome.APPLIED and worker.catalog.same(decision.pipeline, last.pipeline):
                 return  # the record keeps saying what was carried out, why and when
-            self._note(worker, live, DecisionRecord(in_force, decision.reason, _now(), Outcome.KEEP))
+            self._note(worker, live, _record(decision, Outcome.KEEP, in_force))
         elif not live.may_try(decision.pipeline, now_s):
             return
         elif self.mode is SteeringMode.ADVISORY:
-            self._note(worker, live, DecisionRecord(decision.pipeline, decision.reason, _now(), Outcome.ADVISED))
+            if self.journal.due(worker, live):
+                self.journal.decided(next(self._nonces), worker, live, decision, Outcome.ADVISED)
+            self._note(worker, live, _record(decision, Outcome.ADVISED, decision.pipeline))
         else:
+            nonce = next(self._nonces)
+            self.journal.decided(nonce, worker, live, decision, Outcome.SENT)
             self._send(
                 stream,
                 live,
                 policy_pb2.Directive(
-                    nonce=next(self._nonces),
+                    nonce=nonce,
                     epoch=live.epoch + 1,
                     request_id=decision.request_id,
                     pipeline=decision.pipeline,
                     reason=decision.reason,
-                    bundle=self._planner.bundle,
+                    bundle=decision.forecast.bundle if decision.forecast is not None else "",
                     deadline_token=live.state.generated_tokens + DEADLINE_TOKENS,
                     ordered_by=Orderer.ORDERER_CONTROLLER,
                 ),
+                decision.forecast,
             )
 
     def _send_override(self, stream: _Stream, live: LiveRequest, override: Override) -> None:
@@ -300,8 +354,10 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             ),
         )
 
-    def _send(self, stream: _Stream, live: LiveRequest, directive: policy_pb2.Directive) -> None:
-        stream.worker.send(directive, _now(), time.monotonic())
+    def _send(
+        self, stream: _Stream, live: LiveRequest, directive: policy_pb2.Directive, forecast: Forecast | None = None
+    ) -> None:
+        stream.worker.send(directive, _now(), time.monotonic(), forecast)
         stream.outbound.put_nowait(policy_pb2.SteerResponse(directive=directive))
         self._log_decision(stream.worker, live, live.state.pipeline)
 
@@ -310,7 +366,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         before = live.decision
         unchanged = before and (before.pipeline, before.outcome) == (record.pipeline, record.outcome)
         if before and unchanged:
-            record = DecisionRecord(record.pipeline, record.reason, before.time, record.outcome)
+            record = replace(record, time=before.time)
         live.decision = record
         if not unchanged:
             self._log_decision(worker, live, live.state.pipeline)
@@ -330,6 +386,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             epoch=live.epoch,
             outcome=record.outcome.value,
             refusal=record.refusal,
+            bundle=record.forecast.bundle if record.forecast is not None else "",
         )
 
     # --- for the operator ---------------------------------------------------------------------------------------------
@@ -448,6 +505,10 @@ async def _read_hello(requests: AsyncIterator[policy_pb2.SteerRequest]) -> polic
             raise _ProtocolError(grpc.StatusCode.INVALID_ARGUMENT, f"hello.{error}") from None
         return hello
     raise _ProtocolError(grpc.StatusCode.FAILED_PRECONDITION, "the stream ended before hello")
+
+
+def _record(decision: Decision, outcome: Outcome, pipeline: str) -> DecisionRecord:
+    return DecisionRecord(pipeline, decision.reason, _now(), outcome, forecast=decision.forecast)
 
 
 def _now() -> datetime:

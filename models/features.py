@@ -228,8 +228,11 @@ class FeatureBuilder:
         """
         rows = np.empty((len(states), len(pipelines), len(FEATURES)))
         rows[:, :, : states.shape[1]] = states[:, None]
+        full = estimate_many(_FULL, np.maximum(1, seen), self._layout)
+        assert full is not None
         for place, pipeline in enumerate(pipelines):
-            self._fill_candidate(rows[:, place, states.shape[1] :], states, seen, self.describe(pipeline, seen))
+            out = rows[:, place, states.shape[1] :]
+            self._fill_candidate(out, states, seen, self.describe(pipeline, seen), full.device_bytes)
         return rows
 
     def describe(self, pipeline: str, seen: I64) -> Candidate:
@@ -294,12 +297,10 @@ class FeatureBuilder:
         quarters = [values[depth * measured : (depth + 1) * measured] for depth in range(DEPTHS)]
         return [value for quarter in quarters for value in self._by_horizon(quarter)]
 
-    def _fill_candidate(self, out: F64, states: F64, seen: I64, candidate: Candidate) -> None:
+    def _fill_candidate(self, out: F64, states: F64, seen: I64, candidate: Candidate, full_bytes: I64) -> None:
         """Writes [R, candidate features]."""
         tokens = np.maximum(1, seen).astype(np.float64)
         kept = candidate.kept_tokens
-        full = estimate_many(_FULL, np.maximum(1, seen), self._layout)
-        assert full is not None
         drops = kept < tokens
         log_recent = np.log2(np.maximum(1.0, candidate.recent_tokens))
         kept_share = np.minimum(1.0, kept / tokens)
@@ -311,12 +312,15 @@ class FeatureBuilder:
             candidate.bits,
             candidate.coded_share,
             candidate.host_share,
-            candidate.device_bytes / full.device_bytes,
+            candidate.device_bytes / full_bytes,
             float(candidate.recoverable),
             *(float(candidate.family is family) for family in Family),
-            *(np.where(drops, _between(states[:, of], _LOG_HORIZONS, log_recent), 0.0) for of in _FAR),
-            *(np.where(drops, _between(states[:, of], _KEPT, kept_share, last=0.0), 0.0) for of in _DROPPED),
         ]
+        if drops.any():
+            columns += [np.where(drops, _between(states[:, of], _LOG_HORIZONS, log_recent), 0.0) for of in _FAR]
+            columns += [np.where(drops, _between(states[:, of], _KEPT, kept_share, last=0.0), 0.0) for of in _DROPPED]
+        else:
+            columns += [0.0] * (len(_FAR) + len(_DROPPED))
         for place, column in enumerate(columns):
             out[:, place] = column
 

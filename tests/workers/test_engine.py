@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvpilot.v1 import common_pb2, generation_pb2
+from models.features import SCHEMA_HASH
 from tests.tiny import Drive, prompt, reference, run, tiny_engine, tiny_loaded, tiny_model
 from workers.errors import ProblemError
 
@@ -98,6 +99,10 @@ def test_what_is_admitted_fits_whatever_tier_is_the_smaller(prompt_tokens: int, 
     assert outcome.finished.reason == generation_pb2.FINISH_REASON_LENGTH
     assert outcome.token_ids == run(tiny_engine(), jobs, max_tokens, pipeline="full")["job"].token_ids
     assert outcome.finished.cache.host_bytes > 0
+
+
+def test_hello_names_the_feature_schema() -> None:
+    assert tiny_engine().hello().feature_schema_hash == SCHEMA_HASH
 
 
 def test_one_request_can_have_all_that_capacity_says() -> None:

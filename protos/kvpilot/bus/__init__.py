@@ -1,4 +1,4 @@
-"""The job store: jobs, their events, leases, sessions, outcomes, operators' orders, and bundle pointers, in Redis."""
+"""The job store in Redis: jobs, their events, leases, sessions, outcomes, decisions, operators' orders, bundles."""
 
 from kvpilot.bus.pointers import Passed, Pointer, PointerMovedError, PointerState
 from kvpilot.bus.store import Bus

@@ -5,14 +5,15 @@ from __future__ import annotations
 from kvpilot.bus import keys
 from kvpilot.bus.connection import translated_errors
 from kvpilot.bus.control import ControlRoom
+from kvpilot.bus.decisions import DecisionLog
 from kvpilot.bus.front import FrontDoor
 from kvpilot.bus.pointers import PointerBoard
 from kvpilot.bus.work import Workshop
 from kvpilot.v1 import job_pb2
 
 
-class Bus(FrontDoor, Workshop, ControlRoom, PointerBoard):
-    """The jobs, their events, the workers, the outcomes, operators' orders and bundle pointers, as kept in Redis.
+class Bus(FrontDoor, Workshop, ControlRoom, DecisionLog, PointerBoard):
+    """Jobs, their events, the workers, outcomes, decisions, operators' orders and bundle pointers, as kept in Redis.
 
     One instance serves any number of concurrent calls of one event loop. Calls are tried again for a moment after a
     connection failure and then raise :class:`BusUnavailableError`; none of them does its work twice.

@@ -22,6 +22,7 @@ class BusSettings:
         session_s: a session's worker is remembered this long after its last turn.
         affinity_s: a session's turn waits at most this long for the worker that has its cache.
         outcomes: about this many outcomes are kept.
+        decisions: about this many entries of the decision log are kept.
         block_s: longest single blocking read; bounds how late a lost connection is noticed.
         retries: how often a call is tried again after a connection failure before it raises BusUnavailableError.
         patience_s: a stream of events waits this long for Redis to come back before it raises BusUnavailableError.
@@ -35,6 +36,7 @@ class BusSettings:
     session_s: float = 3_600.0
     affinity_s: float = 0.5
     outcomes: int = 100_000
+    decisions: int = 200_000
     block_s: float = 1.0
     retries: int = 3
     patience_s: float = 30.0

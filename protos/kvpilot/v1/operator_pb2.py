@@ -26,17 +26,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from kvpilot.v1 import policy_pb2 as kvpilot_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvpilot/v1/operator.proto\x12\nkvpilot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvpilot/v1/policy.proto\"\x14\n\x12ListWorkersRequest\":\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.kvpilot.v1.Worker\"\xb4\x01\n\x06Worker\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Hello\x12&\n\x05state\x18\x02 \x01(\x0b\x32\x17.kvpilot.v1.WorkerState\x12/\n\x0b\x61ttach_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0breport_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"%\n\x13ListRequestsRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"A\n\x14ListRequestsResponse\x12)\n\x08requests\x18\x01 \x03(\x0b\x32\x17.kvpilot.v1.LiveRequest\"\x82\x01\n\x0bLiveRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0b\x32\x18.kvpilot.v1.RequestState\x12&\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x14.kvpilot.v1.Decision\x12\x12\n\noverridden\x18\x04 \x01(\x08\"\x95\x01\n\x08\x44\x65\x63ision\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07outcome\x18\x04 \x01(\x0e\x32\x1b.kvpilot.v1.DecisionOutcome\x12\x0f\n\x07refusal\x18\x05 \x01(\t\"O\n\x17OverridePipelineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"8\n\x18OverridePipelineResponse\x12\x1c\n\x03\x61\x63k\x18\x01 \x01(\x0b\x32\x0f.kvpilot.v1.Ack\",\n\x16ReleasePipelineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x19\n\x17ReleasePipelineResponse\"\x10\n\x0eGetModeRequest\"1\n\x0fGetModeResponse\x12\x1e\n\x04mode\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode\"0\n\x0eSetModeRequest\x12\x1e\n\x04mode\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode\"5\n\x0fSetModeResponse\x12\"\n\x08previous\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode*N\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0c\n\x08MODE_OFF\x10\x01\x12\x11\n\rMODE_ADVISORY\x10\x02\x12\x0f\n\x0bMODE_ACTIVE\x10\x03*\xc3\x01\n\x0f\x44\x65\x63isionOutcome\x12 \n\x1c\x44\x45\x43ISION_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45\x43ISION_OUTCOME_KEEP\x10\x01\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_ADVISED\x10\x02\x12\x19\n\x15\x44\x45\x43ISION_OUTCOME_SENT\x10\x03\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_APPLIED\x10\x04\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_REFUSED\x10\x05\x32\xf7\x03\n\x0fOperatorService\x12N\n\x0bListWorkers\x12\x1e.kvpilot.v1.ListWorkersRequest\x1a\x1f.kvpilot.v1.ListWorkersResponse\x12Q\n\x0cListRequests\x12\x1f.kvpilot.v1.ListRequestsRequest\x1a .kvpilot.v1.ListRequestsResponse\x12]\n\x10OverridePipeline\x12#.kvpilot.v1.OverridePipelineRequest\x1a$.kvpilot.v1.OverridePipelineResponse\x12Z\n\x0fReleasePipeline\x12\".kvpilot.v1.ReleasePipelineRequest\x1a#.kvpilot.v1.ReleasePipelineResponse\x12\x42\n\x07GetMode\x12\x1a.kvpilot.v1.GetModeRequest\x1a\x1b.kvpilot.v1.GetModeResponse\x12\x42\n\x07SetMode\x12\x1a.kvpilot.v1.SetModeRequest\x1a\x1b.kvpilot.v1.SetModeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvpilot/v1/operator.proto\x12\nkvpilot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvpilot/v1/policy.proto\"\x14\n\x12ListWorkersRequest\":\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.kvpilot.v1.Worker\"\xb4\x01\n\x06Worker\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Hello\x12&\n\x05state\x18\x02 \x01(\x0b\x32\x17.kvpilot.v1.WorkerState\x12/\n\x0b\x61ttach_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0breport_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"%\n\x13ListRequestsRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"A\n\x14ListRequestsResponse\x12)\n\x08requests\x18\x01 \x03(\x0b\x32\x17.kvpilot.v1.LiveRequest\"\x82\x01\n\x0bLiveRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0b\x32\x18.kvpilot.v1.RequestState\x12&\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x14.kvpilot.v1.Decision\x12\x12\n\noverridden\x18\x04 \x01(\x08\"\xe5\x01\n\x08\x44\x65\x63ision\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07outcome\x18\x04 \x01(\x0e\x32\x1b.kvpilot.v1.DecisionOutcome\x12\x0f\n\x07refusal\x18\x05 \x01(\t\x12\x0e\n\x06\x62undle\x18\x06 \x01(\t\x12\x1c\n\x14predicted_divergence\x18\x07 \x01(\x01\x12\r\n\x05\x62ound\x18\x08 \x01(\x01\x12\x11\n\trunner_up\x18\t \x01(\t\"O\n\x17OverridePipelineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"8\n\x18OverridePipelineResponse\x12\x1c\n\x03\x61\x63k\x18\x01 \x01(\x0b\x32\x0f.kvpilot.v1.Ack\",\n\x16ReleasePipelineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x19\n\x17ReleasePipelineResponse\"\x10\n\x0eGetModeRequest\"1\n\x0fGetModeResponse\x12\x1e\n\x04mode\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode\"0\n\x0eSetModeRequest\x12\x1e\n\x04mode\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode\"5\n\x0fSetModeResponse\x12\"\n\x08previous\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode*N\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0c\n\x08MODE_OFF\x10\x01\x12\x11\n\rMODE_ADVISORY\x10\x02\x12\x0f\n\x0bMODE_ACTIVE\x10\x03*\xc3\x01\n\x0f\x44\x65\x63isionOutcome\x12 \n\x1c\x44\x45\x43ISION_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45\x43ISION_OUTCOME_KEEP\x10\x01\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_ADVISED\x10\x02\x12\x19\n\x15\x44\x45\x43ISION_OUTCOME_SENT\x10\x03\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_APPLIED\x10\x04\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_REFUSED\x10\x05\x32\xf7\x03\n\x0fOperatorService\x12N\n\x0bListWorkers\x12\x1e.kvpilot.v1.ListWorkersRequest\x1a\x1f.kvpilot.v1.ListWorkersResponse\x12Q\n\x0cListRequests\x12\x1f.kvpilot.v1.ListRequestsRequest\x1a .kvpilot.v1.ListRequestsResponse\x12]\n\x10OverridePipeline\x12#.kvpilot.v1.OverridePipelineRequest\x1a$.kvpilot.v1.OverridePipelineResponse\x12Z\n\x0fReleasePipeline\x12\".kvpilot.v1.ReleasePipelineRequest\x1a#.kvpilot.v1.ReleasePipelineResponse\x12\x42\n\x07GetMode\x12\x1a.kvpilot.v1.GetModeRequest\x1a\x1b.kvpilot.v1.GetModeResponse\x12\x42\n\x07SetMode\x12\x1a.kvpilot.v1.SetModeRequest\x1a\x1b.kvpilot.v1.SetModeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvpilot.v1.operator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=1141
-  _globals['_MODE']._serialized_end=1219
-  _globals['_DECISIONOUTCOME']._serialized_start=1222
-  _globals['_DECISIONOUTCOME']._serialized_end=1417
+  _globals['_MODE']._serialized_start=1221
+  _globals['_MODE']._serialized_end=1299
+  _globals['_DECISIONOUTCOME']._serialized_start=1302
+  _globals['_DECISIONOUTCOME']._serialized_end=1497
   _globals['_LISTWORKERSREQUEST']._serialized_start=99
   _globals['_LISTWORKERSREQUEST']._serialized_end=119
   _globals['_LISTWORKERSRESPONSE']._serialized_start=121
@@ -50,23 +50,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LIVEREQUEST']._serialized_start=471
   _globals['_LIVEREQUEST']._serialized_end=601
   _globals['_DECISION']._serialized_start=604
-  _globals['_DECISION']._serialized_end=753
-  _globals['_OVERRIDEPIPELINEREQUEST']._serialized_start=755
-  _globals['_OVERRIDEPIPELINEREQUEST']._serialized_end=834
-  _globals['_OVERRIDEPIPELINERESPONSE']._serialized_start=836
-  _globals['_OVERRIDEPIPELINERESPONSE']._serialized_end=892
-  _globals['_RELEASEPIPELINEREQUEST']._serialized_start=894
-  _globals['_RELEASEPIPELINEREQUEST']._serialized_end=938
-  _globals['_RELEASEPIPELINERESPONSE']._serialized_start=940
-  _globals['_RELEASEPIPELINERESPONSE']._serialized_end=965
-  _globals['_GETMODEREQUEST']._serialized_start=967
-  _globals['_GETMODEREQUEST']._serialized_end=983
-  _globals['_GETMODERESPONSE']._serialized_start=985
-  _globals['_GETMODERESPONSE']._serialized_end=1034
-  _globals['_SETMODEREQUEST']._serialized_start=1036
-  _globals['_SETMODEREQUEST']._serialized_end=1084
-  _globals['_SETMODERESPONSE']._serialized_start=1086
-  _globals['_SETMODERESPONSE']._serialized_end=1139
-  _globals['_OPERATORSERVICE']._serialized_start=1420
-  _globals['_OPERATORSERVICE']._serialized_end=1923
+  _globals['_DECISION']._serialized_end=833
+  _globals['_OVERRIDEPIPELINEREQUEST']._serialized_start=835
+  _globals['_OVERRIDEPIPELINEREQUEST']._serialized_end=914
+  _globals['_OVERRIDEPIPELINERESPONSE']._serialized_start=916
+  _globals['_OVERRIDEPIPELINERESPONSE']._serialized_end=972
+  _globals['_RELEASEPIPELINEREQUEST']._serialized_start=974
+  _globals['_RELEASEPIPELINEREQUEST']._serialized_end=1018
+  _globals['_RELEASEPIPELINERESPONSE']._serialized_start=1020
+  _globals['_RELEASEPIPELINERESPONSE']._serialized_end=1045
+  _globals['_GETMODEREQUEST']._serialized_start=1047
+  _globals['_GETMODEREQUEST']._serialized_end=1063
+  _globals['_GETMODERESPONSE']._serialized_start=1065
+  _globals['_GETMODERESPONSE']._serialized_end=1114
+  _globals['_SETMODEREQUEST']._serialized_start=1116
+  _globals['_SETMODEREQUEST']._serialized_end=1164
+  _globals['_SETMODERESPONSE']._serialized_start=1166
+  _globals['_SETMODERESPONSE']._serialized_end=1219
+  _globals['_OPERATORSERVICE']._serialized_start=1500
+  _globals['_OPERATORSERVICE']._serialized_end=2003
 # @@protoc_insertion_point(module_scope)

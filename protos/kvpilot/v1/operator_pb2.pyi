@@ -84,18 +84,26 @@ class LiveRequest(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., state: _Optional[_Union[_policy_pb2.RequestState, _Mapping]] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., overridden: _Optional[bool] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("pipeline", "reason", "time", "outcome", "refusal")
+    __slots__ = ("pipeline", "reason", "time", "outcome", "refusal", "bundle", "predicted_divergence", "bound", "runner_up")
     PIPELINE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    RUNNER_UP_FIELD_NUMBER: _ClassVar[int]
     pipeline: str
     reason: str
     time: _timestamp_pb2.Timestamp
     outcome: DecisionOutcome
     refusal: str
-    def __init__(self, pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., outcome: _Optional[_Union[DecisionOutcome, str]] = ..., refusal: _Optional[str] = ...) -> None: ...
+    bundle: str
+    predicted_divergence: float
+    bound: float
+    runner_up: str
+    def __init__(self, pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., outcome: _Optional[_Union[DecisionOutcome, str]] = ..., refusal: _Optional[str] = ..., bundle: _Optional[str] = ..., predicted_divergence: _Optional[float] = ..., bound: _Optional[float] = ..., runner_up: _Optional[str] = ...) -> None: ...
 
 class OverridePipelineRequest(_message.Message):
     __slots__ = ("request_id", "pipeline", "reason")

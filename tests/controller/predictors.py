@@ -1,0 +1,98 @@
+"""Predictors and bundle sources that tests are in control of."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from controller.bundles import Pointers
+from models.features import NAMES, SCHEMA_HASH, Family
+from models.predictor import Prediction
+
+LOSSES: Mapping[Family, float] = {
+    Family.EXACT: 0.0,
+    Family.QUANTISE: 0.004,
+    Family.WINDOW: 0.02,
+    Family.SCORED: 0.02,
+    Family.WINDOW_QUANTISE: 0.03,
+    Family.SCORED_QUANTISE: 0.03,
+    Family.OTHER: 1.0,
+}
+_BITS, _KEPT = NAMES.index("bits"), NAMES.index("kept_share")
+
+
+@dataclass
+class FakePredictor:
+    """Divergence by family, more where fewer bits or tokens are kept; the bound is twice that, times ``caution``."""
+
+    version: str = "v1"
+    schema_hash: str = SCHEMA_HASH
+    alpha: float = 0.1
+    caution: float = 1.0
+    losses: Mapping[Family, float] = field(default_factory=lambda: dict(LOSSES))
+    calls: list[int] = field(default_factory=list)
+
+    def predict(self, rows: np.ndarray, families: Sequence[Family]) -> Prediction:
+        assert len(rows) == len(families)
+        self.calls.append(len(rows))
+        base = np.array([self.losses[family] for family in families])
+        divergence = base * (4 / np.maximum(4, rows[:, _BITS])) ** 2 + 0.02 * (1 - rows[:, _KEPT])
+        divergence = np.where(base > 0, divergence, 0.0)
+        return Prediction(divergence, 2 * self.caution * divergence, np.zeros(len(rows)))
+
+
+@dataclass
+class Holding:
+    """A holder of one predictor."""
+
+    active: FakePredictor | None = field(default_factory=FakePredictor)
+
+
+class FakeSource:
+    """A bundle source in a test's hands: ``store`` holds what can be loaded, an exception for what cannot."""
+
+    def __init__(self, active: str = "", shadow: str = "", **store: FakePredictor | Exception) -> None:
+        self.wanted = Pointers(active, shadow)
+        self.store: dict[str, FakePredictor | Exception] = dict(store)
+        self.loads: list[str] = []
+        self.load_threads: set[int] = set()
+        self.rollbacks: list[tuple[str, str]] = []
+        self.reads = 0
+        self.reachable = True
+        self.gate = threading.Event()
+        self.gate.set()
+        self.wake = asyncio.Event()
+
+    def point(self, active: str = "", shadow: str = "", wake: bool = True) -> None:
+        self.wanted = Pointers(active, shadow)
+        if wake:
+            self.wake.set()
+
+    async def pointers(self) -> Pointers:
+        self.reads += 1
+        if not self.reachable:
+            raise OSError("no route")
+        return self.wanted
+
+    async def changed(self) -> None:
+        await self.wake.wait()
+        self.wake.clear()
+
+    def load(self, version: str) -> FakePredictor:
+        self.loads.append(version)
+        self.load_threads.add(threading.get_ident())
+        if not self.gate.wait(10):
+            raise TimeoutError("the test never opened the gate")
+        found = self.store.get(version, FileNotFoundError(f"no bundle {version}"))
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def rollback(self, version: str, reason: str) -> None:
+        if not self.reachable:
+            raise OSError("no route")
+        self.rollbacks.append((version, reason))
