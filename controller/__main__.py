@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from typing import TYPE_CHECKING
 
 import structlog
 from pydantic import ValidationError
 
 from controller.server import ControllerServer
-from controller.settings import ControllerSettings, Role
+from controller.settings import ControllerSettings, PlannerKind, Role
 from kvpilot.bus import Bus, BusError
 from kvpilot.log import configure_logging
 from kvpilot.process import connect_bus, stop_on_signals
+
+if TYPE_CHECKING:
+    from controller.source import RegistrySource
 
 
 async def serve(settings: ControllerSettings) -> None:
@@ -33,7 +37,8 @@ async def serve(settings: ControllerSettings) -> None:
                 return
         elif settings.redis_url:
             bus = Bus.open(settings.redis_url)
-        server = ControllerServer(settings, bus)
+        source = make_source(settings, bus)
+        server = ControllerServer(settings, bus, bundles=source, calibrator=source)
         try:
             await server.start()
             await asked.wait()
@@ -41,6 +46,23 @@ async def serve(settings: ControllerSettings) -> None:
             await server.stop()
             if bus is not None:
                 await bus.close()
+
+
+def make_source(settings: ControllerSettings, bus: Bus | None) -> RegistrySource | None:
+    """Where this process has its bundles from; None for one that needs none.
+
+    Raises:
+        ValueError: the store of the settings cannot be used.
+    """
+    if Role.STEERING not in settings.roles or settings.planner is PlannerKind.RULE:
+        return None
+    from controller.source import RegistrySource  # with scikit-learn, which takes a second
+    from models.registry import Registry, RegistryError
+
+    try:
+        return RegistrySource(Registry(settings.bundle_store or None), bus)
+    except RegistryError as error:
+        raise ValueError(f"bundle_store: {error}") from error
 
 
 def main() -> int:

@@ -1,16 +1,5 @@
-"""The pipelines that the learned planner chooses from, and what each is: the same columns for all requests of a worker.
-
-========  ==========================================  ==================================================================
-column    pipelines                                   why
-========  ==========================================  ==================================================================
-exact     full; host(256)                             nothing is lost; the host if it is fast or the device full
-codes     kivi 8; kivi 4; kivi 4 on the host          every token stays, in fewer bits
-windows   1024, 512, 256 recent; 512 in 4 bits        for what looks at recent tokens only
-scored    snapkv and h2o, half and a quarter;         for what looks at few tokens, wherever they are
-          snapkv half and quarter, h2o quarter, 4 bit
-edge      kivi 4 and snapkv half in 4 bits, without   for SCENARIO_EDGE alone, whose host memory is short too: what they
-          shadow                                      lose stays lost
-========  ==========================================  ==================================================================
+"""What the learned planner chooses from: the pipelines of :mod:`models.candidates` that a worker knows, as columns that
+are the same for all of its requests; and, for SCENARIO_EDGE alone, a few without shadows.
 """
 
 from __future__ import annotations
@@ -19,30 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpilot.catalog import PipelineKey, StageCatalog
+from models.candidates import CANDIDATES
 from models.features import Family, family_of
 
-PIPELINES: tuple[str, ...] = (
-    "full",
-    "host(recent=256)",
-    "kivi(bits=8)",
-    "kivi(bits=4)",
-    "kivi(bits=4) | host(recent=256)",
-    "window(sinks=4, recent=1024)",
-    "window(sinks=4, recent=512)",
-    "window(sinks=4, recent=256)",
-    "window(sinks=4, recent=512) | kivi(bits=4)",
-    "snapkv(keep=0.5)",
-    "snapkv(keep=0.25)",
-    "h2o(keep=0.5)",
-    "h2o(keep=0.25)",
-    "snapkv(keep=0.5) | kivi(bits=4)",
-    "snapkv(keep=0.25) | kivi(bits=4)",
-    "h2o(keep=0.25) | kivi(bits=4)",
-)
 EDGE_PIPELINES: tuple[str, ...] = (
     "kivi(bits=4, shadow=false)",
     "snapkv(keep=0.5, shadow=false) | kivi(bits=4, shadow=false)",
 )
+"""Host memory is short there too: what these lose stays lost."""
 
 
 class CandidateTable:
@@ -50,7 +23,7 @@ class CandidateTable:
 
     def __init__(self, catalog: StageCatalog) -> None:
         self._catalog = catalog
-        self.pipelines = tuple(text for text in (*PIPELINES, *EDGE_PIPELINES) if catalog.knows(text))
+        self.pipelines = tuple(text for text in (*CANDIDATES, *EDGE_PIPELINES) if catalog.knows(text))
         self.keys = tuple(catalog.key(text) for text in self.pipelines)
         self.families = tuple(family_of(key) for key in self.keys)
         self.exact: npt.NDArray[np.bool_] = np.array([family is Family.EXACT for family in self.families], bool)

@@ -19,8 +19,8 @@ from models.features import Family
 class Calibrator(Protocol):
     """Learns from what was measured, online."""
 
-    def observe(self, family: Family, bound: float, measured: float) -> None:
-        """A pipeline of ``family`` with this bound lost ``measured``; nats per token, both."""
+    def observe(self, bundle: str, family: Family, bound: float, measured: float) -> None:
+        """A pipeline of ``family`` lost ``measured`` where ``bundle`` had said ``bound``; nats per token, both."""
         ...
 
 
@@ -65,7 +65,7 @@ class Guard:
         self.audits[bundle, family] += 1
         self.exceeded[bundle, family] += exceeded
         if self._calibrator is not None:
-            self._calibrator.observe(family, bound, measured)
+            self._calibrator.observe(bundle, family, bound, measured)
         if bundle != self._bundle:
             self._bundle, self._new = bundle, 0
             self._recent.clear()

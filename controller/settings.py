@@ -73,6 +73,11 @@ class ControllerSettings(FileSettings):
         description="who decides: rule; learned, the active bundle, and while there is none the rule, saying so; auto, "
         "the active bundle if there is one, else the rule",
     )
+    bundle_store: str = Field(
+        "",
+        description="where bundles are, beside those that come with kvpilot: a folder or an fsspec URL such as "
+        "s3://bucket/prefix; empty: `bundles` in the cache folder",
+    )
     dwell_tokens: int = Field(32, ge=0, description="generated tokens between two switches of a request")
     switch_margin: float = Field(
         0.05,

@@ -67,7 +67,10 @@ class WorkerSettings(FileSettings):
         16, ge=1, description="generated tokens between two reports, until a controller says otherwise"
     )
     audit_every_tokens: int = Field(
-        64, ge=0, description="generated tokens between two audits of a request with a recoverable pipeline; 0: none"
+        256, ge=0, description="generated tokens between two audits of a request with a recoverable pipeline; 0: none"
+    )
+    audit_tokens: int = Field(
+        32, ge=1, description="steps of an audit; as many as a bound is for, or measured and promised do not compare"
     )
     audit_budget: float = Field(
         0.01, ge=0, description="most time that audits may take, as a share of decoding; beyond it they are skipped"
@@ -117,6 +120,14 @@ class WorkerSettings(FileSettings):
             raise ValueError(
                 f"step_tokens {self.step_tokens}: more than max_running {self.max_running} is needed, or full batches"
                 " would leave no token for prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _audits_do_not_overlap(self) -> WorkerSettings:
+        if 0 < self.audit_every_tokens < self.audit_tokens:
+            raise ValueError(
+                f"audit_every_tokens {self.audit_every_tokens}: 0, or audit_tokens ({self.audit_tokens}) or more"
             )
         return self
 

@@ -57,11 +57,11 @@ def test_it_forgets_what_lies_behind_its_window() -> None:
 
 
 def test_the_calibrator_sees_everything() -> None:
-    seen: list[tuple[Family, float, float]] = []
+    seen: list[tuple[str, Family, float, float]] = []
 
     class Calibrator:
-        def observe(self, family: Family, bound: float, measured: float) -> None:
-            seen.append((family, bound, measured))
+        def observe(self, bundle: str, family: Family, bound: float, measured: float) -> None:
+            seen.append((bundle, family, bound, measured))
 
     feed(Guard(calibrator=Calibrator()), [0.01, 0.09])
-    assert seen == [(Family.SCORED, 0.05, 0.01), (Family.SCORED, 0.05, 0.09)]
+    assert seen == [("v1", Family.SCORED, 0.05, 0.01), ("v1", Family.SCORED, 0.05, 0.09)]

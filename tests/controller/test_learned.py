@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.candidates import EDGE_PIPELINES, PIPELINES
+from controller.candidates import EDGE_PIPELINES
 from controller.choice import Limits
 from controller.learned import LearnedPlanner, measure_tick_ms
 from controller.planner import Decision, RequestView, WorkerView
 from controller.rule import RulePlanner
 from kvpilot.v1 import common_pb2, policy_pb2
 from kvpilot.v1.common_pb2 import LossClass, Scenario
+from models.candidates import CANDIDATES
 from models.features import NAMES, SCHEMA_HASH, Family, family_of
 from models.footprint import estimate
 from models.scenarios import fill_objective
@@ -80,7 +81,7 @@ def test_what_exceeds_its_bound_loses_and_the_reason_names_it() -> None:
 def test_a_tight_bound_takes_eight_bits_and_a_tighter_one_none() -> None:
     gentle = FakePredictor(losses={**LOSSES, Family.QUANTISE: 0.001})
     assert decide(admits(0.003), gentle).pipeline == INT4
-    assert decide(admits(0.0006), gentle).pipeline == "kivi(bits=8)"
+    assert decide(admits(0.0006), gentle).pipeline == "int8"
     assert decide(admits(0.0004), gentle).pipeline == "full"
 
 
@@ -114,12 +115,12 @@ def test_exact_requests_take_exact_pipelines_only_and_ask_nothing_of_the_predict
 def test_pressure_sends_the_exact_to_the_host() -> None:
     state = request_state(scenario=EXACT)
     assert decide(state, device=0.5).pipeline == "full"
-    assert decide(state, device=0.95).pipeline == "host(recent=256)"
+    assert decide(state, device=0.95).pipeline == "host"
 
 
 def test_requests_that_wait_are_pressure() -> None:
     state = request_state(scenario=EXACT)
-    assert decide(state, device=0.5, waiting=1).pipeline == "host(recent=256)"
+    assert decide(state, device=0.5, waiting=1).pipeline == "host"
 
 
 def test_a_full_host_takes_no_shadow() -> None:
@@ -232,11 +233,11 @@ def test_one_call_predicts_for_all_and_a_tick_without_news_asks_nothing() -> Non
     assert holding.active is not None
     seen = view(*(request_state(f"r{number}", scenario=MIXED) for number in range(5)))
     planner.plan(seen)
-    assert holding.active.calls == [5 * (len(PIPELINES) - 2)]
+    assert holding.active.calls == [5 * (len(CANDIDATES) - 2)]
     planner.plan(seen)
     assert len(holding.active.calls) == 1
     planner.plan(replace(seen, requests=(*seen.requests[:4], RequestView(request_state("r4", generated_tokens=32)))))
-    assert holding.active.calls[1:] == [len(PIPELINES) - 2]
+    assert holding.active.calls[1:] == [len(CANDIDATES) - 2]
     holding.active = FakePredictor("v2")
     assert planner.plan(seen)[0].reason.endswith("bundle v2")
 
@@ -262,7 +263,7 @@ def test_outstanding_directives_count_as_done() -> None:
 
     assert wanted("host(recent=256)") == "full"
     assert wanted("kivi(bits=8, shadow=false)") == "full"
-    assert wanted("full") == "host(recent=256)"
+    assert wanted("full") == "host"
 
 
 def test_the_benchmark_measures_fresh_reports() -> None:
@@ -379,7 +380,7 @@ def test_budgets_are_kept_where_that_can_be(worker: SimulatedWorker) -> None:
         for state in worker.states:
             limit = fill_objective(state.scenario, state.objective).max_divergence
             exact = limit == 0 or state.scenario == EXACT
-            texts = ["full", "host(recent=256)"] if exact else [*PIPELINES, *EDGE_PIPELINES]
+            texts = ["full", "host(recent=256)"] if exact else [*CANDIDATES, *EDGE_PIPELINES]
             smallest += min(worker.bytes_of(text, state) for text in texts)
         if worker.host_share == 0 and all(state.scenario == EXACT for state in worker.states):
             assert worker.others_bytes + smallest > LIMITS.device_relief * 512 * MIB

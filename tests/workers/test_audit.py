@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import zlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from kernels.layout import BLOCK_TOKENS
-from kvpilot.v1 import generation_pb2, policy_pb2
+from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
 from tests.tiny import VOCABULARY, Drive, Outcome, prompt, tiny_engine, tiny_model
 from workers.stages.registry import build
 
@@ -23,7 +24,7 @@ LOSSY = (
     "snapkv(keep=0.4) | kivi(bits=4)",
     "h2o(keep=0.5) | int8 | host(recent=64)",
 )
-ALWAYS = {"audit_every_tokens": 1, "audit_budget": 1e6}
+ALWAYS = {"audit_every_tokens": 1, "audit_tokens": 1, "audit_budget": 1e6}
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +84,43 @@ def test_the_audit_after_a_switch_is_the_divergence_from_a_full_cache(
     exact, delivered = exact_log_probabilities(model, outcome, at), log_probabilities(outcome.tokens[at])
     assert first.divergence == pytest.approx(float((exact.exp() * (exact - delivered)).sum()), rel=1e-3, abs=1e-6)
     assert first.divergence > 1e-4
-    assert first.same_top1 == (exact.argmax() == delivered.argmax())
+    assert bool(first.top1_agreement) == (exact.argmax() == delivered.argmax())
     assert first.cost_ms > 0
+
+
+@pytest.mark.parametrize("pipeline", LOSSY)
+def test_an_audit_of_a_run_is_the_mean_over_its_steps(pipeline: str, model: torch.nn.Module) -> None:
+    """32 steps right after a switch, across the eviction of a block: transformers' full cache is the reference."""
+    drive = Drive(tiny_engine(audit_every_tokens=32, audit_tokens=32, audit_budget=1e6))
+    drive.submit("job", IDS, 80, top_logprobs=VOCABULARY)
+    at = -zlib.crc32(b"job") % 32
+    drive.until(lambda: drive.generated("job") == at)
+    drive.direct("job", pipeline)
+    outcome = drive.finish()["job"]
+    first = audits_of(drive)[0]
+    assert (first.at_token, first.tokens) == (at, 32)
+    steps = range(at, at + 32)
+    exact = torch.stack([exact_log_probabilities(model, outcome, step) for step in steps])
+    delivered = torch.stack([log_probabilities(outcome.tokens[step]) for step in steps])
+    expected = (exact.exp() * (exact - delivered)).sum(dim=-1)
+    assert first.divergence == pytest.approx(float(expected.mean()), rel=1e-3)
+    assert first.divergence_max == pytest.approx(float(expected.max()), rel=1e-3)
+    agree = (exact.argmax(dim=-1) == delivered.argmax(dim=-1)).float().mean()
+    assert first.top1_agreement == pytest.approx(float(agree))
+
+
+def test_a_switch_ends_an_audit_without_a_result() -> None:
+    drive = Drive(tiny_engine(audit_every_tokens=32, audit_tokens=32, audit_budget=1e6))
+    at = -zlib.crc32(b"job") % 32
+    drive.submit("job", IDS, 64, pipeline="full")
+    drive.until(lambda: drive.generated("job") == at)
+    orders = {"ordered_by": common_pb2.ORDERER_OPERATOR}
+    drive.direct("job", "kivi(bits=4)", epoch=1, **orders)
+    drive.until(lambda: drive.generated("job") == at + 10)
+    drive.direct("job", "int8", epoch=2, **orders)
+    drive.until(lambda: drive.generated("job") == at + 32)
+    assert drive.engine._reporter.audits == 0
+    assert drive.engine._reporter.audits_skipped == 1
 
 
 @pytest.mark.parametrize("pipeline", ["window(sinks=4, recent=2048)", "h2o(keep=1.0)"])
@@ -94,7 +130,7 @@ def test_what_loses_nothing_diverges_by_nothing(pipeline: str) -> None:
     drive.finish()
     audits = audits_of(drive)
     assert len(audits) > TOKENS / 2
-    assert all(audit.divergence < 1e-6 and audit.same_top1 for audit in audits)
+    assert all(audit.divergence < 1e-6 and audit.top1_agreement == 1 for audit in audits)
 
 
 def state_of(drive: Drive) -> dict[str, object]:
@@ -156,7 +192,7 @@ def test_what_was_lost_for_good_is_not_audited() -> None:
 
 
 def test_requests_are_audited_in_turn_and_the_worker_counts() -> None:
-    drive = Drive(tiny_engine(audit_every_tokens=16, audit_budget=1e6, report_interval_tokens=4))
+    drive = Drive(tiny_engine(audit_every_tokens=16, audit_tokens=1, audit_budget=1e6, report_interval_tokens=4))
     names = [f"job{n}" for n in range(6)]
     for name in names:
         drive.submit(name, IDS, TOKENS, pipeline="kivi(bits=4)")
@@ -178,7 +214,7 @@ def test_the_budget_is_kept(budget: float, audits: int, monkeypatch: pytest.Monk
     """By a clock that goes on by 1 ms whenever somebody looks: decode steps and audits take 1 ms each."""
     clock = itertools.count()
     monkeypatch.setattr("workers.engine.audit.time.monotonic", lambda: next(clock) / 1e3)
-    drive = Drive(tiny_engine(audit_every_tokens=1, audit_budget=budget))
+    drive = Drive(tiny_engine(audit_every_tokens=1, audit_tokens=1, audit_budget=budget))
     auditor, decoded = drive.engine._auditor, drive.engine._auditor.decoded
     monkeypatch.setattr(auditor, "decoded", lambda sequences, logits, _: decoded(sequences, logits, 1.0))
     drive.submit("job", IDS, 201, pipeline="kivi(bits=4)")

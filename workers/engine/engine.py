@@ -97,7 +97,12 @@ class Engine:
         self._bandwidths = _measure_bandwidths(self.cache)
         self._reporter = Reporter(self.cache, settings.report_interval_tokens)
         self._auditor = Auditor(
-            self.cache, self._runner, self._reporter, settings.audit_every_tokens, settings.audit_budget
+            self.cache,
+            self._runner,
+            self._reporter,
+            settings.audit_every_tokens,
+            settings.audit_tokens,
+            settings.audit_budget,
         )
         self._replayer = Replayer(
             self.cache,

@@ -182,18 +182,22 @@ class PromptStatistics(_message.Message):
     def __init__(self, distinct_share: _Optional[float] = ..., repeated_share: _Optional[float] = ..., unigram_entropy: _Optional[float] = ..., turns: _Optional[int] = ...) -> None: ...
 
 class Audit(_message.Message):
-    __slots__ = ("at_token", "pipeline", "divergence", "same_top1", "cost_ms")
+    __slots__ = ("at_token", "pipeline", "divergence", "divergence_max", "top1_agreement", "tokens", "cost_ms")
     AT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_FIELD_NUMBER: _ClassVar[int]
     DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
-    SAME_TOP1_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_MAX_FIELD_NUMBER: _ClassVar[int]
+    TOP1_AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     COST_MS_FIELD_NUMBER: _ClassVar[int]
     at_token: int
     pipeline: str
     divergence: float
-    same_top1: bool
+    divergence_max: float
+    top1_agreement: float
+    tokens: int
     cost_ms: float
-    def __init__(self, at_token: _Optional[int] = ..., pipeline: _Optional[str] = ..., divergence: _Optional[float] = ..., same_top1: _Optional[bool] = ..., cost_ms: _Optional[float] = ...) -> None: ...
+    def __init__(self, at_token: _Optional[int] = ..., pipeline: _Optional[str] = ..., divergence: _Optional[float] = ..., divergence_max: _Optional[float] = ..., top1_agreement: _Optional[float] = ..., tokens: _Optional[int] = ..., cost_ms: _Optional[float] = ...) -> None: ...
 
 class Signals(_message.Message):
     __slots__ = ("steps", "far_mass", "far_mass_max", "sink_mass", "attention_entropy", "next_token_entropy", "top1_probability", "repeat_rate", "far_mass_last", "far_mass_worst_layer", "dropped_votes", "dropped_votes_max", "surprise", "next_token_entropy_max", "far_votes", "far_votes_max", "far_votes_by_depth")

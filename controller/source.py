@@ -1,0 +1,83 @@
+"""Where the controller's bundles come from: the registry, pointed at from the job store; and what audits teach them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from controller.bundles import Pointers
+from kvpilot.bus import Bus, Pointer, PointerMovedError, PointerState
+from models.features import Family
+from models.online import AdaptivePredictor, OnlineCalibrator
+from models.predictor import Predictor
+from models.registry import Registry
+
+
+class RegistrySource:
+    """A :class:`controller.bundles.BundleSource` and a :class:`controller.guard.Calibrator`.
+
+    While no operator has moved the active pointer, or there is no job store to hold one, the newest bundle that came
+    with kvpilot is the active one. Each bundle loaded has its bounds moved by what audits measure, from its load on.
+
+    Args:
+        registry: the bundles.
+        bus: the job store with the pointers; None: there is none.
+    """
+
+    def __init__(self, registry: Registry, bus: Bus | None) -> None:
+        self._registry = registry
+        self._bus = bus
+        self._calibrators: dict[str, OnlineCalibrator] = {}
+
+    async def pointers(self) -> Pointers:
+        """See BundleSource."""
+        if self._bus is None:
+            return Pointers(active=await self._shipped())
+        active, shadow = await self._bus.pointer(Pointer.ACTIVE), await self._bus.pointer(Pointer.SHADOW)
+        version = (active.version or "") if active.revision else await self._shipped()
+        return Pointers(active=version, shadow=shadow.version or "")
+
+    async def changed(self) -> None:
+        """See BundleSource."""
+        if self._bus is None:
+            await asyncio.Event().wait()  # never
+            return
+        moves = self._bus.pointer_moves()
+        try:
+            await anext(moves)
+        finally:
+            await moves.aclose()  # type: ignore[attr-defined]  # it is an async generator
+
+    def load(self, version: str) -> Predictor:
+        """See BundleSource."""
+        bundle = self._registry.load(version)
+        calibrator = OnlineCalibrator(bundle.alpha)
+        self._calibrators[version] = calibrator
+        return AdaptivePredictor(bundle, calibrator)
+
+    async def rollback(self, version: str, reason: str) -> None:
+        """See BundleSource."""
+        if self._bus is None:
+            return  # there is no pointer to move; the holder remembers as long as this process lives
+        state = await self._bus.pointer(Pointer.ACTIVE)
+        shown = state.version if state.revision else await self._shipped()
+        if shown != version:
+            return
+        try:
+            await self._go_back(self._bus, state, reason)
+        except PointerMovedError:
+            return  # an operator was quicker
+
+    async def _go_back(self, bus: Bus, state: PointerState, reason: str) -> None:
+        if state.below:
+            before = state.below[0]
+            await bus.move_pointer(Pointer.ACTIVE, before, reason, back=True, revision=state.revision)
+        else:
+            await bus.move_pointer(Pointer.ACTIVE, None, reason, revision=state.revision)
+
+    def observe(self, bundle: str, family: Family, bound: float, measured: float) -> None:
+        """See Calibrator."""
+        if calibrator := self._calibrators.get(bundle):
+            calibrator.observe(family, bound, measured)
+
+    async def _shipped(self) -> str:
+        return await asyncio.to_thread(self._registry.shipped) or ""
