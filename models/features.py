@@ -125,7 +125,10 @@ SIGNAL_FEATURES: tuple[Feature, ...] = (
     _signal("next_token_entropy_max", "nats", 0, 20, "the same, largest"),
     _signal("top1_probability", "share", 0, 1, "probability of the most likely next token, mean"),
     _signal("surprise", "nats", 0, _INF, "-log p of the tokens that came, mean"),
-    _signal("repeat_rate", "share", 0, 1, "tokens that continue a 3-gram seen before"),
+    _signal("repeat_rate", "share", 0, 1, "last tokens that end a 3-gram seen before"),
+    *(_signal(f"repeat_beyond_{h}", "share", 0, 1, f"of these, last seen beyond {h} tokens") for h in HORIZONS_TOKENS),
+    _signal("copied_tokens", "tokens", 0, 32, "length of the copy under way"),
+    _signal("log2_copied_from", "log2 tokens", 0, 32, "distance it copies from; 0 without one"),
     _signal("current_kept_share", "share", 0, 1, "tokens kept now over tokens so far: what the signals could see"),
     _signal("current_bits", "bits", 0, _RAW_BITS, "bits of an older block's number now, raw counted as 16"),
     _signal("current_bytes_share", "share", 0, _INF, "device bytes now over those of a full cache"),
@@ -148,6 +151,8 @@ CANDIDATE_FEATURES: tuple[Feature, ...] = (
     _candidate("mass_beyond_last", "share", 0, 1, "the same, last step looked at"),
     _candidate("votes_beyond", "share", 0, 1, "far votes at the last token that it surely keeps, between horizons"),
     _candidate("votes_beyond_max", "share", 0, 1, "the same, largest head"),
+    _candidate("repeat_beyond", "share", 0, 1, "repeats last seen beyond the last token that it surely keeps"),
+    _candidate("copied_beyond", "tokens", 0, 32, "length of the copy under way, if from beyond that token"),
     _candidate("votes_dropped", "share", 0, 1, "dropped votes at its kept share, between shares"),
     _candidate("votes_dropped_max", "share", 0, 1, "the same, largest head"),
 )
@@ -282,6 +287,9 @@ class FeatureBuilder:
                 signals.top1_probability if measured else nan,
                 signals.surprise if measured else nan,
                 signals.repeat_rate,
+                *self._by_horizon(signals.repeat_beyond),
+                float(signals.copied_tokens),
+                math.log2(max(1, signals.copied_from_tokens)),
                 state.kept_tokens / seen if state.kept_tokens else nan,
                 _bits(self._catalog.key(state.pipeline)),
                 state.cache.device_bytes / full_bytes if full_bytes else nan,
@@ -318,9 +326,10 @@ class FeatureBuilder:
         ]
         if drops.any():
             columns += [np.where(drops, _between(states[:, of], _LOG_HORIZONS, log_recent), 0.0) for of in _FAR]
+            columns += [np.where(drops & (states[:, _COPIED_FROM] > log_recent), states[:, _COPIED], 0.0)]
             columns += [np.where(drops, _between(states[:, of], _KEPT, kept_share, last=0.0), 0.0) for of in _DROPPED]
         else:
-            columns += [0.0] * (len(_FAR) + len(_DROPPED))
+            columns += [0.0] * (len(_FAR) + 1 + len(_DROPPED))
         for place, column in enumerate(columns):
             out[:, place] = column
 
@@ -409,8 +418,9 @@ _FULL: PipelineKey = (("full", ()),)
 _LOG_HORIZONS = np.log2(np.array(HORIZONS_TOKENS, np.float64))
 _FAR = [
     _columns(*(f"{signal}_{horizon}" for horizon in HORIZONS_TOKENS))
-    for signal in ("far_mass", "far_mass_max", "far_mass_last", "far_votes", "far_votes_max")
+    for signal in ("far_mass", "far_mass_max", "far_mass_last", "far_votes", "far_votes_max", "repeat_beyond")
 ]
+_COPIED, _COPIED_FROM = _columns("copied_tokens", "log2_copied_from")
 _KEPT = np.array([*KEPT_SHARES, 1.0])
 _DROPPED = [_columns(*(f"dropped_votes{which}_{round(1 / share)}" for share in KEPT_SHARES)) for which in ("", "_max")]
 

@@ -36,9 +36,7 @@ class SignalMeter:
     """
 
     def __init__(self, token_ids: Sequence[int]) -> None:
-        self._ngrams = set(_ngrams(token_ids))
-        self._recent = list(token_ids[1 - REPEAT_NGRAM :])
-        self._repeats: deque[bool] = deque(maxlen=REPEAT_WINDOW_TOKENS)
+        self._repeats = Repeats(token_ids)
         self._steps = 0
         self._clear()
 
@@ -59,11 +57,7 @@ class SignalMeter:
             top1_probability: of its most likely token.
             surprise: -log p of the token that came, nats.
         """
-        self._recent = [*self._recent[1 - REPEAT_NGRAM :], token_id]
-        ngram = tuple(self._recent)
-        self._repeats.append(ngram in self._ngrams)
-        if len(ngram) == REPEAT_NGRAM:
-            self._ngrams.add(ngram)
+        self._repeats.add(token_id)
         self._token_entropy += entropy
         self._token_entropy_max = max(self._token_entropy_max, entropy)
         self._top1 += top1_probability
@@ -109,8 +103,7 @@ class SignalMeter:
             signals.next_token_entropy_max = self._token_entropy_max
             signals.top1_probability = self._top1 / self._token_samples
             signals.surprise = self._surprise / self._token_samples
-        if self._repeats:
-            signals.repeat_rate = sum(self._repeats) / len(self._repeats)
+        self._repeats.tell(signals)
         if self._votes is not None:
             dropped, far = self._votes.dropped, self._votes.far
             signals.dropped_votes.extend(dropped.mean(axis=(0, 1)))
@@ -121,6 +114,46 @@ class SignalMeter:
                 signals.far_votes_by_depth.extend(quarter.mean(axis=(0, 1)) if len(quarter) else far.mean(axis=(0, 1)))
         self._clear()
         return signals
+
+
+class Repeats:
+    """How much of a text continues what stands earlier in it, and how far back that is.
+
+    Args:
+        token_ids: the text so far.
+    """
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        older = max(0, len(token_ids) - REPEAT_WINDOW_TOKENS)
+        self._last = dict(zip(_ngrams(token_ids[:older]), range(REPEAT_NGRAM - 1, older), strict=False))
+        self._recent = list(token_ids[max(0, older + 1 - REPEAT_NGRAM) : older])
+        self._count = older
+        self._distances: deque[int] = deque(maxlen=REPEAT_WINDOW_TOKENS)  # 0: no repeat
+        self._run = 0
+        for token_id in token_ids[older:]:
+            self.add(token_id)
+
+    def add(self, token_id: int) -> None:
+        """Takes the next token."""
+        self._recent = [*self._recent[1 - REPEAT_NGRAM :], token_id]
+        ngram, distance = tuple(self._recent), 0
+        if len(ngram) == REPEAT_NGRAM:
+            distance = self._count - self._last.get(ngram, self._count)
+            self._last[ngram] = self._count
+        before = self._distances[-1] if self._distances else 0
+        self._run = 0 if not distance else self._run + 1 if distance == before else 1
+        self._distances.append(distance)
+        self._count += 1
+
+    def tell(self, signals: policy_pb2.Signals) -> None:
+        """Writes what the last tokens show."""
+        if not self._distances:
+            return
+        distances = np.array(self._distances)
+        signals.repeat_rate = float((distances > 0).mean())
+        signals.repeat_beyond.extend(float((distances > horizon).mean()) for horizon in FAR_HORIZONS_TOKENS)
+        signals.copied_tokens = min(self._run, REPEAT_WINDOW_TOKENS)
+        signals.copied_from_tokens = self._distances[-1]
 
 
 @dataclass(frozen=True)

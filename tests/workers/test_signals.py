@@ -312,33 +312,51 @@ def test_entropy_and_certainty_are_means_since_the_last_report() -> None:
     signals = meter.take()
     assert signals.next_token_entropy == signals.next_token_entropy_max == pytest.approx(0.5)
     assert signals.surprise == pytest.approx(0.25)
-    assert meter.take() == policy_pb2.Signals(repeat_rate=0.0)
+    assert meter.take().surprise == 0.0  # nothing came since
 
 
-def plain_repeat_rate(prompt: list[int], generated: list[int]) -> float:
-    """Share of the last 32 generated tokens that end a three-token sequence that has occurred before."""
-    text, repeats = [*prompt, *generated], []
-    for end in range(len(prompt) + 1, len(text) + 1):
-        last = text[end - 3 : end] if end >= 3 else None
-        earlier = [text[start : start + 3] for start in range(end - 3)]
-        repeats.append(last in earlier)
-    recent = repeats[-32:]
-    return sum(recent) / len(recent) if recent else 0.0
+def plain_distances(text: list[int]) -> list[int]:
+    """Of each of the last 32 tokens: how far back the three-token sequence it ends was last seen; 0 for never."""
+    distances = []
+    for end in range(1, len(text) + 1):
+        starts = [start for start in range(end - 3) if text[start : start + 3] == text[end - 3 : end]]
+        distances.append(end - 3 - starts[-1] if end >= 3 and starts else 0)
+    return distances[-32:]
 
 
 @fixed
 @given(
-    prompt=st.lists(st.integers(0, 3), max_size=20),
+    prompt=st.lists(st.integers(0, 3), max_size=60),
     generated=st.lists(st.integers(0, 3), max_size=60),
     reports=st.sets(st.integers(0, 60)),
 )
-def test_repeat_rate_equals_a_plain_search(prompt: list[int], generated: list[int], reports: set[int]) -> None:
+def test_repeats_equal_a_plain_search(prompt: list[int], generated: list[int], reports: set[int]) -> None:
     meter = SignalMeter(prompt)
     for count, token in enumerate(generated, start=1):
         meter.note_choice(token, 0.0, 1.0, 0.0)
         if count in reports:  # a report does not shorten the window
-            assert meter.take().repeat_rate == pytest.approx(plain_repeat_rate(prompt, generated[:count]))
-    assert meter.take().repeat_rate == pytest.approx(plain_repeat_rate(prompt, generated))
+            meter.take()
+    signals, distances = meter.take(), plain_distances(prompt + generated)
+    if not distances:
+        return
+    assert signals.repeat_rate == pytest.approx(sum(map(bool, distances)) / len(distances))
+    for horizon, share in zip(FAR_HORIZONS_TOKENS, signals.repeat_beyond, strict=True):
+        assert share == pytest.approx(sum(distance > horizon for distance in distances) / len(distances))
+    assert signals.copied_from_tokens == distances[-1]
+    run = 0
+    while run < len(distances) and distances[-1 - run] == distances[-1] != 0:
+        run += 1
+    assert signals.copied_tokens == run
+
+
+def test_a_copy_from_far_back() -> None:
+    text = list(range(100, 400))
+    meter = SignalMeter(text)
+    for token in text[50:60]:
+        meter.note_choice(token, 0.0, 1.0, 0.0)
+    signals = meter.take()
+    assert (signals.copied_tokens, signals.copied_from_tokens) == (8, 250)  # the first two end no 3-gram seen before
+    assert list(signals.repeat_beyond) == pytest.approx([8 / 32] * 3 + [0.0] * 3)  # of the horizons up to 128
 
 
 def test_a_loop_is_seen_as_such() -> None:
@@ -347,6 +365,7 @@ def test_a_loop_is_seen_as_such() -> None:
         meter.note_choice(token, 0.0, 1.0, 0.0)
     assert meter.take().repeat_rate == 1.0
     fresh = SignalMeter([1, 2, 3] * 20)
+    assert fresh.take().repeat_rate == 1.0  # the prompt's last tokens count
     for token in range(100, 140):
         fresh.note_choice(token, 0.0, 1.0, 0.0)
     assert fresh.take().repeat_rate == 0.0
