@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from cli.settings import CliSettings, state_folder
 from kvpilot.bus import Bus, BusError, BusSettings, BusUnavailableError, Pointer, PointerState
 from models import bundle as bundles
 from models import dataset, promotion
-from models.bundle import Bundle, BundleError
+from models.bundle import BundleError
 from models.calibration import CalibrationError
 from models.dataset import DatasetError, Split
 from models.evaluation import EvaluationError
@@ -27,7 +28,7 @@ from models.examples import Examples
 from models.explain import ExplainError
 from models.fitting import TrainingError
 from models.manifest import Manifest, Provenance, SplitCount, file_hashes
-from models.registry import Registry, RegistryError
+from models.registry import SHIPPED, Registry, RegistryError
 from models.store import cache_folder
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
     from models.metrics import Ranking
 
+SHIPPED_DATA = SHIPPED / "data"
+"""What the shipped bundle was trained, calibrated and judged on."""
 _IMPATIENT = BusSettings(timeout_s=1.0, retries=0)
 
 
@@ -97,6 +100,7 @@ def calibrate(
 
 
 def evaluate(
+    settings: CliSettings,
     report: Path,
     version: str | None,
     data: Path | None,
@@ -106,16 +110,22 @@ def evaluate(
     tick: bool,
 ) -> None:
     """Evaluates a bundle, prints its targets and writes the report."""
+    from bench.tick import tick_ms
     from models import evaluation
     from models.report import targets, write
 
     with _said():
         registry = Registry(store)
         bundle = registry.load(version or registry.newest())
+        if data is not None and not dataset.holds(data):
+            data, all_documents = measure_text(settings, data), True
         _, table = _read(data)
-        tick_ms = _tick(bundle, table) if tick else None
         found = evaluation.evaluate(
-            bundle, table, every_document=all_documents, tick_ms=tick_ms, steering_overhead=steering_overhead
+            bundle,
+            table,
+            every_document=all_documents,
+            tick_ms=tick_ms(bundle) if tick else None,
+            steering_overhead=steering_overhead,
         )
         written = write(found, report)
     shown = Table("figure", "wanted", "found", "", title=f"bundle {found.bundle} on {found.documents} unseen documents")
@@ -312,25 +322,22 @@ def _registry(store: str | None) -> Registry:
 
 
 def _read(data: Path | None) -> tuple[Path, pa.Table]:
-    path = data or cache_folder() / "datasets"
+    own = cache_folder() / "datasets"
+    path = data or (own if dataset.holds(own) else SHIPPED_DATA)
     return path, dataset.read(path)
 
 
-def _tick(bundle: Bundle, table: pa.Table) -> float:
-    """With the simplest choice, on SmolLM2's cache layout, which the time does not depend on."""
-    import torch  # the stages lie beside the worker's engine, which needs it
+def measure_text(settings: CliSettings, text: Path) -> Path:
+    """Replays a folder of text, or a file of prompts, that no bundle has seen; returns the dataset.
 
-    from kernels.layout import CacheShape
-    from models import evaluation
-    from models.features import HORIZONS_TOKENS, FeatureBuilder
-    from models.footprint import CacheLayout
-    from workers.stages.registry import catalog
+    A stack of our own is started if none answers at the settings' endpoint. What was measured before is not again.
+    """
+    from cli.collecting import Order, collect
 
-    stages = catalog(CacheShape(30, 3, 9, 64, torch.float32))
-    builder = FeatureBuilder(stages, CacheLayout(30, 3, 64, 4), HORIZONS_TOKENS)
-    examples = Examples.of(table)
-    pipelines = [name for name in sorted(set(examples.pipeline.tolist())) if stages.knows(name)]
-    return evaluation.measure_tick(bundle, builder, pipelines, examples.rows, evaluation.choose_densest)
+    name = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:12]
+    folder = cache_folder() / "measured" / f"{text.stem}-{name}"
+    collect(settings, Order(source=text, out=folder, up=True))
+    return folder
 
 
 def _provenance(path: Path, table: pa.Table) -> Provenance:

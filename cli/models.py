@@ -34,7 +34,7 @@ Data = Annotated[
     typer.Option(
         metavar="PATH",
         help="Dataset: a Parquet file of `kvpilot models collect`, or a folder of them. "
-        "Default: datasets in kvpilot's cache folder.",
+        "Default: datasets in kvpilot's cache folder, else the one that comes with kvpilot.",
     ),
 ]
 Store = Annotated[
@@ -80,13 +80,21 @@ def train(
 
 @models_app.command("evaluate")
 def evaluate(
+    context: typer.Context,
     report: Annotated[Path, typer.Option(metavar="DIR", help="Folder for report.html, report.json and pictures.")],
     bundle: Annotated[str | None, typer.Option(metavar="VERSION", help="Which bundle. Default: the newest.")] = None,
-    data: Data = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="A dataset, or text of your own, a folder or a file of prompts and tasks (JSON Lines), which is "
+            "measured first. Default: datasets in kvpilot's cache folder, else the one that comes with it.",
+        ),
+    ] = None,
     store: Store = None,
     all_documents: Annotated[
         bool,
-        typer.Option("--all-documents", help="Use all documents of the data, not its test split: for your own."),
+        typer.Option("--all-documents", help="Use all documents of the data, not its test split; so for own text."),
     ] = False,
     steering_overhead: Annotated[
         float | None,
@@ -103,7 +111,7 @@ def evaluate(
     with reported():
         from cli import bundles as command
 
-        command.evaluate(report, bundle, data, store, all_documents, steering_overhead, tick)
+        command.evaluate(_settings(context, None), report, bundle, data, store, all_documents, steering_overhead, tick)
 
 
 @models_app.command("calibrate")

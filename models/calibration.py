@@ -90,7 +90,7 @@ def calibrate(examples: Examples, point: F64, upper: F64, alpha: float = ALPHA) 
     families: dict[Family, Shift] = {}
     for family in Family:
         chosen = lossy[examples.family[lossy] == family.value]
-        documents = len(np.unique(examples.document[chosen]))
+        documents = len(np.unique(examples.source[chosen]))
         if len(chosen) >= max(MIN_WINDOWS, math.ceil(1 / alpha)) and documents >= MIN_DOCUMENTS:
             families[family] = _shift(examples.take(chosen), point[chosen], upper[chosen], alpha)
     pooled = _shift(examples.take(lossy), point[lossy], upper[lossy], alpha)

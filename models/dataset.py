@@ -88,6 +88,11 @@ def write(path: Path, rows: Iterable[dict[str, object]]) -> None:
     part.replace(path)
 
 
+def holds(path: Path) -> bool:
+    """Whether there is a dataset: a Parquet file, or a folder with some in or below it."""
+    return any(path.rglob("*.parquet")) if path.is_dir() else path.suffix == ".parquet" and path.is_file()
+
+
 def read(path: Path) -> pa.Table:
     """Reads a dataset file, or all in and below a folder, in the order of their names.
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
 
 from models import dataset
 from models.bundle import Bundle
 from models.dataset import Split
 from models.examples import Examples
-from models.features import F64, NAMES, Family, FeatureBuilder
-from models.footprint import I64
-from models.forest import STATE_FEATURES
 from models.metrics import Coverage, Ranking, coverage, ranking
 from models.policies import (
     HEADLINE_NATS,
@@ -31,11 +25,7 @@ from models.policies import (
     compare,
     fronts,
 )
-from models.predictor import Prediction, Predictor
-
-Choose = Callable[[F64, F64, F64], object]
-"""A planner's choice from predicted divergence, bound and device bytes, [requests, candidates] each."""
-TICK_REQUESTS, TICK_CANDIDATES = 256, 16
+from models.predictor import Prediction
 
 
 class EvaluationError(ValueError):
@@ -108,7 +98,7 @@ def evaluate(
         bundle: what is judged.
         table: a dataset.
         every_document: on all of it: right only for documents that the bundle was not trained or calibrated on.
-        tick_ms: see :func:`measure_tick`.
+        tick_ms: of the planner with this bundle, measured elsewhere.
         steering_overhead: measured elsewhere.
 
     Raises:
@@ -148,45 +138,6 @@ def evaluate(
         steering_overhead=steering_overhead,
         versions=dict(bundle.manifest.libraries),
     )
-
-
-def measure_tick(
-    predictor: Predictor, builder: FeatureBuilder, pipelines: list[str], states: F64, choose: Choose, rounds: int = 21
-) -> float:
-    """Median milliseconds of a tick on one core: features, prediction and choice of 256 requests, 16 candidates each.
-
-    Args:
-        predictor: the bundle.
-        builder: of a worker's model.
-        pipelines: candidates; as many as there are, repeated up to 16.
-        states: [any, request and signal features], repeated up to 256.
-        choose: the planner's choice.
-        rounds: ticks that are timed, after one that is not.
-    """
-    from threadpoolctl import threadpool_limits
-
-    candidates = [pipelines[place % len(pipelines)] for place in range(TICK_CANDIDATES)]
-    states = np.resize(states[:, :STATE_FEATURES], (TICK_REQUESTS, STATE_FEATURES))
-    states[:, NAMES.index("generated_share")] = np.linspace(0, 1, TICK_REQUESTS)  # no two requests are the same
-    seen: I64 = np.exp2(np.nan_to_num(states[:, NAMES.index("log2_seen")], nan=10.0)).round().astype(np.int64)
-    times = []
-    with threadpool_limits(1):
-        for _ in range(rounds + 1):
-            start = time.perf_counter()
-            described = [builder.describe(pipeline, seen) for pipeline in candidates]
-            rows = builder.matrix(states, seen, candidates)
-            families: list[Family] = [one.family for one in described] * TICK_REQUESTS
-            prediction = predictor.predict(rows.reshape(-1, rows.shape[-1]), families)
-            shape = (TICK_REQUESTS, TICK_CANDIDATES)
-            device_bytes = np.stack([one.device_bytes for one in described], axis=1)
-            choose(prediction.divergence.reshape(shape), prediction.bound.reshape(shape), device_bytes)
-            times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times[1:]))
-
-
-def choose_densest(divergence: F64, bound: F64, device_bytes: F64, limit: float = HEADLINE_NATS) -> object:
-    """The simplest choice: fewest bytes within a bound."""
-    return np.argmin(np.where(bound <= limit, device_bytes, np.inf), axis=1)
 
 
 def known(value: float) -> float | None:

@@ -129,10 +129,16 @@ class Examples:
         """How many places there are."""
         return int(self.window.max(initial=-1)) + 1
 
+    @cached_property
+    def source(self) -> Text:
+        """[N] what is never divided: a document, or the one that a task's text comes from."""
+        names, inverse = np.unique(self.document, return_inverse=True)
+        return np.array([dataset.source_of(str(name)) for name in names], dtype=np.str_)[inverse]
+
     @property
     def documents(self) -> int:
-        """How many documents there are."""
-        return len(np.unique(self.document))
+        """How many documents there are, those of one source counted once."""
+        return len(np.unique(self.source))
 
 
 @dataclass(frozen=True)

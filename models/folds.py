@@ -26,4 +26,4 @@ def folds_of(examples: Examples, folds: int = FOLDS) -> Iterator[tuple[Index, In
             f"cross-validation with {folds} folds takes at least {folds}"
         )
     folding = GroupKFold(n_splits=folds, shuffle=True, random_state=0)
-    return iter(folding.split(examples.rows, groups=examples.document))
+    return iter(folding.split(examples.rows, groups=examples.source))

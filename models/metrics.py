@@ -79,7 +79,7 @@ def coverage(examples: Examples, bound: F64, resamples: int = 500, seed: int = 0
     """Counts how often a bound [N] held."""
     counted = examples.lossy
     held = examples.divergence <= bound
-    low, high = _interval(examples.document[counted], held[counted], resamples, seed)
+    low, high = _interval(examples.source[counted], held[counted], resamples, seed)
 
     def by(labels: Text) -> dict[str, float]:
         return {name: float(held[rows].mean()) for name, rows in _groups(labels, counted).items()}

@@ -14,14 +14,14 @@ from models import bundle as bundles
 from models import dataset
 from models.bundle import Bundle
 from models.dataset import Split
-from models.evaluation import Evaluation, EvaluationError, choose_densest, evaluate, measure_tick
+from models.evaluation import Evaluation, EvaluationError, evaluate
 from models.explain import ExplainError, contributions, find_row, importance
 from models.features import NAMES
 from models.metrics import coverage, ranking
 from models.policies import LEARNED, ORACLE, STATIC
 from models.report import as_json, targets, write
 from tests.models.fitted import held_out, made, trained
-from tests.models.synthetic import BUILDER, PIPELINES, table, usual
+from tests.models.synthetic import table, usual
 
 PROMISED = (
     *("spearman_pooled", "spearman_within", "auc_within", "coverage", "coverage_by_family"),
@@ -117,19 +117,6 @@ def test_nothing_to_evaluate_on_is_said(bundle: Bundle) -> None:
     exact = usual().filter(pc.equal(usual()["pipeline"], "full"))
     with pytest.raises(EvaluationError, match="no rows of lossy pipelines in its test split"):
         evaluate(bundle, exact)
-
-
-def test_a_tick_asks_for_all_rows_at_once(bundle: Bundle) -> None:
-    asked = []
-
-    def choose(divergence: np.ndarray, bound: np.ndarray, device_bytes: np.ndarray) -> object:
-        asked.append((divergence.shape, bound.shape, device_bytes.shape))
-        assert (bound >= divergence).all()
-        return choose_densest(divergence, bound, device_bytes)
-
-    spent = measure_tick(bundle, BUILDER, list(PIPELINES), held_out().rows, choose, rounds=3)
-    assert asked == [((256, 16),) * 3] * 4
-    assert 0 < spent < 5000
 
 
 def test_importance_finds_what_the_data_was_made_of(bundle: Bundle) -> None:
