@@ -97,6 +97,10 @@ class RequestNumbers:
         self.facts = (*self.facts[:3], full_bytes, self.facts[4])
 
 
+class UnmeasuredError(Exception):
+    """Nothing of a request's attention has been seen yet."""
+
+
 class WorkerDesk:
     """The requests of one attached worker."""
 
@@ -123,6 +127,7 @@ class WorkerDesk:
         """The numbers of a request's last report.
 
         Raises:
+            UnmeasuredError: it has not shown anything yet.
             ValueError: why nothing can be predicted for it.
         """
         numbers = self._numbers.get(state.request_id)
@@ -137,7 +142,7 @@ class WorkerDesk:
         if numbers.own_family is Family.OTHER:
             raise ValueError(f"pipeline {state.pipeline!r} has a stage that no predictor knows")
         if not (numbers.measured or numbers.exact_only):
-            raise ValueError("no signals measured yet")
+            raise UnmeasuredError
         return numbers
 
     def keep_only(self, request_ids: Collection[str]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from controller.choice import Choice, Limits
-from controller.desk import RequestNumbers, WorkerDesk
+from controller.desk import RequestNumbers, UnmeasuredError, WorkerDesk
 from controller.planner import Decision, Planner, RequestView, WorkerView
 from controller.rule import RulePlanner
 from models.features import SCHEMA_HASH
@@ -76,11 +76,15 @@ class LearnedPlanner:
             return self._by_rule(worker, {request.request_id: why for request in worker.requests})
         seats: list[tuple[RequestView, RequestNumbers]] = []
         ruled: dict[str, str] = {}
+        waiting: list[Decision] = []
         for request in worker.requests:
             state = request.state
             if request.outstanding is None and not (state.pinned or request.overridden or state.prefilling):
                 try:
                     seats.append((request, desk.usable(state)))
+                except UnmeasuredError:  # a few tokens more, and what it may lose can be bounded
+                    stays = f"no signals measured yet: stays; bundle {predictor.version}"
+                    waiting.append(Decision(request.request_id, state.pipeline, stays))
                 except ValueError as error:  # PipelineError is one
                     ruled[request.request_id] = str(error)
         try:
@@ -92,7 +96,7 @@ class LearnedPlanner:
         decisions = self._by_rule(worker, ruled) if ruled else []
         if seats:
             decisions += Choice(self.limits, worker, desk, seats, decisions, predictor.version).decide()
-        return decisions
+        return decisions + waiting
 
     def _desk(self, worker: WorkerView) -> WorkerDesk:
         desk = self._desks.get(worker.catalog)

@@ -181,7 +181,6 @@ def test_int8_is_eight_bits_however_it_is_spelled() -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        (request_state(far_mass=()), "no signals measured yet, by the rule: "),
         (request_state(pipeline="telepathy"), "unknown stage"),
         (request_state(scenario=77), "by the rule: left alone: scenario 77"),
     ],
@@ -195,6 +194,14 @@ def test_what_cannot_be_predicted_the_rule_decides(state: policy_pb2.RequestStat
     assert ruled.forecast is None
     assert ruled.pipeline == RulePlanner().plan(view(state))[0].pipeline
     assert by_id["other"].forecast is not None
+
+
+def test_nothing_is_done_to_what_has_shown_nothing_yet() -> None:
+    state = request_state(far_mass=())
+    assert RulePlanner().plan(view(state))[0].pipeline != "full"
+    (decision,) = LearnedPlanner(Holding()).plan(view(state))
+    assert decision.pipeline == "full"
+    assert decision.reason == "no signals measured yet: stays; bundle v1"
 
 
 def test_signals_are_kept_through_a_report_without_any() -> None:
