@@ -108,9 +108,10 @@ def sha256(data: bytes) -> str:
 
 
 def file_hashes(path: Path) -> dict[str, str]:
-    """Checksums of a dataset's files, by name."""
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    return {file.name: sha256(file.read_bytes()) for file in files}
+    """Checksums of a dataset's files, by name within its folder."""
+    if not path.is_dir():
+        return {path.name: sha256(path.read_bytes())}
+    return {str(file.relative_to(path)): sha256(file.read_bytes()) for file in sorted(path.rglob("*.parquet"))}
 
 
 def version_name(content: bytes, now: datetime | None = None) -> str:

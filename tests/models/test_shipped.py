@@ -1,4 +1,4 @@
-"""The bundle that comes with kvpilot: it loads, it is what its data makes, and its figures are those of its data card."""
+"""The bundle that comes with kvpilot: it loads, its data is beside it, and its figures are those it states."""
 
 from __future__ import annotations
 
