@@ -130,7 +130,7 @@ def show_list(settings: CliSettings, store: str | None) -> None:
     with _said():
         entries = Registry(store).list()
         shown = {}
-        if url := _job_store(settings):
+        if url := job_store(settings):
             try:
                 shown = asyncio.run(_pointers(url))
             except BusUnavailableError:
@@ -274,7 +274,7 @@ def _moved(settings: CliSettings, move: Callable[[Bus], Awaitable[PointerState]]
             await bus.close()
 
     with _said():
-        url = _job_store(settings)
+        url = job_store(settings)
         if not url:
             raise BadInputError("no job store is known: start one with `kvpilot up`, or name one with --redis-url")
         try:
@@ -291,7 +291,7 @@ async def _pointers(url: str) -> dict[Pointer, PointerState]:
         await bus.close()
 
 
-def _job_store(settings: CliSettings) -> str:
+def job_store(settings: CliSettings) -> str:
     """URL of the job store of the settings, else of the one that ``kvpilot up`` last started here; empty for none."""
     if settings.redis_url:
         return settings.redis_url
