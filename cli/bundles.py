@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from models.metrics import Ranking
 
+T = TypeVar("T")
 _IMPATIENT = BusSettings(timeout_s=1.0, retries=0)
 
 
@@ -130,9 +131,9 @@ def show_list(settings: CliSettings, store: str | None) -> None:
     with _said():
         entries = Registry(store).list()
         shown = {}
-        if url := job_store(settings):
+        if url := _job_store(settings):
             try:
-                shown = asyncio.run(_pointers(url))
+                shown = asyncio.run(_pointers(url, _IMPATIENT))
             except BusUnavailableError:
                 _err().print("the job store does not answer: active and shadow are not known", markup=False)
     for entry in entries:
@@ -254,6 +255,27 @@ def shadow(settings: CliSettings, version: str | None, none: bool, reason: str, 
     print(f"shadow: {state.version or 'none'}")
 
 
+def history(settings: CliSettings) -> None:
+    """Prints what the pointers show and have shown, each newest first."""
+
+    async def read(url: str) -> dict[Pointer, PointerState]:
+        return await _pointers(url, BusSettings())
+
+    for which, state in asked(settings, read).items():
+        if state.revision:
+            print(f"{which.value}\t{_when(state.since)}\t{state.version or 'none'}\t{state.reason}")
+        for passed in state.history:
+            how = "rolled back" if passed.rolled_back else "left"
+            print(
+                f"{which.value}\t{_when(passed.since)}\t{passed.version or 'none'}\t{passed.reason}; "
+                f"{how}: {passed.left_reason}"
+            )
+
+
+def _when(since: float) -> str:
+    return f"{datetime.fromtimestamp(since).astimezone():%Y-%m-%d %H:%M:%S}" if since else "-"
+
+
 @contextmanager
 def _said() -> Iterator[None]:
     """Errors of the learned side as the command line's."""
@@ -273,25 +295,35 @@ def _moved(settings: CliSettings, move: Callable[[Bus], Awaitable[PointerState]]
         finally:
             await bus.close()
 
+    return asked(settings, run)
+
+
+def asked(settings: CliSettings, ask: Callable[[str], Coroutine[None, None, T]]) -> T:
+    """What the job store of the settings answers.
+
+    Raises:
+        BadInputError: none is known.
+        FailedError: it is out of reach, or refuses.
+    """
     with _said():
-        url = job_store(settings)
+        url = _job_store(settings)
         if not url:
             raise BadInputError("no job store is known: start one with `kvpilot up`, or name one with --redis-url")
         try:
-            return asyncio.run(run(url))
+            return asyncio.run(ask(url))
         except ValueError as error:
             raise BadInputError(f"redis_url: {error}") from None
 
 
-async def _pointers(url: str) -> dict[Pointer, PointerState]:
-    bus = await Bus.connect(url, _IMPATIENT)
+async def _pointers(url: str, patience: BusSettings) -> dict[Pointer, PointerState]:
+    bus = await Bus.connect(url, patience)
     try:
         return {which: await bus.pointer(which) for which in Pointer}
     finally:
         await bus.close()
 
 
-def job_store(settings: CliSettings) -> str:
+def _job_store(settings: CliSettings) -> str:
     """URL of the job store of the settings, else of the one that ``kvpilot up`` last started here; empty for none."""
     if settings.redis_url:
         return settings.redis_url

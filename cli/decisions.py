@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator
@@ -12,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import text
-from cli.bundles import job_store
-from cli.errors import BadInputError, FailedError
+from cli.bundles import asked
 from cli.settings import CliSettings
-from kvpilot.bus import Bus, BusError
+from kvpilot.bus import Bus
 from kvpilot.v1 import job_pb2
 from models.decisions import Decided, join, scores
 
@@ -31,15 +29,7 @@ def show(
         BadInputError: no job store is known.
         FailedError: it does not answer, or refuses.
     """
-    url = job_store(settings)
-    if not url:
-        raise BadInputError("no job store is known: start one with `kvpilot up`, or name one with --redis-url")
-    try:
-        joined = join(asyncio.run(_read(url)))
-    except BusError as error:
-        raise FailedError(str(error)) from None
-    except ValueError as error:
-        raise BadInputError(f"redis_url: {error}") from None
+    joined = join(asked(settings, _read))
     wanted = [one for one in joined if _meant(one, request, bundle)]
     listed = [one for one in wanted if one.audits or not audited]
     shown = list(deque(listed, limit))

@@ -221,6 +221,15 @@ def shadow(
         command.shadow(_settings(context, redis_url), bundle, none, reason, store)
 
 
+@models_app.command("history")
+def history(context: typer.Context, redis_url: RedisUrl = None) -> None:
+    """Show which bundles were active and shadow, since when and why; also rollbacks made by controllers."""
+    with reported():
+        from cli import bundles as command
+
+        command.history(_settings(context, redis_url))
+
+
 @models_app.command("decisions")
 def decisions(
     context: typer.Context,
