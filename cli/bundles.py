@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SHIPPED_DATA = SHIPPED / "data"
 """What the shipped bundle was trained, calibrated and judged on."""
+T = TypeVar("T")
 _IMPATIENT = BusSettings(timeout_s=1.0, retries=0)
 
 
@@ -142,7 +143,7 @@ def show_list(settings: CliSettings, store: str | None) -> None:
         shown = {}
         if url := _job_store(settings):
             try:
-                shown = asyncio.run(_pointers(url))
+                shown = asyncio.run(_pointers(url, _IMPATIENT))
             except BusUnavailableError:
                 _err().print("the job store does not answer: active and shadow are not known", markup=False)
     for entry in entries:
@@ -264,6 +265,27 @@ def shadow(settings: CliSettings, version: str | None, none: bool, reason: str, 
     print(f"shadow: {state.version or 'none'}")
 
 
+def history(settings: CliSettings) -> None:
+    """Prints what the pointers show and have shown, each newest first."""
+
+    async def read(url: str) -> dict[Pointer, PointerState]:
+        return await _pointers(url, BusSettings())
+
+    for which, state in asked(settings, read).items():
+        if state.revision:
+            print(f"{which.value}\t{_when(state.since)}\t{state.version or 'none'}\t{state.reason}")
+        for passed in state.history:
+            how = "rolled back" if passed.rolled_back else "left"
+            print(
+                f"{which.value}\t{_when(passed.since)}\t{passed.version or 'none'}\t{passed.reason}; "
+                f"{how}: {passed.left_reason}"
+            )
+
+
+def _when(since: float) -> str:
+    return f"{datetime.fromtimestamp(since).astimezone():%Y-%m-%d %H:%M:%S}" if since else "-"
+
+
 @contextmanager
 def _said() -> Iterator[None]:
     """Errors of the learned side as the command line's."""
@@ -283,18 +305,28 @@ def _moved(settings: CliSettings, move: Callable[[Bus], Awaitable[PointerState]]
         finally:
             await bus.close()
 
+    return asked(settings, run)
+
+
+def asked(settings: CliSettings, ask: Callable[[str], Coroutine[None, None, T]]) -> T:
+    """What the job store of the settings answers.
+
+    Raises:
+        BadInputError: none is known.
+        FailedError: it is out of reach, or refuses.
+    """
     with _said():
         url = _job_store(settings)
         if not url:
             raise BadInputError("no job store is known: start one with `kvpilot up`, or name one with --redis-url")
         try:
-            return asyncio.run(run(url))
+            return asyncio.run(ask(url))
         except ValueError as error:
             raise BadInputError(f"redis_url: {error}") from None
 
 
-async def _pointers(url: str) -> dict[Pointer, PointerState]:
-    bus = await Bus.connect(url, _IMPATIENT)
+async def _pointers(url: str, patience: BusSettings) -> dict[Pointer, PointerState]:
+    bus = await Bus.connect(url, patience)
     try:
         return {which: await bus.pointer(which) for which in Pointer}
     finally:

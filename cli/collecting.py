@@ -18,6 +18,7 @@ from cli.jobs import AT_ONCE
 from cli.redis_server import free_port
 from cli.settings import CliSettings
 from cli.up import make_stack, until_signal, wait_attached
+from controller.settings import SteeringMode
 from kvpilot.bus import Bus, BusError
 from kvpilot.catalog import StageCatalog
 from kvpilot.client import AsyncClient
@@ -107,7 +108,12 @@ async def service(settings: CliSettings, up: bool, console: Console) -> AsyncIte
         return
     with tempfile.TemporaryDirectory(prefix="kvpilot-collect-") as folder:
         own = settings.model_copy(
-            update={"endpoint": f"127.0.0.1:{free_port()}", "state": Path(folder), "redis_url": "", "mode": "off"}
+            update={
+                "endpoint": f"127.0.0.1:{free_port()}",
+                "state": Path(folder),
+                "redis_url": "",
+                "mode": SteeringMode.OFF,
+            }
         )
         own = CliSettings.model_validate(own.model_dump())
         async with make_stack(own, lambda line: console.print(line, markup=False)) as stack:

@@ -55,6 +55,14 @@ class ScenarioName(StrEnum):
     HARDWARE_SPECIFIC = "hardware-specific"
 
 
+class PlannerName(StrEnum):
+    """Planners as flags spell them; see PlannerKind in controller/settings.py."""
+
+    RULE = "rule"
+    LEARNED = "learned"
+    AUTO = "auto"
+
+
 class ModeName(StrEnum):
     """Modes as flags spell them; see Mode in operator.proto."""
 
@@ -124,6 +132,10 @@ def up(
     host_budget: HostBudget = None,
     threads: Threads = None,
     mode: Annotated[ModeName | None, typer.Option(help="How much is steered at the start. Default: active.")] = None,
+    planner: Annotated[
+        PlannerName | None,
+        typer.Option(help="Who decides: the rule, the active bundle, or (auto) that if there is one. Default: auto."),
+    ] = None,
     redis_url: Annotated[
         str | None, typer.Option(metavar="URL", help="Job store to use. Default: an embedded one is started.")
     ] = None,
@@ -153,6 +165,7 @@ def up(
             host_budget=host_budget,
             threads=threads,
             mode=mode.value if mode else None,
+            planner=planner.value if planner else None,
             redis_url=redis_url,
             state=state,
             endpoint=endpoint,

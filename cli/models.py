@@ -23,7 +23,8 @@ models_app = typer.Typer(
         "  kvpilot models collect ~/texts --up\n\n"
         "  kvpilot models train\n\n"
         "  kvpilot models evaluate --report report/\n\n"
-        "  kvpilot models shadow VERSION, and when it does well: kvpilot models promote VERSION"
+        "  kvpilot models shadow VERSION, then kvpilot models decisions, and when it does well: kvpilot models promote "
+        "VERSION"
     ),
 )
 
@@ -39,7 +40,12 @@ Data = Annotated[
 ]
 Store = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="Store of bundles: a folder or an fsspec URL. Default: bundles in the cache."),
+    typer.Option(
+        metavar="URL",
+        envvar="KVPILOT_CONTROLLER_BUNDLE_STORE",
+        help="Store of bundles: a folder or an fsspec URL; the controller's bundle_store. Default: bundles in the "
+        "cache.",
+    ),
 ]
 Version = Annotated[str, typer.Argument(help="Version of a bundle; `kvpilot models list` shows them.")]
 Name = Annotated[
@@ -221,6 +227,42 @@ def shadow(
         from cli import bundles as command
 
         command.shadow(_settings(context, redis_url), bundle, none, reason, store)
+
+
+@models_app.command("history")
+def history(context: typer.Context, redis_url: RedisUrl = None) -> None:
+    """Show which bundles were active and shadow, since when and why; also rollbacks made by controllers."""
+    with reported():
+        from cli import bundles as command
+
+        command.history(_settings(context, redis_url))
+
+
+@models_app.command("decisions")
+def decisions(
+    context: typer.Context,
+    request: Annotated[
+        str | None, typer.Option(metavar="ID", help="Only this job's, or those whose id ends so, as `top` shows it.")
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="Only those that it made, or looked at as the shadow.")
+    ] = None,
+    audited: Annotated[bool, typer.Option("--audited", help="Only those under which something was measured.")] = False,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="The newest so many.")] = 40,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON document a line, with features, answer and all audits.")
+    ] = False,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Show what was decided on live requests, what was predicted, and what audits then measured.
+
+    Below the decisions: how the active and the shadow bundle did, the share of audits above their bounds foremost. A
+    shadow is judged on what the active bundle chose. The job store keeps about the last 200,000 entries of the log.
+    """
+    with reported():
+        from cli import decisions as command
+
+        command.show(_settings(context, redis_url), request, bundle, audited, limit, json)
 
 
 def _settings(context: typer.Context, redis_url: str | None) -> CliSettings:

@@ -21,6 +21,11 @@ def share(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole else "-"
 
 
+def nats(value: float) -> str:
+    """A divergence in two digits, e.g. ``0.0041``."""
+    return f"{value:.2g}"
+
+
 def short_id(job_id: str) -> str:
     """The end of a long job id, enough to tell live jobs apart."""
     return job_id if len(job_id) <= 12 else f"…{job_id[-11:]}"

@@ -220,4 +220,14 @@ def _decision(request: operator_pb2.LiveRequest) -> Text:
     word = text.outcome(decision.outcome)
     what = "" if word == "keep" else f" {decision.pipeline}"
     said = f" ({decision.refusal})" if decision.refusal else ""
-    return Text.assemble((word, _STYLES.get(word, "")), f"{what}{said}\n", (decision.reason, "dim"))
+    return Text.assemble(
+        (word, _STYLES.get(word, "")), f"{what}{said}\n", _forecast(decision), (decision.reason, "dim")
+    )
+
+
+def _forecast(decision: operator_pb2.Decision) -> str:
+    """What the bundle promises; nothing for the rule, which promises nothing."""
+    if not decision.bundle:
+        return ""
+    predicted, bound = text.nats(decision.predicted_divergence), text.nats(decision.bound)
+    return f"bundle {decision.bundle}: predicted {predicted}, bound {bound} nats\n"

@@ -11,6 +11,8 @@ from models.registry import Registry, RegistryError
 async def promote(board: PointerBoard, registry: Registry, version: str, reason: str) -> PointerState:
     """Makes a bundle the one that decides. Promoting the active one changes nothing.
 
+    Where none was promoted before, the bundle that came with kvpilot has decided: it is what going back leads to.
+
     Raises:
         BundleError: it must not be used; the active one stays.
         RegistryError: there is none of this version.
@@ -20,6 +22,8 @@ async def promote(board: PointerBoard, registry: Registry, version: str, reason:
     state = await board.pointer(Pointer.ACTIVE)
     if state.version == version:
         return state
+    if not state.revision and (shipped := await asyncio.to_thread(registry.shipped)) and shipped != version:
+        state = await board.move_pointer(Pointer.ACTIVE, shipped, "came with kvpilot", revision=state.revision)
     return await board.move_pointer(Pointer.ACTIVE, version, reason, revision=state.revision)
 
 

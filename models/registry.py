@@ -48,17 +48,17 @@ class Registry:
         url: ``s3://bucket/prefix``, a folder, or anything else that fsspec knows; by default ``bundles`` in kvpilot's
             cache folder. Other stores than folders need fsspec's package for them (s3fs, gcsfs, ...).
         cache: folder for downloaded bundles; by default in kvpilot's cache folder.
-        shipped: folder of bundles that come with kvpilot.
+        shipped: folder of bundles that come with kvpilot; by default where they are installed.
 
     Raises:
         RegistryError: not such a URL, or a package for it is missing.
     """
 
-    def __init__(self, url: str | Path | None = None, cache: Path | None = None, shipped: Path = SHIPPED) -> None:
+    def __init__(self, url: str | Path | None = None, cache: Path | None = None, shipped: Path | None = None) -> None:
         self.url = str(url or cache_folder() / "bundles")
         self._cache = cache or cache_folder() / "downloaded-bundles"
         try:
-            self._stores = [_Store.open(self.url), _Store.open(str(shipped))]
+            self._stores = [_Store.open(self.url), _Store.open(str(shipped or SHIPPED))]
         except (ValueError, ImportError) as error:
             raise RegistryError(f"bundle store {self.url!r}: {error}") from None
 

@@ -14,7 +14,7 @@ COMMANDS = [
     *("up", "generate", "chat", "top", "mode", "override", "release", "demo"),
     *("model/fetch", "model/list", "bench/serve", "bench/steer", "models/collect"),
     *("models/train", "models/evaluate", "models/calibrate", "models/list", "models/show", "models/explain"),
-    *("models/promote", "models/rollback", "models/shadow"),
+    *("models/promote", "models/rollback", "models/shadow", "models/history", "models/decisions"),
 ]
 
 

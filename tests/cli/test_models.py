@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.main import app
+from models import registry
 from models.manifest import MANIFEST, PREDICTOR
 from models.registry import Registry
 from tests.models.fitted import made
@@ -22,16 +23,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(registry, "SHIPPED", tmp_path / "shipped")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def store(home: Path) -> Registry:
-    registry = Registry()
+    store = Registry()
     for version in ("a", "b"):
-        registry.put(made(version))
-    return registry
+        store.put(made(version))
+    return store
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,20 @@ def test_promote_list_shadow_rollback(store: Registry, redis_url: str) -> None:
     assert said(run("rollback", *redis)) == "active: a (left: b)\n"
     assert said(run("shadow", "--none", *redis)) == "shadow: none\n"
     assert "nothing to go back to" in said(run("rollback", *redis), code=2)
+
+
+def test_history_says_what_was_in_charge_and_why(store: Registry, redis_url: str) -> None:
+    redis = ("--redis-url", redis_url)
+    assert said(run("history", *redis)) == ""
+    said(run("promote", "a", *redis))
+    said(run("promote", "b", "--reason", "better", *redis))
+    said(run("rollback", "--reason", "worse", *redis))
+    lines = [line.split("\t") for line in said(run("history", *redis)).splitlines()]
+    assert [(pointer, version, why) for pointer, _, version, why in lines] == [
+        ("active", "a", "worse"),
+        ("active", "b", "better; rolled back: worse"),
+        ("active", "a", "promoted by an operator; left: better"),
+    ]
 
 
 def test_a_bundle_that_does_not_load_is_not_promoted(store: Registry, redis_url: str) -> None:

@@ -92,6 +92,13 @@ def test_process_tables_and_environment_beat_shares_but_not_flags(home: Path, mo
     assert flagged.workers[0]["KVPILOT_WORKER_DEVICE_BUDGET_BYTES"] == str(16 << 20)
 
 
+def test_the_planner_is_the_controllers_own_unless_named(home: Path) -> None:
+    model = str(make_model(home / "tiny"))
+    assert "KVPILOT_CONTROLLER_PLANNER" not in plan_stack(load_settings(model=model)).controller
+    named = plan_stack(load_settings(model=model, planner="learned"))
+    assert named.controller["KVPILOT_CONTROLLER_PLANNER"] == "learned"
+
+
 @pytest.mark.parametrize(
     ("table", "named"),
     [

@@ -80,6 +80,14 @@ def test_everything_a_person_needs_is_there() -> None:
         assert part in said, part
 
 
+def test_what_a_bundle_promises_is_shown() -> None:
+    picture = snapshot()
+    decision = picture.requests[0].decision
+    decision.bundle, decision.predicted_divergence, decision.bound = "mine", 0.00412, 0.0131
+    assert "bundle mine: predicted 0.0041, bound 0.013 nats" in shown(picture)
+    assert "predicted" not in shown(snapshot())  # the rule promises nothing
+
+
 def test_narrow_terminals_lose_no_column() -> None:
     said = shown(snapshot(), 80)
     for column in ("request", "pipeline", "tokens", "device", "signals", "decision"):

@@ -47,6 +47,18 @@ async def test_nothing_is_active_at_first(bus: Bus) -> None:
         assert await bus.pointer(which) == PointerState()
 
 
+async def test_going_back_from_the_first_leads_to_the_one_that_came_with_kvpilot(bus: Bus, tmp_path: Path) -> None:
+    Registry(tmp_path / "shipped").put(made("shipped"))
+    registry = Registry(tmp_path / "store", shipped=tmp_path / "shipped")
+    registry.put(made("mine"))
+    state = await promote(bus, registry, "mine", "better")
+    assert (state.version, state.below) == ("mine", ("shipped",))
+    assert state.history[0].reason == "came with kvpilot"
+    assert (await rollback(bus, registry, "worse")).version == "shipped"
+    with pytest.raises(RegistryError, match="nothing to go back to"):
+        await rollback(bus, registry, "worse still")
+
+
 async def test_promote_and_go_back_step_by_step(bus: Bus, registry: Registry) -> None:
     for version in ("a", "b", "c"):
         assert (await promote(bus, registry, version, f"try {version}")).version == version
