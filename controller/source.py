@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import sys
 
 from controller.bundles import Pointers
 from kvpilot.bus import Bus, Pointer, PointerMovedError, PointerState
@@ -16,7 +18,7 @@ class RegistrySource:
     """A :class:`controller.bundles.BundleSource` and a :class:`controller.guard.Calibrator`.
 
     While no operator has moved the active pointer, or there is no job store to hold one, the newest bundle that came
-    with kvpilot is the active one. Each bundle loaded has its bounds moved by what audits measure, from its load on.
+    with kvpilot is the active one. Each bundle has its bounds moved by what audits measure, from its first load on.
 
     Args:
         registry: the bundles.
@@ -50,8 +52,8 @@ class RegistrySource:
     def load(self, version: str) -> Predictor:
         """See BundleSource."""
         bundle = self._registry.load(version)
-        calibrator = OnlineCalibrator(bundle.alpha)
-        self._calibrators[version] = calibrator
+        # One for all copies of a bundle: it may be active, remembered as the one before, and in the shadow.
+        calibrator = self._calibrators.setdefault(version, OnlineCalibrator(bundle.alpha))
         return AdaptivePredictor(bundle, calibrator)
 
     async def rollback(self, version: str, reason: str) -> None:
@@ -76,8 +78,12 @@ class RegistrySource:
 
     def observe(self, bundle: str, family: Family, bound: float, measured: float) -> None:
         """See Calibrator."""
-        if calibrator := self._calibrators.get(bundle):
-            calibrator.observe(family, bound, measured)
+        calibrator = self._calibrators.get(bundle)
+        if calibrator is None or not math.isfinite(bound):
+            return
+        # As the guard sees it: what is no number is above every bound. A distribution may rule out what came.
+        lost = max(0.0, measured) if math.isfinite(measured) else sys.float_info.max
+        calibrator.observe(family, max(0.0, bound), lost)
 
     async def _shipped(self) -> str:
         return await asyncio.to_thread(self._registry.shipped) or ""

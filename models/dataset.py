@@ -78,9 +78,13 @@ def write(path: Path, rows: Iterable[dict[str, object]]) -> None:
     Raises:
         DatasetError: a row lacks a column.
     """
+    content = list(rows)
+    for number, row in enumerate(content):  # pyarrow would write nulls for what is not there
+        if missing := [name for name in SCHEMA.names if name not in row]:
+            raise DatasetError(f"{path}: row {number} has no {', '.join(missing)}")
     try:
-        table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
+        table = pa.Table.from_pylist(content, schema=SCHEMA)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DatasetError(f"{path}: {error}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -97,7 +101,7 @@ def read(path: Path) -> pa.Table:
     """Reads a dataset file, or all in and below a folder, in the order of their names.
 
     Raises:
-        DatasetError: there is none, or one of another feature schema.
+        DatasetError: there is none, or one of another feature schema, or with a column missing or of another type.
     """
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
@@ -113,7 +117,12 @@ def _read_file(path: Path) -> pa.Table:
     found = (table.schema.metadata or {}).get(b"feature_schema_hash", b"").decode()
     if found != SCHEMA_HASH:
         raise DatasetError(f"{path}: feature schema {found or 'not named'}; this version reads {SCHEMA_HASH}")
-    return table
+    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
+        raise DatasetError(f"{path}: no column {', '.join(missing)}")
+    for field in SCHEMA:
+        if (kind := table.schema.field(field.name).type) != field.type:
+            raise DatasetError(f"{path}: column {field.name} is {kind}, expected {field.type}")
+    return table.select(SCHEMA.names)
 
 
 def features(table: pa.Table) -> F64:
@@ -124,4 +133,4 @@ def features(table: pa.Table) -> F64:
 def only(table: pa.Table, split: Split) -> pa.Table:
     """The rows whose documents are in a split."""
     wanted = {document: split_of(document) is split for document in table["document"].unique().to_pylist()}
-    return table.filter(pa.array([wanted[document] for document in table["document"].to_pylist()]))
+    return table.filter(pa.array([wanted[document] for document in table["document"].to_pylist()], pa.bool_()))

@@ -168,7 +168,7 @@ def _hash() -> str:
 
 
 SCHEMA_HASH = _hash()
-"""Names this schema: version, names, order, units and ranges."""
+"""Names this schema: version, names, order, units, ranges and meanings as they are worded."""
 
 
 @dataclass(frozen=True)
@@ -231,9 +231,10 @@ class FeatureBuilder:
         Raises:
             PipelineError: a pipeline that the worker does not know.
         """
+        seen = np.maximum(1, seen)
         rows = np.empty((len(states), len(pipelines), len(FEATURES)))
         rows[:, :, : states.shape[1]] = states[:, None]
-        full = estimate_many(_FULL, np.maximum(1, seen), self._layout)
+        full = estimate_many(_FULL, seen, self._layout)
         assert full is not None
         for place, pipeline in enumerate(pipelines):
             out = rows[:, place, states.shape[1] :]
@@ -260,6 +261,8 @@ class FeatureBuilder:
         scenario = effective_scenario(state.scenario)
         signals = state.signals
         measured = bool(signals.steps)
+        told = bool(signals.repeat_beyond)  # all that is said of repeats is said together
+        in_force = self._catalog.key(state.pipeline)
         full_bytes = state.cache.full_cache_bytes
         audits = [math.log(max(audit.divergence, AUDIT_FLOOR)) for audit in state.audits]
         return np.array(
@@ -286,12 +289,12 @@ class FeatureBuilder:
                 signals.next_token_entropy_max if measured else nan,
                 signals.top1_probability if measured else nan,
                 signals.surprise if measured else nan,
-                signals.repeat_rate,
+                signals.repeat_rate if told else nan,
                 *self._by_horizon(signals.repeat_beyond),
-                float(signals.copied_tokens),
-                math.log2(max(1, signals.copied_from_tokens)),
+                float(signals.copied_tokens) if told else nan,
+                math.log2(max(1, signals.copied_from_tokens)) if told else nan,
                 state.kept_tokens / seen if state.kept_tokens else nan,
-                _bits(self._catalog.key(state.pipeline)),
+                nan if family_of(in_force) is Family.OTHER else _bits(in_force),
                 state.cache.device_bytes / full_bytes if full_bytes else nan,
                 sum(audits) / len(audits) if audits else nan,
             ]
@@ -307,7 +310,7 @@ class FeatureBuilder:
 
     def _fill_candidate(self, out: F64, states: F64, seen: I64, candidate: Candidate, full_bytes: I64) -> None:
         """Writes [R, candidate features]."""
-        tokens = np.maximum(1, seen).astype(np.float64)
+        tokens = seen.astype(np.float64)
         kept = candidate.kept_tokens
         drops = kept < tokens
         log_recent = np.log2(np.maximum(1.0, candidate.recent_tokens))
@@ -325,11 +328,13 @@ class FeatureBuilder:
             *(float(candidate.family is family) for family in Family),
         ]
         if drops.any():
-            columns += [np.where(drops, _between(states[:, of], _LOG_HORIZONS, log_recent), 0.0) for of in _FAR]
-            columns += [np.where(drops & (states[:, _COPIED_FROM] > log_recent), states[:, _COPIED], 0.0)]
-            columns += [np.where(drops, _between(states[:, of], _KEPT, kept_share, last=0.0), 0.0) for of in _DROPPED]
+            horizon, share = _segment(_LOG_HORIZONS, log_recent), _segment(_KEPT, kept_share)
+            columns += [np.where(drops, _between(states[:, of], horizon), 0.0) for of in _FAR]
+            columns += [np.where(drops, states[:, _COPIED] * (states[:, _COPIED_FROM] > log_recent), 0.0)]
+            columns += [np.where(drops, _between(_nothing_at_the_end(states[:, of]), share), 0.0) for of in _DROPPED]
         else:
-            columns += [0.0] * (len(_FAR) + 1 + len(_DROPPED))
+            unknown = candidate.family is Family.OTHER  # what it drops is not known either
+            columns += [math.nan if unknown else 0.0] * (len(_FAR) + 1 + len(_DROPPED))
         for place, column in enumerate(columns):
             out[:, place] = column
 
@@ -396,18 +401,27 @@ def _by_share(values: Sequence[float]) -> list[float]:
     return [values[place] if place < len(values) else math.nan for place in range(len(KEPT_SHARES))]
 
 
-def _between(values: F64, grid: F64, at: F64, last: float | None = None) -> F64:
-    """Linear interpolation of each row of ``values`` [R, G] at ``at`` [R]; held constant beyond the grid's ends.
+def _segment(grid: F64, at: F64) -> tuple[I64, I64, F64]:
+    """The grid points around each of ``at`` [R], and how far it lies from the first to the second, 0 to 1.
 
-    With ``last`` the grid has one more point than ``values`` has columns, where every row has that value.
+    On a point, and beyond the grid's ends, that point is both: what is known there needs no neighbour.
     """
-    if last is not None:
-        values = np.hstack([values, np.full((len(values), 1), last)])
     right = np.clip(np.searchsorted(grid, at), 1, len(grid) - 1)
     left = right - 1
     weight = np.clip((at - grid[left]) / (grid[right] - grid[left]), 0.0, 1.0)
+    return np.where(weight == 1.0, right, left), np.where(weight == 0.0, left, right), weight
+
+
+def _between(values: F64, segment: tuple[I64, I64, F64]) -> F64:
+    """Linear interpolation of each row of ``values`` [R, G] in its :func:`_segment`."""
+    left, right, weight = segment
     row = np.arange(len(values))
     return np.asarray(values[row, left] * (1.0 - weight) + values[row, right] * weight)
+
+
+def _nothing_at_the_end(values: F64) -> F64:
+    """``values`` [R, G] with a column of zeros behind: who keeps everything drops nothing."""
+    return np.hstack([values, np.zeros((len(values), 1))])
 
 
 def _columns(*names: str) -> list[int]:
