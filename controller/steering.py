@@ -45,6 +45,10 @@ DEADLINE_TOKENS = 64
 """A planner's directive is not worth carrying out this many generated tokens after the report that caused it."""
 
 
+QUIET_TICKS = 10
+"""Ticks after which is planned for a worker that has no news."""
+
+
 class RequestNotLiveError(Exception):
     """No attached worker has this request."""
 
@@ -73,6 +77,7 @@ class _Stream:
         self.outbound: asyncio.Queue[policy_pb2.SteerResponse | None] = asyncio.Queue()
         self.ended: asyncio.Future[_ProtocolError | None] = asyncio.get_running_loop().create_future()
         self.dirty = True  # something to plan for
+        self.quiet_ticks = 0  # since the last plan
 
     def end(self, code: grpc.StatusCode, message: str) -> None:
         """Ends the stream from our side."""
@@ -266,14 +271,14 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
     # --- planning -----------------------------------------------------------------------------------------------------
 
     async def _plan_forever(self) -> None:
-        """Plans at once when reports come (after a short wait for more of them), and each tick in any case."""
+        """Plans at once when reports come (after a short wait for more of them), and now and then in any case."""
         while True:
             try:
                 async with asyncio.timeout(self._settings.tick_ms / 1e3):
                     await self._wake.wait()
             except TimeoutError:
                 for stream in self._streams.values():
-                    stream.dirty = True
+                    stream.dirty = self._worth_a_look(stream)
             else:
                 await asyncio.sleep(self._settings.coalesce_ms / 1e3)
             self._wake.clear()
@@ -284,6 +289,18 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
                         self.plan_worker(stream)
                     except Exception:
                         log.exception("planning failed", worker=stream.worker.name)
+
+    def _worth_a_look(self, stream: _Stream) -> bool:
+        """Whether to plan for a worker without news: each tick while something waits for time to pass, else seldom.
+
+        On one machine every plan takes a core from the worker for a moment, and its other threads wait meanwhile.
+        """
+        stream.quiet_ticks += 1
+        waiting = any(live.sent or live.back_offs for live in stream.worker.requests.values())
+        if waiting or self.state.overrides or stream.quiet_ticks >= QUIET_TICKS:
+            stream.quiet_ticks = 0
+            return True
+        return False
 
     def plan_worker(self, stream: _Stream) -> None:
         """One planning tick for one worker."""

@@ -110,9 +110,10 @@ class Examples:
 
     @cached_property
     def on_device(self) -> Mask:
-        """[N] rows that keep nothing on the host to be read there: their device bytes can be compared."""
-        on_host: Mask = self.rows[:, _HOST] > 0
-        return ~on_host
+        """[N] rows of pipelines that keep nothing on the host to be read there, at any length: their device bytes can
+        be compared."""
+        offloading = np.unique(self.pipeline[self.rows[:, _HOST] > 0])
+        return ~np.isin(self.pipeline, offloading)
 
     @cached_property
     def window(self) -> Index:

@@ -66,7 +66,8 @@ class Running:
 @asynccontextmanager
 async def serving(model: Path, folder: Path, workers: int = 1, **settings: Any) -> AsyncIterator[Running]:
     """A stack, ready to serve; settings are those of ``kvpilot.toml``."""
-    defaults = {"device_budget": workers * DEVICE_BYTES, "host_budget": workers * HOST_BYTES}
+    # The rule decides unless a test is about bundles: what the shipped one says of random models is anybody's guess.
+    defaults = {"device_budget": workers * DEVICE_BYTES, "host_budget": workers * HOST_BYTES, "planner": "rule"}
     asked = CliSettings(
         model=str(model), endpoint="127.0.0.1:0", workers=workers, threads=workers, **(defaults | settings)
     )
