@@ -71,7 +71,7 @@ async def steered(model: Path, folder: Path, store: Registry) -> AsyncIterator[R
     """A stack that looks for bundles in ``store``, and decides on paper until it is told otherwise."""
     controller = {"bundle_store": store.url, "dwell_tokens": 32, "bundle_poll_s": 1.0}
     async with serving(
-        model, folder, mode="advisory", host_budget=16 << 20, controller=controller, worker=AUDIT
+        model, folder, mode="advisory", planner="auto", host_budget=16 << 20, controller=controller, worker=AUDIT
     ) as running:
         yield running
 
