@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -35,7 +36,10 @@ class Up:
     def children(self) -> dict[str, int]:
         """Process ids of ``redis``, ``controller`` and ``workers``."""
         tasks = Path(f"/proc/{self.process.pid}/task")
-        pids = [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+        pids: list[int] = []
+        for task in tasks.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the thread has ended meanwhile
+                pids += map(int, (task / "children").read_text().split())
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0") for pid in pids}
         return {"redis" if "valkey" in command[0] else command[-1]: pid for pid, command in commands.items()}
 
