@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 Machine: TypeAlias = dict[str, str | int | float]
+BUSY = 0.5
+"""Load average per core before the start from which the figures say more about the other work."""
 
 
 def describe_machine(threads: int) -> Machine:
@@ -25,6 +27,14 @@ def describe_machine(threads: int) -> Machine:
         "transformers": metadata.version("transformers"),
         "kvpilot": metadata.version("kvpilot"),
     }
+
+
+def busy_note(machine: Machine) -> str:
+    """A line for a report where other work kept the machine busy; empty where it did not."""
+    load, cores = float(machine["load_average"]), int(machine["cores"])
+    if load <= BUSY * cores:
+        return ""
+    return f"\nNOT TO BE RELIED ON: other work kept the machine busy before the start (load average {load})"
 
 
 def _cpu_model() -> str:

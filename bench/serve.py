@@ -30,17 +30,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.machine import Machine, describe_machine
+from bench.machine import Machine, busy_note, describe_machine
+from bench.stack import Timed, bench_settings, generate_timed
 from cli.demo_jobs import licence_text
-from cli.redis_server import free_port
-from cli.settings import CliSettings, load_settings
+from cli.settings import CliSettings
 from cli.up import make_stack, until_signal, wait_attached
-from kvpilot.client import AsyncClient
 from models import store
-
-BUSY = 0.5
-"""Load average per core before the start from which the figures say more about the other work."""
-WORKER_SETTINGS = {"dtype": "float32", "default_pipeline": "full"}
 
 
 @dataclass(frozen=True)
@@ -79,17 +74,7 @@ def bench(
     used_threads = threads or os.cpu_count() or 1
     machine = describe_machine(used_threads)
     with tempfile.TemporaryDirectory(prefix="kvpilot-bench-") as folder:
-        settings = load_settings(
-            None,
-            endpoint=f"127.0.0.1:{free_port()}",
-            model=model,
-            workers=1,
-            threads=used_threads,
-            state=Path(folder),
-            redis_url="",
-            mode="active",
-            worker={**WORKER_SETTINGS, "max_running": max(8, requests)},
-        )
+        settings = bench_settings(Path(folder), model, used_threads, requests, "active", dtype="float32")
         peer = Peer(store.resolve(settings.model), used_threads)
         prompts = peer.prompts((rounds + 1) * requests, prompt_tokens)
         done: list[Round] = []
@@ -206,11 +191,13 @@ class _Clock:
 async def run_ours(endpoint: str, prompts: list[list[int]], max_tokens: int) -> Figures:
     """Submits all prompts at once and waits for all of them."""
     started = time.perf_counter()
-    streams = await asyncio.gather(*(_generate(endpoint, prompt, max_tokens) for prompt in prompts))
+    streams = await asyncio.gather(
+        *(generate_timed(endpoint, token_ids=prompt, pipeline="full", max_tokens=max_tokens) for prompt in prompts)
+    )
     return figures_of(streams, started)
 
 
-def figures_of(streams: list[tuple[list[float], list[int]]], started: float) -> Figures:
+def figures_of(streams: list[Timed], started: float) -> Figures:
     """Speeds from when each request's tokens came, and the tokens; ``started`` by the same clock."""
     all_decode = max(times[0] for times, _ in streams)
     first_end = min(times[-1] for times, _ in streams)
@@ -219,16 +206,6 @@ def figures_of(streams: list[tuple[list[float], list[int]]], started: float) -> 
     outputs = [ids for _, ids in streams]
     decode = arrived / (first_end - all_decode) if first_end > all_decode else 0.0
     return Figures(decode, sum(len(ids) for ids in outputs) / elapsed, outputs)
-
-
-async def _generate(endpoint: str, prompt: list[int], max_tokens: int) -> tuple[list[float], list[int]]:
-    times: list[float] = []
-    ids: list[int] = []
-    async with AsyncClient(endpoint) as client:
-        async for event in client.generate(token_ids=prompt, pipeline="full", max_tokens=max_tokens, ignore_eos=True):
-            ids += event.token_ids
-            times += [time.perf_counter()] * len(event.token_ids)
-    return times, ids
 
 
 def make_report(
@@ -279,11 +256,7 @@ def render(report: dict[str, Any]) -> Table:
         f"medians of {len(report['decode_tokens_per_s']['rounds'])} rounds in one run; "
         f"{report['requests_with_equal_tokens']} of {report['requests_compared']} requests gave equal tokens"
     )
-    if machine["load_average"] > BUSY * machine["cores"]:
-        caption += (
-            f"\nNOT TO BE RELIED ON: other work kept the machine busy before the start (load average "
-            f"{machine['load_average']})"
-        )
+    caption += busy_note(machine)
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     table.add_column("tokens/s over all requests")
     for column in ("transformers, one by one", "kvpilot, at once", "ratio"):

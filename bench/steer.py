@@ -25,13 +25,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.machine import describe_machine
-from bench.serve import BUSY, Figures, figures_of
+from bench.machine import busy_note, describe_machine
+from bench.serve import Figures, figures_of
+from bench.stack import bench_settings, generate_timed
 from cli.demo_jobs import licence_text
-from cli.redis_server import free_port
-from cli.settings import CliSettings, load_settings
+from cli.settings import CliSettings
 from cli.up import make_stack, until_signal, wait_attached
-from kvpilot.client import AsyncClient
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
 from kvpilot.v1.operator_pb2 import Mode
 
@@ -61,17 +60,7 @@ def bench(
     machine = describe_machine(used_threads)
     done: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="kvpilot-bench-") as folder:
-        settings = load_settings(
-            None,
-            endpoint=f"127.0.0.1:{free_port()}",
-            model=model,
-            workers=1,
-            threads=used_threads,
-            state=Path(folder),
-            redis_url="",
-            mode="off",
-            worker={"default_pipeline": "full", "max_running": max(8, requests)},
-        )
+        settings = bench_settings(Path(folder), model, used_threads, requests, "off")
         work = _run(settings, requests, max_tokens, prompt_tokens, rounds, done, console)
         if asyncio.run(until_signal(work)):
             raise KeyboardInterrupt
@@ -134,18 +123,10 @@ class _Prompts:
 
 async def _generate_all(endpoint: str, prompts: list[str], max_tokens: int) -> Figures:
     started = time.perf_counter()
-    streams = await asyncio.gather(*(_generate(endpoint, prompt, max_tokens) for prompt in prompts))
+    streams = await asyncio.gather(
+        *(generate_timed(endpoint, prompt=prompt, scenario="mixed", max_tokens=max_tokens) for prompt in prompts)
+    )
     return figures_of(streams, started)
-
-
-async def _generate(endpoint: str, prompt: str, max_tokens: int) -> tuple[list[float], list[int]]:
-    times: list[float] = []
-    ids: list[int] = []
-    async with AsyncClient(endpoint) as client:
-        async for event in client.generate(prompt, scenario="mixed", max_tokens=max_tokens, ignore_eos=True):
-            ids += event.token_ids
-            times += [time.perf_counter()] * len(event.token_ids)
-    return times, ids
 
 
 async def _worker_ms(operator: operator_pb2_grpc.OperatorServiceStub) -> tuple[float, float]:
@@ -194,11 +175,7 @@ def render(report: dict[str, Any]) -> Table:
     """The report for people."""
     machine = report["machine"]
     caption = f"medians of {len(report['rounds'])} rounds in one run; a negative cost is noise"
-    if machine["load_average"] > BUSY * machine["cores"]:
-        caption += (
-            f"\nNOT TO BE RELIED ON: other work kept the machine busy before the start (load average "
-            f"{machine['load_average']})"
-        )
+    caption += busy_note(machine)
     table = Table(
         title=f"{report['requests']} requests of about {report['prompt_tokens']} + {report['max_tokens']} tokens, "
         f"{report['model']}\n{machine['cpu']}, {machine['threads_used']} of {machine['cores']} cores",

@@ -65,7 +65,11 @@ class ControllerSettings(FileSettings):
         description="how much is steered until an operator sets it; a mode set by SetMode is kept in the job store and "
         "wins over this one at every later start",
     )
-    tick_ms: float = Field(100.0, gt=0, description="longest time between two plans, milliseconds")
+    tick_ms: float = Field(
+        100.0,
+        gt=0,
+        description="time between two looks for what waits; without news a plan is made at every tenth, milliseconds",
+    )
     coalesce_ms: float = Field(5.0, ge=0, description="wait for more reports before a plan, milliseconds")
     report_interval_tokens: int = Field(16, ge=1, description="generated tokens between two reports of a request")
     planner: PlannerKind = Field(

@@ -31,7 +31,7 @@ class TrainingError(ValueError):
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Of gradient boosting over histograms; the defaults are what was found good on replayed text.
+    """Of gradient boosting over histograms; the defaults are starting points, which tuning moves on from.
 
     Prediction takes time in proportion to trees times depth, so :mod:`models.tuning` leaves these alone.
     """

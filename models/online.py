@@ -1,4 +1,7 @@
-"""Bounds that keep holding while serving: what audits measure moves them, and tells when they no longer fit."""
+"""Bounds that keep holding while serving: what audits measure moves them, and tells when they no longer fit.
+
+Controllers use the calibrator; the alarm and the drift detector are not wired into one yet.
+"""
 
 from __future__ import annotations
 
