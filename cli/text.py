@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from kvpilot.v1 import common_pb2, generation_pb2, operator_pb2
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -19,6 +21,11 @@ def size(count: float) -> str:
 def share(part: float, whole: float) -> str:
     """A part of a whole in percent, ``-`` of nothing."""
     return f"{part / whole:.0%}" if whole else "-"
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things, e.g. ``1 worker``, ``2 workers``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def nats(value: float) -> str:
@@ -49,6 +56,25 @@ def outcome(value: operator_pb2.DecisionOutcome) -> str:
 def loss_class(value: common_pb2.LossClass) -> str:
     """``exact``, ``recoverable`` or ``permanent``."""
     return _word(common_pb2.LossClass.Name(value), "LOSS_CLASS_")
+
+
+def bundle(value: operator_pb2.Bundle) -> str:
+    """A bundle in a line: its part, and what a controller's audits say of it."""
+    roles = [word for word, held in (("active", value.active), ("shadow", value.shadow)) if held]
+    name = f"bundle {value.version} ({', '.join(roles) or ('refused' if value.refusal else 'not in use')})"
+    if value.refusal:
+        return f"{name}: {value.refusal}"
+    if not value.audits:
+        return f"{name}: no audits" if value.active else name
+    promised = f", {value.alpha:.0%} promised" if value.alpha else ""
+    said = [
+        f"{count(value.audits, 'audit')}, {value.exceeded} above their bound"
+        f" ({share(value.exceeded, value.audits)}{promised})"
+    ]
+    if value.HasField("mean_log_residual"):
+        said.append(f"measured {math.exp(value.mean_log_residual):.2g} times what was predicted")
+    said += [count(value.drifts, "drift"), count(value.alarms, "alarm")]
+    return f"{name}: {', '.join(said)}"
 
 
 def finish_reason(value: generation_pb2.FinishReason) -> str:

@@ -31,6 +31,7 @@ class Snapshot:
     mode: operator_pb2.Mode = operator_pb2.MODE_UNSPECIFIED
     workers: list[operator_pb2.Worker] = field(default_factory=list)
     requests: list[operator_pb2.LiveRequest] = field(default_factory=list)
+    bundles: list[operator_pb2.Bundle] = field(default_factory=list)
 
 
 def take_snapshot(endpoint: str) -> Snapshot:
@@ -44,6 +45,7 @@ def take_snapshot(endpoint: str) -> Snapshot:
             mode=stub.GetMode(operator_pb2.GetModeRequest(), timeout=CALL_TIMEOUT_S).mode,
             workers=list(stub.ListWorkers(operator_pb2.ListWorkersRequest(), timeout=CALL_TIMEOUT_S).workers),
             requests=list(stub.ListRequests(operator_pb2.ListRequestsRequest(), timeout=CALL_TIMEOUT_S).requests),
+            bundles=list(stub.ListBundles(operator_pb2.ListBundlesRequest(), timeout=CALL_TIMEOUT_S).bundles),
         )
 
 
@@ -66,15 +68,16 @@ def render(snapshot: Snapshot, endpoint: str) -> RenderableType:
         endpoint,
         "  mode ",
         (text.mode(snapshot.mode), "bold green" if snapshot.mode == operator_pb2.MODE_ACTIVE else "bold yellow"),
-        f"  {_count(len(snapshot.workers), 'worker')}, {_count(len(snapshot.requests), 'live request')}",
+        f"  {text.count(len(snapshot.workers), 'worker')}, {text.count(len(snapshot.requests), 'live request')}",
         f", {sum(worker.state.tokens_per_s for worker in snapshot.workers):.1f} tokens/s",
     )
     workers = sorted(snapshot.workers, key=lambda worker: str(worker.hello.worker))
-    return Group(head, _Workers(workers), _Requests(snapshot))
+    return Group(head, *map(_bundle, snapshot.bundles), _Workers(workers), _Requests(snapshot))
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _bundle(bundle: operator_pb2.Bundle) -> Text:
+    broken = bool(bundle.alarms or bundle.refusal)
+    return Text(text.bundle(bundle), style="red" if broken else "yellow" if bundle.drifts else "")
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,10 @@ class _Requests:
 
 WIDE = 120
 """Columns from which the requests are a table."""
-_HEADINGS = ("request", "pipeline", "tokens", "device\nof full", "host\n+ shadow", "signals", "last switch", "decision")
+_HEADINGS = (
+    *("request", "pipeline", "tokens", "device\nof full", "host\n+ shadow", "signals"),
+    *("last switch", "latest decision"),
+)
 _RATIOS = (None, 3, None, None, None, 3, 4, 4)
 
 

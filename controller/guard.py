@@ -1,19 +1,24 @@
-"""Watches whether the bounds hold: audits say what was really lost; a bundle that breaks its promise is rolled back.
+"""Watches whether a bundle still fits: audits say what was really lost; one that breaks its promise is rolled back.
 
-A bundle promises that a share ``alpha`` of what is measured, at most, is above its bound. The guard looks at the last
-audits of the bundle in force each time so many new ones have come, and asks how likely that many exceedances would be
-if the promise held; where that is below the level, the bundle goes. Looks do not overlap in their new audits, so that a
-bundle that just keeps its promise is rolled back by mistake in no more than about ``level`` of the looks.
+A bundle promises that a share ``alpha`` of what is measured, at most, is above its bound. The alarm looks at every
+audit and rings, while the promise is kept, with a small probability over the bundle's whole time in force. Beside it a
+drift detector tells when what is measured has moved away from what is predicted: that takes nothing back, since bounds
+follow the audits, but says that it may be time to train again.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
+
 from models.features import Family
+from models.online import BoundAlarm, DriftDetector, exceeds
+
+log = structlog.get_logger()
 
 
 class Calibrator(Protocol):
@@ -28,12 +33,10 @@ class Calibrator(Protocol):
 class GuardSettings:
     """When a bundle has broken its promise."""
 
-    min_audits: int = 50
-    """New audits between two looks; nothing is concluded from fewer."""
-    window: int = 200
-    """Audits that a look takes in, at most."""
-    level: float = 0.01
-    """Of the one-sided binomial test."""
+    error: float = 1e-3
+    """Probability that one which keeps it is said to have broken it, over its whole time in force."""
+    least_audits: int = 50
+    """Nothing is concluded from fewer: audits of one request resemble each other, which the probability leaves out."""
 
 
 class Guard:
@@ -42,61 +45,64 @@ class Guard:
     Attributes:
         audits: audits so far by bundle and family.
         exceeded: of these, those above their bound.
-        rollbacks: verdicts so far by bundle.
+        alarms: verdicts so far by bundle.
+        drifts: changes of the mean residual so far by bundle.
     """
 
     def __init__(self, settings: GuardSettings | None = None, calibrator: Calibrator | None = None) -> None:
+        # ADWIN's package takes half a second to import: now, and not when the first audit comes in the event loop.
+        import river.drift  # noqa: F401
+
         self.settings = settings or GuardSettings()
         self.audits: Counter[tuple[str, Family]] = Counter()
         self.exceeded: Counter[tuple[str, Family]] = Counter()
-        self.rollbacks: Counter[str] = Counter()
+        self.alarms: Counter[str] = Counter()
+        self.drifts: Counter[str] = Counter()
         self._calibrator = calibrator
         self._bundle = ""
-        self._recent: deque[bool] = deque(maxlen=self.settings.window)
-        self._new = 0
+        self._alarm: BoundAlarm | None = None
+        self._detectors: defaultdict[str, DriftDetector] = defaultdict(DriftDetector)
 
-    def observe(self, bundle: str, alpha: float, family: Family, bound: float, measured: float) -> str | None:
-        """Takes an audit of a decision by the bundle in force.
+    def observe(
+        self, bundle: str, alpha: float, family: Family, predicted: float, bound: float, measured: float
+    ) -> str | None:
+        """Takes an audit of a decision by the bundle in force; nats per token.
 
         Returns:
             Why the bundle must be rolled back; None if it need not.
         """
-        exceeded = not measured <= bound
+        exceeded = exceeds(bound, measured)
         self.audits[bundle, family] += 1
         self.exceeded[bundle, family] += exceeded
         if self._calibrator is not None:
             self._calibrator.observe(bundle, family, bound, measured)
-        if bundle != self._bundle:
-            self._bundle, self._new = bundle, 0
-            self._recent.clear()
-        self._recent.append(exceeded)
-        self._new += 1
-        if self._new < self.settings.min_audits:
+        self._watch_residual(bundle, predicted, measured)
+        if bundle != self._bundle or self._alarm is None:
+            self._bundle, self._alarm = bundle, BoundAlarm(alpha, self.settings.error, self.settings.least_audits)
+        alarm = self._alarm
+        if not alarm.observe(exceeded):
             return None
-        self._new = 0
-        count, broken = len(self._recent), sum(self._recent)
-        chance = binomial_tail(broken, count, alpha)
-        if chance >= self.settings.level:
-            return None
-        self.rollbacks[bundle] += 1
-        self._recent.clear()
+        self._alarm = None
+        self.alarms[bundle] += 1
         return (
-            f"{broken} of the last {count} audits exceeded their bound, {broken / count:.0%} where {alpha:.0%} are"
-            f" promised; the chance of that is {chance:.1g} < {self.settings.level:g}"
+            f"{alarm.exceeded} of {alarm.audits} audits exceeded their bound, {alarm.exceeded / alarm.audits:.0%} where"
+            f" {alpha:.0%} are promised; the chance of such an alarm is {self.settings.error:g} at most"
         )
 
+    def residual(self, bundle: str) -> float | None:
+        """Log nats measured above prediction, mean since the last drift; None before the first audit."""
+        detector = self._detectors.get(bundle)
+        return detector.mean_residual if detector is not None else None
 
-def binomial_tail(successes: int, trials: int, share: float) -> float:
-    """P(X >= successes) of a binomial distribution with 0 < share < 1."""
-    if successes <= 0:
-        return 1.0
-    log_share, log_rest = math.log(share), math.log1p(-share)
-    terms = (
-        math.lgamma(trials + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(trials - k + 1)
-        + k * log_share
-        + (trials - k) * log_rest
-        for k in range(successes, trials + 1)
-    )
-    return min(1.0, math.fsum(map(math.exp, terms)))
+    def _watch_residual(self, bundle: str, predicted: float, measured: float) -> None:
+        if not (math.isfinite(predicted) and math.isfinite(measured)):
+            return  # its logarithm would outweigh all others
+        before = self.residual(bundle)
+        if self._detectors[bundle].observe(predicted, measured):
+            self.drifts[bundle] += 1
+            log.warning(
+                "predictions no longer fit as they did; if that lasts, train a bundle on such text",
+                bundle=bundle,
+                mean_log_residual=self.residual(bundle),
+                before=before,
+            )

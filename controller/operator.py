@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import grpc
 
+from controller.bundles import BundleHolder
+from controller.guard import Guard
 from controller.journal import OUTCOMES
 from controller.ledger import MODES, STEERING_MODES
 from controller.refusals import abort, bad_fields
@@ -46,6 +48,12 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                     overridden=live.state.request_id in state.overrides,
                 )
         return response
+
+    async def ListBundles(  # noqa: N802
+        self, request: operator_pb2.ListBundlesRequest, context: grpc.aio.ServicerContext
+    ) -> operator_pb2.ListBundlesResponse:
+        """See ``operator.proto``."""
+        return operator_pb2.ListBundlesResponse(bundles=_bundles(self._steering.bundles, self._steering.guard))
 
     async def OverridePipeline(  # noqa: N802
         self, request: operator_pb2.OverridePipelineRequest, context: grpc.aio.ServicerContext
@@ -98,6 +106,31 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._steering.set_mode(wanted)
         await self._steering.ledger.settle()
         return operator_pb2.SetModeResponse(previous=previous)
+
+
+def _bundles(holder: BundleHolder | None, guard: Guard | None) -> list[operator_pb2.Bundle]:
+    """Each bundle once: the active one, the shadow, those refused, and then those that were active before."""
+    if holder is None or guard is None:
+        return []
+    held = {predictor.version: predictor for predictor in (holder.active, holder.shadow) if predictor is not None}
+    audited = {version for version, _ in guard.audits}
+    bundles = []
+    for version in dict.fromkeys([*held, *sorted(holder.refused), *sorted(audited)]):
+        bundle = operator_pb2.Bundle(
+            version=version,
+            active=holder.active is not None and holder.active.version == version,
+            shadow=holder.shadow is not None and holder.shadow.version == version,
+            refusal=holder.refused.get(version, ""),
+            audits=sum(count for (of, _), count in guard.audits.items() if of == version),
+            exceeded=sum(count for (of, _), count in guard.exceeded.items() if of == version),
+            alarms=guard.alarms[version],
+            drifts=guard.drifts[version],
+            mean_log_residual=guard.residual(version),
+        )
+        if version in held:
+            bundle.alpha = held[version].alpha
+        bundles.append(bundle)
+    return bundles
 
 
 def _decision(record: DecisionRecord | None) -> operator_pb2.Decision | None:

@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 from controller.bundles import BundleHolder, BundleSource
 from controller.choice import Limits as ChoiceLimits
 from controller.generation import GenerationService, Limits
-from controller.guard import Calibrator, Guard
+from controller.guard import Calibrator, Guard, GuardSettings
 from controller.ladders import Thresholds
 from controller.learned import LearnedPlanner
 from controller.operator import OperatorService
@@ -75,7 +75,8 @@ class ControllerServer:
             if bundles is not None and settings.planner is not PlannerKind.RULE:
                 self.bundles = BundleHolder(bundles, settings.bundle_poll_s)
             planner = planner or make_planner(settings, self.bundles)
-            self.steering = SteeringService(settings, planner, bus, self.bundles, Guard(calibrator=calibrator))
+            guard = make_guard(settings, calibrator) if self.bundles is not None else None
+            self.steering = SteeringService(settings, planner, bus, self.bundles, guard)
         self.generation: GenerationService | None = None
         if bus is not None and Role.GENERATION in settings.roles:
             self.generation = GenerationService(bus, Limits(max_queued=settings.max_queued))
@@ -151,3 +152,8 @@ def make_planner(settings: ControllerSettings, bundles: BundleHolder | None) -> 
         return rule
     limits = ChoiceLimits(dwell_tokens=settings.dwell_tokens, margin=settings.switch_margin)
     return LearnedPlanner(bundles, limits, rule, insist=settings.planner is PlannerKind.LEARNED)
+
+
+def make_guard(settings: ControllerSettings, calibrator: Calibrator | None = None) -> Guard:
+    """The guard of the settings."""
+    return Guard(GuardSettings(settings.guard_error, settings.guard_least_audits), calibrator)

@@ -91,6 +91,18 @@ class ControllerSettings(FileSettings):
     bundle_poll_s: float = Field(
         5.0, gt=0, description="longest time until a new active bundle is noticed if its notice was lost, seconds"
     )
+    guard_error: float = Field(
+        1e-3,
+        gt=0,
+        lt=1,
+        description="probability that a bundle which keeps its bounds is taken for one that breaks them, over its "
+        "whole time in force",
+    )
+    guard_least_audits: int = Field(50, ge=1, description="audits of a bundle before it can be taken for one")
+    guard_rollback: bool = Field(
+        True,
+        description="whether a bundle that breaks its bounds is rolled back; false: that is logged and counted alone",
+    )
     default_pipeline: str = Field("", description="pipeline of new requests that name none; empty: the worker's own")
     nack_backoff_ms: float = Field(
         1000.0, gt=0, description="wait before a refused pipeline is tried again, doubling each time, milliseconds"

@@ -93,7 +93,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         bus: job store in which ``ledger`` keeps the overrides and the mode; its ``start`` goes before ours. None: they
             live as long as this object.
         bundles: the predictors that the planner may use, for the guard and the shadow's predictions.
-        guard: watches the bounds of the active one.
+        guard: watches the bounds of the active one; None: nobody does.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         self.mode = settings.mode
         self.ledger = Ledger(bus, self)
         self.bundles = bundles
-        self.guard = guard or Guard()
+        self.guard = guard
         self.journal = Journal(bus, lambda: self.bundles.shadow if self.bundles is not None else None)
         self._settings = settings
         self._planner = planner
@@ -232,15 +232,21 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
 
     def _heed(self, audits: Collection[JoinedAudit]) -> None:
         """Shows the guard what was measured of the active bundle's decisions, and does as it says."""
+        if self.guard is None or self.bundles is None:
+            return
         for joined in audits:
-            forecast = joined.decision.forecast
-            active = self.bundles.active if self.bundles is not None else None
+            forecast, active = joined.decision.forecast, self.bundles.active
             if forecast is None or active is None or forecast.bundle != active.version:
                 continue
+            measured = joined.audit.divergence
             broken = self.guard.observe(
-                active.version, active.alpha, forecast.family, forecast.bound, joined.audit.divergence
+                active.version, active.alpha, forecast.family, forecast.divergence, forecast.bound, measured
             )
-            if broken and self.bundles is not None and self.bundles.rollback(active.version, broken):
+            if not broken:
+                continue
+            if not self._settings.guard_rollback:
+                log.warning("bundle stays: automatic rollback is off", bundle=active.version, reason=broken)
+            elif self.bundles.rollback(active.version, broken):
                 self._replan_all()
 
     def _settle(self, stream: _Stream, answer: Answer | None, nonce: str) -> None:

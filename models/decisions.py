@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from kvpilot.v1 import job_pb2, policy_pb2
 from kvpilot.v1.operator_pb2 import DecisionOutcome
 from models.features import NAMES, SCHEMA_HASH
+from models.online import exceeds
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Score:
         self.decisions += 1
         for audit in audits.values():
             self.audits += 1
-            self.exceeded += not audit.divergence <= bound
+            self.exceeded += exceeds(bound, audit.divergence)
             self.predicted += (predicted - self.predicted) / self.audits
             self.bound += (bound - self.bound) / self.audits
             self.measured += (audit.divergence - self.measured) / self.audits

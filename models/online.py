@@ -1,7 +1,4 @@
-"""Bounds that keep holding while serving: what audits measure moves them, and tells when they no longer fit.
-
-Controllers use the calibrator; the alarm and the drift detector are not wired into one yet.
-"""
+"""Bounds that keep holding while serving: what audits measure moves them, and tells when they no longer fit."""
 
 from __future__ import annotations
 
@@ -20,6 +17,11 @@ STEP_NATS = 0.05
 """Log nats that a bound rises by for each audit above it, times (1 - alpha); it falls by alpha times that otherwise."""
 MOST_NATS = math.log(100.0)
 """Log nats that a bound may be moved by."""
+
+
+def exceeds(bound: float, divergence: float) -> bool:
+    """Whether an audit is above its bound; one that is no number is, and none is below the floor of audits."""
+    return not divergence <= max(bound, AUDIT_FLOOR)
 
 
 class OnlineCalibrator:
@@ -64,7 +66,7 @@ class OnlineCalibrator:
         for name, value in (("bound", bound), ("divergence", divergence)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} {value}: expected finite nats per token, 0 or more")
-        exceeded = divergence > max(bound, AUDIT_FLOOR)
+        exceeded = exceeds(bound, divergence)
         moved = self._offsets[family] + self.step * (exceeded - self.alpha)
         self._offsets[family] = min(self.limit, max(-self.limit, moved))
         self._audits[family] += 1
@@ -124,6 +126,9 @@ class BoundAlarm:
         alpha: share of audits that may exceed their bound.
         error: probability of a false alarm, over the whole time.
         least: audits before the first alarm.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     def __init__(self, alpha: float, error: float = 1e-3, least: int = 20) -> None:
@@ -131,6 +136,8 @@ class BoundAlarm:
             raise ValueError(f"alpha {alpha}: expected a share above 0 and below 1")
         if not 0 < error < 1:
             raise ValueError(f"error {error}: expected a probability above 0 and below 1")
+        if least < 1:
+            raise ValueError(f"least {least}: expected 1 audit or more")
         self.alpha = alpha
         self.error = error
         self.least = least

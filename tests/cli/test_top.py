@@ -88,6 +88,45 @@ def test_what_a_bundle_promises_is_shown() -> None:
     assert "predicted" not in shown(snapshot())  # the rule promises nothing
 
 
+def test_the_latest_decision_stands_beside_the_last_switch() -> None:
+    picture = snapshot()
+    decision = picture.requests[0].decision
+    decision.CopyFrom(
+        operator_pb2.Decision(
+            pipeline="kivi(bits=4)",
+            reason="stays, switched 24 tokens ago < 32",
+            outcome=operator_pb2.DECISION_OUTCOME_KEEP,
+        )
+    )
+    said = shown(picture)
+    assert "latest decision" in said
+    assert "keep" in said
+    assert "stays, switched 24 tokens ago < 32" in said
+    assert "@16 by controller: full → kivi(bits=4)" in said
+
+
+def test_what_audits_say_of_bundles_is_shown() -> None:
+    picture = snapshot()
+    picture.bundles.extend(
+        [
+            operator_pb2.Bundle(version="new", active=True, alpha=0.1, audits=120, exceeded=9, mean_log_residual=0.7),
+            operator_pb2.Bundle(version="next", shadow=True, alpha=0.1),
+            operator_pb2.Bundle(version="torn", refusal="bundle torn: predictor.skops is missing"),
+            operator_pb2.Bundle(version="old", audits=1, exceeded=1, alarms=1, drifts=2, mean_log_residual=-0.1),
+        ]
+    )
+    said = shown(picture)
+    for line in (
+        "bundle new (active): 120 audits, 9 above their bound (8%, 10% promised), measured 2 times what was predicted, "
+        "0 drifts, 0 alarms",
+        "bundle next (shadow)",
+        "bundle torn (refused): bundle torn: predictor.skops is missing",
+        "bundle old (not in use): 1 audit, 1 above their bound (100%), measured 0.9 times what was predicted, "
+        "2 drifts, 1 alarm",
+    ):
+        assert line in said, line
+
+
 def test_narrow_terminals_lose_no_column() -> None:
     said = shown(snapshot(), 80)
     for column in ("request", "pipeline", "tokens", "device", "signals", "decision"):

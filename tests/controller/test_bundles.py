@@ -205,21 +205,91 @@ async def test_a_worker_of_another_schema_is_steered_by_the_rule() -> None:
         assert "the worker reports none, by the rule: " in directive.reason
 
 
+async def audited(worker: ScriptedWorker, count: int, request_id: str = "job-1") -> None:
+    """A request whose pipeline loses far more than any bound, as so many audits say."""
+    await worker.report(request_state(request_id))
+    directive = await worker.directive()
+    await worker.ack(directive)
+    audits = [policy_pb2.Audit(at_token=17, pipeline=directive.pipeline, divergence=9.0)] * count
+    await worker.report(
+        request_state(
+            request_id, generated_tokens=32, pipeline=directive.pipeline, epoch=directive.epoch, audits=audits
+        )
+    )
+
+
 async def test_broken_bounds_roll_back_to_the_rule() -> None:
     source = FakeSource("v1", v1=FakePredictor("v1"))
     async with controller(source) as server, ScriptedWorker.attach(server.address, learning()) as worker:
-        await worker.report(request_state())
-        directive = await worker.directive()
-        await worker.ack(directive)
-        audits = [policy_pb2.Audit(at_token=17, pipeline=directive.pipeline, divergence=9.0)] * 50
-        await worker.report(
-            request_state(generated_tokens=32, pipeline=directive.pipeline, epoch=directive.epoch, audits=audits)
-        )
+        await audited(worker, 50)
         await until(lambda: len(source.rollbacks) == 1)
         assert source.rollbacks[0][0] == "v1"
-        assert "50 of the last 50 audits" in source.rollbacks[0][1]
+        assert "50 of 50 audits" in source.rollbacks[0][1]
         await worker.report(request_state("job-2"))
         assert (await worker.directive()).bundle == ""
+
+
+async def test_settings_say_when_bounds_are_broken() -> None:
+    source = FakeSource("v1", v1=FakePredictor("v1"))
+    async with (
+        controller(source, guard_least_audits=5, guard_error=1e-2) as server,
+        ScriptedWorker.attach(server.address, learning()) as worker,
+    ):
+        await audited(worker, 5)
+        await until(lambda: len(source.rollbacks) == 1)
+        assert "5 of 5 audits" in source.rollbacks[0][1]
+        assert "0.01 at most" in source.rollbacks[0][1]
+
+
+async def test_with_automatic_rollback_off_broken_bounds_are_said_and_counted() -> None:
+    source = FakeSource("v1", v1=FakePredictor("v1"))
+    with structlog.testing.capture_logs() as logs:
+        async with (
+            controller(source, guard_rollback=False, guard_least_audits=50) as server,
+            ScriptedWorker.attach(server.address, learning()) as worker,
+        ):
+            await audited(worker, 100)
+            guard = server.steering.guard
+            await until(lambda: guard.audits.total() == 100)
+            assert guard.alarms["v1"] == 2
+            await worker.report(request_state("job-2"))
+            assert (await worker.directive()).bundle == "v1"
+            assert source.rollbacks == []
+    said = [line for line in logs if line["event"].startswith("bundle stays")]
+    assert [(line["bundle"], line["log_level"]) for line in said] == [("v1", "warning")] * 2
+    assert "50 of 50 audits" in said[0]["reason"]
+
+
+async def test_operators_see_what_audits_say_of_each_bundle() -> None:
+    source = FakeSource("v1", "v2", v1=FakePredictor("v1"), v2=FakePredictor("v2", alpha=0.2))
+    async with (
+        controller(source) as server,
+        ScriptedWorker.attach(server.address, learning()) as worker,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        operator = operator_pb2_grpc.OperatorServiceStub(channel)
+        first, second = (await operator.ListBundles(operator_pb2.ListBundlesRequest())).bundles
+        assert (first.version, first.active, first.shadow, first.alpha, first.audits) == ("v1", True, False, 0.1, 0)
+        assert (second.version, second.active, second.shadow, second.alpha) == ("v2", False, True, 0.2)
+        assert not first.HasField("mean_log_residual")
+        await audited(worker, 49)
+        guard = server.steering.guard
+        await until(lambda: guard.audits.total() == 49)
+        first, _ = (await operator.ListBundles(operator_pb2.ListBundlesRequest())).bundles
+        assert (first.audits, first.exceeded, first.alarms) == (49, 49, 0)
+        assert first.mean_log_residual == pytest.approx(guard.residual("v1"))
+        assert first.mean_log_residual > 4  # 9 nats where some hundredths were predicted
+        source.point("none such", "v2")
+        await until(lambda: "none such" in server.bundles.refused)
+        await audited(worker, 1, "job-2")
+        await until(lambda: len(source.rollbacks) == 1)
+        listed = (await operator.ListBundles(operator_pb2.ListBundlesRequest())).bundles
+        assert [(one.version, one.active, one.alarms) for one in listed] == [
+            ("v2", False, 0),
+            ("none such", False, 0),
+            ("v1", False, 1),
+        ]
+        assert "no bundle none such" in listed[1].refusal
 
 
 async def test_learned_needs_bundles() -> None:

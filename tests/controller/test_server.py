@@ -184,6 +184,23 @@ def test_settings_come_from_file_environment_and_flags(tmp_path: Path, monkeypat
     assert ControllerSettings.load(file, tick_ms=3, mode=None).tick_ms == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("guard_error", "0", "greater than 0"),
+        ("guard_error", "1", "less than 1"),
+        ("guard_least_audits", "0", "greater than or equal to 1"),
+        ("guard_rollback", "sometimes", "valid boolean"),
+    ],
+)
+def test_settings_of_the_guard_are_checked(
+    name: str, value: str, accepted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"KVPILOT_CONTROLLER_{name.upper()}", value)
+    with pytest.raises(ValueError, match=f"{name}\n.*{accepted}"):
+        ControllerSettings.load()
+
+
 def test_unknown_keys_in_the_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "controller.toml"
     file.write_text("tick = 1\n")

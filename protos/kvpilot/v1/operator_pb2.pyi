@@ -131,6 +131,40 @@ class ReleasePipelineResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ListBundlesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBundlesResponse(_message.Message):
+    __slots__ = ("bundles",)
+    BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    bundles: _containers.RepeatedCompositeFieldContainer[Bundle]
+    def __init__(self, bundles: _Optional[_Iterable[_Union[Bundle, _Mapping]]] = ...) -> None: ...
+
+class Bundle(_message.Message):
+    __slots__ = ("version", "active", "shadow", "refusal", "alpha", "audits", "exceeded", "alarms", "drifts", "mean_log_residual")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    AUDITS_FIELD_NUMBER: _ClassVar[int]
+    EXCEEDED_FIELD_NUMBER: _ClassVar[int]
+    ALARMS_FIELD_NUMBER: _ClassVar[int]
+    DRIFTS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_LOG_RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    active: bool
+    shadow: bool
+    refusal: str
+    alpha: float
+    audits: int
+    exceeded: int
+    alarms: int
+    drifts: int
+    mean_log_residual: float
+    def __init__(self, version: _Optional[str] = ..., active: _Optional[bool] = ..., shadow: _Optional[bool] = ..., refusal: _Optional[str] = ..., alpha: _Optional[float] = ..., audits: _Optional[int] = ..., exceeded: _Optional[int] = ..., alarms: _Optional[int] = ..., drifts: _Optional[int] = ..., mean_log_residual: _Optional[float] = ...) -> None: ...
+
 class GetModeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -63,6 +63,11 @@ class OperatorServiceStub:
                 request_serializer=kvpilot_dot_v1_dot_operator__pb2.ReleasePipelineRequest.SerializeToString,
                 response_deserializer=kvpilot_dot_v1_dot_operator__pb2.ReleasePipelineResponse.FromString,
                 _registered_method=True)
+        self.ListBundles = channel.unary_unary(
+                '/kvpilot.v1.OperatorService/ListBundles',
+                request_serializer=kvpilot_dot_v1_dot_operator__pb2.ListBundlesRequest.SerializeToString,
+                response_deserializer=kvpilot_dot_v1_dot_operator__pb2.ListBundlesResponse.FromString,
+                _registered_method=True)
         self.GetMode = channel.unary_unary(
                 '/kvpilot.v1.OperatorService/GetMode',
                 request_serializer=kvpilot_dot_v1_dot_operator__pb2.GetModeRequest.SerializeToString,
@@ -121,6 +126,13 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBundles(self, request, context):
+        """Lists the predictor bundles that this controller holds, wants or has heard audits of, and what it has seen of each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetMode(self, request, context):
         """Says how much this controller steers: what SetMode last set, also before a restart, else the mode it was configured
         to start with.
@@ -160,6 +172,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ReleasePipeline,
                     request_deserializer=kvpilot_dot_v1_dot_operator__pb2.ReleasePipelineRequest.FromString,
                     response_serializer=kvpilot_dot_v1_dot_operator__pb2.ReleasePipelineResponse.SerializeToString,
+            ),
+            'ListBundles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBundles,
+                    request_deserializer=kvpilot_dot_v1_dot_operator__pb2.ListBundlesRequest.FromString,
+                    response_serializer=kvpilot_dot_v1_dot_operator__pb2.ListBundlesResponse.SerializeToString,
             ),
             'GetMode': grpc.unary_unary_rpc_method_handler(
                     servicer.GetMode,
@@ -289,6 +306,33 @@ class OperatorService:
             '/kvpilot.v1.OperatorService/ReleasePipeline',
             kvpilot_dot_v1_dot_operator__pb2.ReleasePipelineRequest.SerializeToString,
             kvpilot_dot_v1_dot_operator__pb2.ReleasePipelineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBundles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpilot.v1.OperatorService/ListBundles',
+            kvpilot_dot_v1_dot_operator__pb2.ListBundlesRequest.SerializeToString,
+            kvpilot_dot_v1_dot_operator__pb2.ListBundlesResponse.FromString,
             options,
             channel_credentials,
             insecure,
