@@ -333,8 +333,6 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
                 self.journal.decided(next(self._nonces), worker, live, decision, Outcome.KEEP)
             if last and last.outcome is Outcome.REFUSED and not live.may_try(last.pipeline, now_s):
                 return  # the record keeps saying what was refused, and why
-            if last and last.outcome is Outcome.APPLIED and worker.catalog.same(decision.pipeline, last.pipeline):
-                return  # the record keeps saying what was carried out, why and when
             self._note(worker, live, _record(decision, Outcome.KEEP, in_force))
         elif not live.may_try(decision.pipeline, now_s):
             return

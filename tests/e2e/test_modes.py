@@ -73,8 +73,8 @@ async def test_off_then_advisory_then_active(client: AsyncClient, operator: Oper
     assert switch.after.device_bytes < 0.4 * switch.before.device_bytes
 
     await job.more(100)
-    live = await decided(job, operator, DecisionOutcome.DECISION_OUTCOME_APPLIED)
-    assert live.state.pipeline == live.decision.pipeline == INT4
+    live = await decided(job, operator, DecisionOutcome.DECISION_OUTCOME_KEEP)
+    assert live.state.pipeline == live.decision.pipeline == live.state.last_switch.to_pipeline == INT4
     result = await job.cancel(client)
     assert result.pipeline == INT4
     assert [switch.at_token for switch in result.finished.switches] == [switch.at_token]
