@@ -249,7 +249,14 @@ def promote(settings: CliSettings, version: str, reason: str, store: str | None)
 def rollback(settings: CliSettings, reason: str, store: str | None) -> None:
     """Moves the active pointer back."""
     registry = _registry(store)
-    state = _moved(settings, lambda bus: promotion.rollback(bus, registry, reason or "rolled back by an operator"))
+
+    def passed_over(version: str, error: Exception) -> None:
+        _err().print(f"passed over {version}, which does not load: {error}", markup=False)
+
+    state = _moved(
+        settings,
+        lambda bus: promotion.rollback(bus, registry, reason or "rolled back by an operator", passed_over=passed_over),
+    )
     print(f"active: {state.version} (left: {state.history[0].version})")
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import sys
 
+import structlog
+
 from controller.bundles import Pointers
-from kvpilot.bus import Bus, Pointer, PointerMovedError, PointerState
+from kvpilot.bus import Bus, Pointer, PointerMovedError
+from models import promotion
 from models.features import Family
 from models.online import AdaptivePredictor, OnlineCalibrator
 from models.predictor import Predictor
 from models.registry import Registry
+
+log = structlog.get_logger()
 
 
 class RegistrySource:
@@ -60,21 +66,10 @@ class RegistrySource:
         """See BundleSource."""
         if self._bus is None:
             return  # there is no pointer to move; the holder remembers as long as this process lives
-        state = await self._bus.pointer(Pointer.ACTIVE)
-        shown = state.version if state.revision else await self._shipped()
-        if shown != version:
-            return
-        try:
-            await self._go_back(self._bus, state, reason)
-        except PointerMovedError:
-            return  # an operator was quicker
-
-    async def _go_back(self, bus: Bus, state: PointerState, reason: str) -> None:
-        if state.below:
-            before = state.below[0]
-            await bus.move_pointer(Pointer.ACTIVE, before, reason, back=True, revision=state.revision)
-        else:
-            await bus.move_pointer(Pointer.ACTIVE, None, reason, revision=state.revision)
+        with contextlib.suppress(PointerMovedError):  # an operator was quicker
+            await promotion.rollback(
+                self._bus, self._registry, reason, away_from=version, or_none=True, passed_over=_passed_over
+            )
 
     def observe(self, bundle: str, family: Family, bound: float, measured: float) -> None:
         """See Calibrator."""
@@ -87,3 +82,7 @@ class RegistrySource:
 
     async def _shipped(self) -> str:
         return await asyncio.to_thread(self._registry.shipped) or ""
+
+
+def _passed_over(version: str, error: Exception) -> None:
+    log.warning("bundle passed over on the way back: it does not load", bundle=version, error=str(error))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from kvpilot.bus.pointers import Pointer, PointerBoard, PointerState
-from models.registry import Registry, RegistryError
+from models.bundle import BundleError
+from models.registry import Registry, RegistryError, StoreUnavailableError
 
 
 async def promote(board: PointerBoard, registry: Registry, version: str, reason: str) -> PointerState:
@@ -27,28 +29,56 @@ async def promote(board: PointerBoard, registry: Registry, version: str, reason:
     return await board.move_pointer(Pointer.ACTIVE, version, reason, revision=state.revision)
 
 
-async def rollback(board: PointerBoard, registry: Registry, reason: str, away_from: str | None = None) -> PointerState:
+async def rollback(
+    board: PointerBoard,
+    registry: Registry,
+    reason: str,
+    away_from: str | None = None,
+    *,
+    or_none: bool = False,
+    passed_over: Callable[[str, Exception], None] = lambda version, error: None,
+) -> PointerState:
     """Goes back to the bundle that was active before; once more, to the one before that.
+
+    Bundles that do not load are passed over: the next below is taken.
 
     Args:
         board: the pointers.
         registry: the bundles.
         reason: kept in the history.
-        away_from: go back only while this bundle is the active one, else change nothing.
+        away_from: go back only while this bundle is the active one, else change nothing. While nobody moved the
+            pointer, that is the one that came with kvpilot.
+        or_none: point to no bundle where none is left to go back to.
+        passed_over: told each bundle that does not load, and why.
 
     Raises:
-        RegistryError: no bundle was active before, or it is gone.
-        BundleError: the one before must not be used; the active one stays.
+        RegistryError: no bundle that loads was active before; not with ``or_none``.
+        StoreUnavailableError: the store does not say whether one loads; the active one stays.
         BusError: the job store refused or is out of reach, or the pointer was moved meanwhile.
     """
     state = await board.pointer(Pointer.ACTIVE)
-    if away_from is not None and state.version != away_from:
+    active = state.version if state.revision else await asyncio.to_thread(registry.shipped)
+    if away_from is not None and active != away_from:
         return state
-    if not state.below:
-        raise RegistryError(f"nothing to go back to: no bundle was active before {state.version or 'now'}")
-    before = state.below[0]
-    await asyncio.to_thread(registry.load, before)
-    return await board.move_pointer(Pointer.ACTIVE, before, reason, back=True, revision=state.revision)
+    problems: dict[str, Exception] = {}
+    for version in state.below:
+        if version == active or version in problems:
+            continue  # it lay there twice, with what is passed over in between
+        try:
+            await asyncio.to_thread(registry.load, version)
+        except StoreUnavailableError:
+            raise
+        except (BundleError, RegistryError) as error:
+            problems[version] = error
+            passed_over(version, error)
+        else:
+            return await board.move_pointer(Pointer.ACTIVE, version, reason, back=True, revision=state.revision)
+    if or_none:
+        return await board.move_pointer(Pointer.ACTIVE, None, reason, back=True, revision=state.revision)
+    if problems:
+        told = "; ".join(str(error) for error in problems.values())
+        raise RegistryError(f"nothing to go back to: no bundle that was active before {active} loads: {told}")
+    raise RegistryError(f"nothing to go back to: no bundle was active before {state.version or 'now'}")
 
 
 async def shadow(board: PointerBoard, registry: Registry, version: str | None, reason: str) -> PointerState:

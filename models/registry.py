@@ -29,6 +29,10 @@ class RegistryError(Exception):
     """The store of bundles cannot be used, or has not what was asked for; says which and why."""
 
 
+class StoreUnavailableError(RegistryError):
+    """The store cannot be read or written now, whatever is in it; trying again later may help."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A bundle in a store."""
@@ -205,7 +209,8 @@ class _Store:
 
 
 class _stated:  # noqa: N801  # reads as a statement: `with _stated(url):`
-    """Turns what file systems raise into RegistryError, naming the store."""
+    """Turns what file systems raise into RegistryError, naming the store: of the kind that may pass, unless a file is not
+    there."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -215,7 +220,8 @@ class _stated:  # noqa: N801  # reads as a statement: `with _stated(url):`
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, RegistryError):
-            raise RegistryError(f"bundle store {self._url}: {type(error).__name__}: {error}") from error
+            kind_of_error = RegistryError if isinstance(error, FileNotFoundError) else StoreUnavailableError
+            raise kind_of_error(f"bundle store {self._url}: {type(error).__name__}: {error}") from error
 
 
 def _download(store: _Store, version: str, folder: Path) -> None:

@@ -137,6 +137,17 @@ def test_a_bundle_that_does_not_load_is_not_promoted(store: Registry, redis_url:
     assert marks == {"a": "active", "b": "-"}
 
 
+def test_going_back_says_what_it_passes_over(store: Registry, redis_url: str) -> None:
+    redis = ("--redis-url", redis_url)
+    store.put(made("c"))
+    for version in ("a", "b", "c"):
+        said(run("promote", version, *redis))
+    (Path(store.url) / "b" / PREDICTOR).write_bytes(b"")
+    went = run("rollback", *redis)
+    assert went.stdout == "active: a (left: c)\n"
+    assert "passed over b, which does not load: bundle b: predictor.skops does not have the checksum" in went.stderr
+
+
 def test_the_store_that_up_started_is_found(store: Registry, home: Path, redis_url: str) -> None:
     port = redis_url.split(":")[2].split("/")[0]
     folder = home / "state" / "kvpilot" / "redis"

@@ -224,6 +224,18 @@ async def test_what_came_along_is_not_taken_up_again_once_it_was_rolled_back(sou
     assert await source.pointers() == Pointers()
 
 
+async def test_a_rollback_leads_past_what_does_not_load(
+    source: RegistrySource, registry: Registry, bus: Bus
+) -> None:
+    await promote(bus, registry, "a", "try a")
+    await promote(bus, registry, "b", "try b")
+    tamper(registry, "a")
+    with structlog.testing.capture_logs() as logs:
+        await source.rollback("b", "b broke its bound")
+    assert (await bus.pointer(Pointer.ACTIVE)).version == "default"
+    assert [(line["bundle"], line["log_level"]) for line in logs] == [("a", "warning")]
+
+
 async def test_a_rollback_undoes_nothing_that_an_operator_did_meanwhile(
     source: RegistrySource, registry: Registry, bus: Bus
 ) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import redis
+from fsspec.implementations.local import LocalFileSystem
 
 from kvpilot.bus import Bus, BusError, Pointer, PointerMovedError, PointerState
 from kvpilot.bus.keys import pointer as pointer_key
@@ -16,7 +18,7 @@ from kvpilot.bus.pointers import HISTORY
 from models.bundle import BundleError
 from models.manifest import MANIFEST
 from models.promotion import promote, rollback, shadow
-from models.registry import Registry, RegistryError
+from models.registry import Registry, RegistryError, StoreUnavailableError
 from tests.jobs_help import connected
 from tests.models.fitted import made
 
@@ -98,12 +100,59 @@ async def test_a_bundle_that_does_not_load_is_not_pointed_at(bus: Bus, registry:
         await promote(bus, registry, "c", "")
     with pytest.raises(BundleError, match="bundle c: feature schema"):
         await shadow(bus, registry, "c", "")
-    with pytest.raises(BundleError, match="bundle a: feature schema"):
+    with pytest.raises(RegistryError, match="no bundle that was active before b loads: bundle a: feature schema"):
         await rollback(bus, registry, "")
     with pytest.raises(RegistryError, match="no bundle 'd'"):
         await promote(bus, registry, "d", "")
     assert await bus.pointer(Pointer.ACTIVE) == before
     assert await bus.pointer(Pointer.SHADOW) == PointerState()
+
+
+async def test_going_back_passes_over_what_does_not_load(bus: Bus, registry: Registry) -> None:
+    for version in ("a", "b", "c"):
+        await promote(bus, registry, version, f"try {version}")
+    break_bundle(registry, "b")
+    passed: dict[str, Exception] = {}
+    state = await rollback(bus, registry, "c was bad", passed_over=passed.__setitem__)
+    assert (state.version, state.below) == ("a", ())
+    assert (state.history[0].version, state.history[0].left_reason) == ("c", "c was bad")
+    assert list(passed) == ["b"]
+    assert "feature schema" in str(passed["b"])
+
+
+async def test_going_back_never_leads_to_what_is_left(bus: Bus, registry: Registry) -> None:
+    for version in ("c", "a", "b", "a"):
+        await promote(bus, registry, version, f"try {version}")
+    break_bundle(registry, "b")
+    assert (await rollback(bus, registry, "a was bad")).version == "c"
+
+
+async def test_going_back_from_the_last_may_lead_to_none(bus: Bus, registry: Registry) -> None:
+    await promote(bus, registry, "a", "")
+    await promote(bus, registry, "b", "")
+    shutil.rmtree(Path(registry.url) / "a")
+    state = await rollback(bus, registry, "b broke its bound", away_from="b", or_none=True)
+    assert (state.version, state.reason) == (None, "b broke its bound")
+    assert (state.history[0].version, state.history[0].rolled_back) == ("b", True)
+    registry.put(made("a"))
+    assert (await rollback(bus, registry, "it is back")).version == "a"  # and b is not what lies below
+
+
+async def test_a_store_that_does_not_answer_decides_nothing(
+    bus: Bus, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await promote(bus, registry, "a", "")
+    before = await promote(bus, registry, "b", "")
+
+    def no_route(*_: object, **__: object) -> bool:
+        raise ConnectionError("no route")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "exists", no_route)
+        with pytest.raises(StoreUnavailableError, match="no route"):
+            await rollback(bus, registry, "", or_none=True)
+    assert await bus.pointer(Pointer.ACTIVE) == before
+    assert (await rollback(bus, registry, "", or_none=True)).version == "a"
 
 
 async def test_the_shadow_is_apart_and_can_be_taken_away(bus: Bus, registry: Registry) -> None:
