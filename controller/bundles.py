@@ -1,4 +1,4 @@
-"""The predictors in force: loaded in a thread, checked, and swapped between two plans.
+"""The predictors in force: loaded beside the planning, checked, and swapped between two plans.
 
 The planner reads :attr:`BundleHolder.active` once per plan, so that a swap is one assignment, seen by the next plan; no
 stream and no directive under way takes notice. A bundle that cannot be used is refused by name; what is active stays.
@@ -45,8 +45,8 @@ class BundleSource(Protocol):
         """Returns when the pointers may have changed. May be cancelled at any time."""
         ...
 
-    def load(self, version: str) -> Predictor:
-        """Loads and checks a bundle. Called in a thread; may take seconds.
+    async def load(self, version: str) -> Predictor:
+        """Loads and checks a bundle; may take seconds, but none of the event loop's.
 
         Raises:
             Exception: why it must not be used (schema, self-test, untrusted types, not found).
@@ -184,11 +184,11 @@ class BundleHolder:
             log.info("bundle in the shadow", bundle=version or "none")
 
     async def _load(self, version: str) -> Predictor | None:
-        """Loads in a thread; None, with the reason in ``refused``, for what cannot be used."""
+        """None, with the reason in ``refused``, for what cannot be used."""
         if not version:
             return None
         try:
-            loaded = await asyncio.to_thread(self._source.load, version)
+            loaded = await self._source.load(version)
             _check(version, loaded)
         except Exception as error:
             if self.refused.get(version) != str(error):

@@ -209,8 +209,7 @@ class _Store:
 
 
 class _stated:  # noqa: N801  # reads as a statement: `with _stated(url):`
-    """Turns what file systems raise into RegistryError, naming the store: of the kind that may pass, unless a file is not
-    there."""
+    """Turns what file systems raise into RegistryError, naming the store; unless a file is not there, that may pass."""
 
     def __init__(self, url: str) -> None:
         self._url = url

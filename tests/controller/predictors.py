@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,11 +58,10 @@ class FakeSource:
         self.wanted = Pointers(active, shadow)
         self.store: dict[str, FakePredictor | Exception] = dict(store)
         self.loads: list[str] = []
-        self.load_threads: set[int] = set()
         self.rollbacks: list[tuple[str, str]] = []
         self.reads = 0
         self.reachable = True
-        self.gate = threading.Event()
+        self.gate = asyncio.Event()
         self.gate.set()
         self.wake = asyncio.Event()
 
@@ -82,11 +80,10 @@ class FakeSource:
         await self.wake.wait()
         self.wake.clear()
 
-    def load(self, version: str) -> FakePredictor:
+    async def load(self, version: str) -> FakePredictor:
         self.loads.append(version)
-        self.load_threads.add(threading.get_ident())
-        if not self.gate.wait(10):
-            raise TimeoutError("the test never opened the gate")
+        async with asyncio.timeout(10):
+            await self.gate.wait()
         found = self.store.get(version, FileNotFoundError(f"no bundle {version}"))
         if isinstance(found, Exception):
             raise found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -39,12 +38,11 @@ def version(holder: BundleHolder) -> str:
     return holder.active.version if holder.active is not None else ""
 
 
-async def test_what_is_wanted_is_loaded_in_a_thread_before_anything_else() -> None:
+async def test_what_is_wanted_is_loaded_before_anything_else() -> None:
     source = FakeSource("v1", "v2", v1=FakePredictor("v1"), v2=FakePredictor("v2"))
     async with holding(source) as holder:
         assert version(holder) == "v1"
         assert holder.shadow is source.store["v2"]
-        assert threading.get_ident() not in source.load_threads
 
 
 async def test_a_wake_swaps_and_the_shadow_is_promoted_without_a_second_load() -> None:

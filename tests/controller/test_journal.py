@@ -110,5 +110,8 @@ async def test_the_log_is_bounded(redis_url: str) -> None:
         assert 100 <= len(kept) < 400
         assert kept[-1][1].decision_id == "99"
         assert (await bus.decisions(after=kept[-2][0])) == kept[-1:]
+        assert await bus.decisions_before(count=2000) == kept[::-1]
+        assert await bus.decisions_before(kept[-2][0], count=2) == kept[-3:-5:-1]
+        assert await bus.decisions_before(kept[0][0]) == []
         await bus.log_decisions([])
         assert len(await bus.decisions(count=2000)) == len(kept)

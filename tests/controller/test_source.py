@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,14 +19,15 @@ from controller.server import ControllerServer
 from controller.settings import ControllerSettings, Role
 from controller.source import RegistrySource
 from kvpilot.bus import Bus, Pointer, PointerMovedError, PointerState, keys
-from kvpilot.v1 import common_pb2, policy_pb2
+from kvpilot.v1 import common_pb2, job_pb2, policy_pb2
 from models import bundle as bundles
-from models.bundle import BundleError
+from models.bundle import Bundle, BundleError
 from models.features import SCHEMA_HASH, Family
 from models.manifest import PREDICTOR
 from models.online import AdaptivePredictor
 from models.promotion import promote, shadow
 from models.registry import Registry, RegistryError
+from tests.conftest import RedisProcess
 from tests.controller.scripted import ScriptedWorker, hello, request_state, until
 from tests.jobs_help import connected
 from tests.models.fitted import held_out, made
@@ -128,7 +130,7 @@ async def test_waiting_can_be_given_up_at_any_time(source: RegistrySource, redis
 async def test_without_a_job_store_there_is_what_came_along(registry: Registry) -> None:
     source = RegistrySource(registry, None)
     assert await source.pointers() == Pointers(active="default")
-    assert source.load("default").version == "default"
+    assert (await source.load("default")).version == "default"
     await source.rollback("default", "nowhere to keep that")
     assert await source.pointers() == Pointers(active="default")
     with pytest.raises(TimeoutError):
@@ -140,7 +142,7 @@ async def test_without_a_job_store_there_is_what_came_along(registry: Registry) 
 
 
 async def test_exceedances_raise_the_bounds_of_their_bundle_and_family_alone(source: RegistrySource) -> None:
-    a, b = source.load("a"), source.load("b")
+    a, b = await source.load("a"), await source.load("b")
     assert isinstance(a, AdaptivePredictor)
     assert (a.version, a.schema_hash, a.alpha) == ("a", SCHEMA_HASH, a.predictor.alpha)
     before, other = bounds(a), bounds(a, Family.QUANTISE)
@@ -157,10 +159,10 @@ async def test_exceedances_raise_the_bounds_of_their_bundle_and_family_alone(sou
 
 async def test_every_copy_of_a_bundle_learns(source: RegistrySource) -> None:
     """The active one goes on learning when its like is loaded for the shadow, or again after a while."""
-    active = source.load("a")
+    active = await source.load("a")
     exceed(source, "a", 5)
     early = bounds(active)
-    again = source.load("a")
+    again = await source.load("a")
     np.testing.assert_array_equal(bounds(again), early)
     exceed(source, "a", 5)
     assert (bounds(active) > early).all()
@@ -171,7 +173,7 @@ async def test_every_copy_of_a_bundle_learns(source: RegistrySource) -> None:
 async def test_what_no_audit_should_say_is_taken_as_the_guard_takes_it(
     source: RegistrySource, measured: float, exceeds: bool
 ) -> None:
-    loaded = source.load("a")
+    loaded = await source.load("a")
     before = bounds(loaded)
     source.observe("a", Family.WINDOW, 0.01, measured)
     assert isinstance(loaded, AdaptivePredictor)
@@ -181,12 +183,28 @@ async def test_what_no_audit_should_say_is_taken_as_the_guard_takes_it(
     assert loaded.calibrator.audits(Family.WINDOW) == (1, int(exceeds))
 
 
+async def test_a_bundle_is_loaded_in_a_thread(
+    source: RegistrySource, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    load = registry.load
+
+    def note(version: str) -> Bundle:
+        threads.append(threading.get_ident())
+        return load(version)
+
+    monkeypatch.setattr(registry, "load", note)
+    await source.load("a")
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
 async def test_what_must_not_be_used_is_not_loaded(source: RegistrySource, registry: Registry) -> None:
     tamper(registry, "b")
     with pytest.raises(BundleError, match=r"bundle b: "):
-        source.load("b")
+        await source.load("b")
     with pytest.raises(RegistryError, match="no bundle 'c'"):
-        source.load("c")
+        await source.load("c")
 
 
 def tamper(registry: Registry, version: str) -> None:
@@ -194,6 +212,69 @@ def tamper(registry: Registry, version: str) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
+
+
+# --- what the log teaches --------------------------------------------------------------------------------------------
+
+
+def logged(version: str, divergence: float, number: int, controller: str = "w0") -> list[job_pb2.DecisionEvent]:
+    """A decision of a bundle and an audit of it, as a controller logs them."""
+    examples = held_out()
+    row = examples.rows[examples.families.index(Family.WINDOW)]
+    name = f"{controller}-{number}"
+    decided = job_pb2.Decided(bundle=version, feature_schema_hash=SCHEMA_HASH, features=row, family=Family.WINDOW.value)
+    measured = job_pb2.Measured(audit=policy_pb2.Audit(at_token=16, divergence=divergence), bound=0.5)
+    return [
+        job_pb2.DecisionEvent(decision_id=name, decided=decided),
+        job_pb2.DecisionEvent(decision_id=name, measured=measured),
+    ]
+
+
+async def test_a_bundle_learns_from_the_log_of_all_controllers_when_it_is_first_loaded(
+    source: RegistrySource, bus: Bus
+) -> None:
+    events = [*logged("a", BROKEN, 1), *logged("b", BROKEN, 2), *logged("a", BROKEN, 1, "other"), *logged("a", 0.0, 3)]
+    await bus.log_decisions(events)
+    a = await source.load("a")
+    assert isinstance(a, AdaptivePredictor)
+    assert a.calibrator.audits(Family.WINDOW) == (3, 2)
+    await bus.log_decisions(logged("a", BROKEN, 4))
+    await source.load("a")  # what came since, it was told
+    assert a.calibrator.audits(Family.WINDOW) == (3, 2)
+
+
+async def test_no_more_than_the_newest_of_the_log_is_read(
+    source: RegistrySource, registry: Registry, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bus.log_decisions([event for number in range(20) for event in logged("a", BROKEN, number)])
+    await bus.log_decisions([event for number in range(20, 30) for event in logged("a", 0.0, number)])
+    monkeypatch.setattr("controller.source._PAGE", 6)
+    monkeypatch.setattr("controller.source.LOG_ENTRIES", 30)
+    a = await source.load("a")
+    assert isinstance(a, AdaptivePredictor)
+    assert a.calibrator.audits(Family.WINDOW) == (15, 5)
+    monkeypatch.setattr("controller.source.MOST_AUDITS", 11)
+    again = await RegistrySource(registry, bus).load("a")
+    assert isinstance(again, AdaptivePredictor)
+    assert again.calibrator.audits(Family.WINDOW) == (11, 1)
+
+
+async def test_a_log_out_of_reach_stops_no_load(registry: Registry, forgetful_redis: RedisProcess) -> None:
+    async with connected(forgetful_redis.url) as bus:
+        forgetful_redis.kill()
+        with structlog.testing.capture_logs() as logs:
+            loaded = await RegistrySource(registry, bus).load("a")
+    assert loaded.version == "a"
+    assert [(line["log_level"], line["bundle"]) for line in logs] == [("warning", "a")]
+    assert "out of reach" in logs[0]["error"]
+
+
+async def test_what_is_no_log_stops_no_load(source: RegistrySource, redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.xadd(keys.DECISIONS, {"event": b"\xff"})
+    with structlog.testing.capture_logs() as logs:
+        assert (await source.load("a")).version == "a"
+    assert [line["log_level"] for line in logs] == ["warning"]
 
 
 # --- the way back ----------------------------------------------------------------------------------------------------
@@ -224,9 +305,7 @@ async def test_what_came_along_is_not_taken_up_again_once_it_was_rolled_back(sou
     assert await source.pointers() == Pointers()
 
 
-async def test_a_rollback_leads_past_what_does_not_load(
-    source: RegistrySource, registry: Registry, bus: Bus
-) -> None:
+async def test_a_rollback_leads_past_what_does_not_load(source: RegistrySource, registry: Registry, bus: Bus) -> None:
     await promote(bus, registry, "a", "try a")
     await promote(bus, registry, "b", "try b")
     tamper(registry, "a")
@@ -319,7 +398,10 @@ async def directed(worker: ScriptedWorker, request_id: str) -> policy_pb2.Direct
 
 async def report_audits(worker: ScriptedWorker, carried_out: policy_pb2.Directive, *measured: float) -> None:
     """A report with audits of what a directive led to."""
-    audits = [policy_pb2.Audit(at_token=17, pipeline=carried_out.pipeline, divergence=lost) for lost in measured]
+    audits = [
+        policy_pb2.Audit(at_token=token, pipeline=carried_out.pipeline, divergence=lost)
+        for token, lost in enumerate(measured, 17)
+    ]
     await worker.report(
         request_state(
             carried_out.request_id,
@@ -395,6 +477,24 @@ async def test_audits_far_above_the_bound_take_the_bundle_back(
         await decides(server, "a")
         assert (await directed(worker, "job-3")).bundle == "a"
         assert not worker.call.done()
+
+
+async def test_what_audits_taught_outlives_the_controller(source: RegistrySource, registry: Registry, bus: Bus) -> None:
+    await promote(bus, registry, "a", "try a")
+    async with controller(source, bus) as server, ScriptedWorker.attach(server.address, learning()) as worker:
+        directive = await directed(worker, "job-1")
+        await report_audits(worker, directive, *[BROKEN] * 9, 0.0)
+        guard = server.steering.guard
+        await until(lambda: guard.audits.total() == 10)
+        ((_, family),) = guard.audits
+        before = await source.load("a")
+    restarted = RegistrySource(registry, bus)
+    async with controller(restarted, bus) as server:
+        await decides(server, "a")
+        after = server.bundles.active
+        assert after.calibrator.audits(family) == before.calibrator.audits(family) == (10, 9)
+        assert after.calibrator.offset(family) == before.calibrator.offset(family) > 0.3
+        np.testing.assert_array_equal(bounds(after, family), bounds(before, family))
 
 
 async def test_with_nothing_before_it_the_rule_takes_over_and_stays(

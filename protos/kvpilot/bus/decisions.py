@@ -38,3 +38,14 @@ class DecisionLog(Connection):
         with translated_errors():
             found = await self._client.xrange(keys.DECISIONS, min=f"({after}", count=count)
         return [(name.decode(), job_pb2.DecisionEvent.FromString(fields[b"event"])) for name, fields in found]
+
+    async def decisions_before(self, before: str = "+", count: int = 1000) -> list[tuple[str, job_pb2.DecisionEvent]]:
+        """Returns entries before the one named ``before``, newest first, each with its name; by default the newest.
+
+        Raises:
+            BusUnavailableError: Redis is out of reach.
+        """
+        newest = before if before == "+" else f"({before}"
+        with translated_errors():
+            found = await self._client.xrevrange(keys.DECISIONS, max=newest, count=count)
+        return [(name.decode(), job_pb2.DecisionEvent.FromString(fields[b"event"])) for name, fields in found]
