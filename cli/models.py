@@ -43,8 +43,8 @@ Store = Annotated[
     typer.Option(
         metavar="URL",
         envvar="KVPILOT_CONTROLLER_BUNDLE_STORE",
-        help="Store of bundles: a folder or an fsspec URL; the controller's bundle_store. Default: bundles in the "
-        "cache.",
+        help="Store of bundles: a folder or an fsspec URL. Default: bundle_store in the settings' [controller] table, "
+        "as for the controller, else bundles in the cache.",
     ),
 ]
 Version = Annotated[str, typer.Argument(help="Version of a bundle; `kvpilot models list` shows them.")]
@@ -62,6 +62,7 @@ Alpha = Annotated[float, typer.Option(metavar="SHARE", help="Share of windows th
 
 @models_app.command("train")
 def train(
+    context: typer.Context,
     data: Data = None,
     store: Store = None,
     version: Name = None,
@@ -81,7 +82,7 @@ def train(
     with reported():
         from cli import bundles as command
 
-        command.train(data, store, version, trials, alpha, folds, note)
+        command.train(data, _store(context, store), version, trials, alpha, folds, note)
 
 
 @models_app.command("evaluate")
@@ -117,11 +118,13 @@ def evaluate(
     with reported():
         from cli import bundles as command
 
-        command.evaluate(_settings(context, None), report, bundle, data, store, all_documents, steering_overhead, tick)
+        settings, place = _settings(context, None), _store(context, store)
+        command.evaluate(settings, report, bundle, data, place, all_documents, steering_overhead, tick)
 
 
 @models_app.command("calibrate")
 def calibrate(
+    context: typer.Context,
     bundle: Version,
     data: Data = None,
     store: Store = None,
@@ -138,7 +141,7 @@ def calibrate(
     with reported():
         from cli import bundles as command
 
-        command.calibrate(bundle, data, store, version, alpha, all_documents)
+        command.calibrate(bundle, data, _store(context, store), version, alpha, all_documents)
 
 
 @models_app.command("list")
@@ -147,11 +150,12 @@ def list_(context: typer.Context, store: Store = None, redis_url: RedisUrl = Non
     with reported():
         from cli import bundles as command
 
-        command.show_list(_settings(context, redis_url), store)
+        command.show_list(_settings(context, redis_url), _store(context, store))
 
 
 @models_app.command("show")
 def show(
+    context: typer.Context,
     bundle: Version,
     store: Store = None,
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as it is.")] = False,
@@ -160,11 +164,12 @@ def show(
     with reported():
         from cli import bundles as command
 
-        command.show(bundle, store, json)
+        command.show(bundle, _store(context, store), json)
 
 
 @models_app.command("explain")
 def explain(
+    context: typer.Context,
     bundle: Annotated[str | None, typer.Argument(help="Version of a bundle. Default: the newest.")] = None,
     data: Data = None,
     store: Store = None,
@@ -187,7 +192,7 @@ def explain(
     with reported():
         from cli import bundles as command
 
-        command.explain(bundle, data, store, document, at_token, pipeline, top)
+        command.explain(bundle, data, _store(context, store), document, at_token, pipeline, top)
 
 
 @models_app.command("promote")
@@ -201,7 +206,7 @@ def promote(
     with reported():
         from cli import bundles as command
 
-        command.promote(_settings(context, redis_url), bundle, reason, store)
+        command.promote(_settings(context, redis_url), bundle, reason, _store(context, store))
 
 
 @models_app.command("rollback")
@@ -210,7 +215,7 @@ def rollback(context: typer.Context, reason: Reason = "", store: Store = None, r
     with reported():
         from cli import bundles as command
 
-        command.rollback(_settings(context, redis_url), reason, store)
+        command.rollback(_settings(context, redis_url), reason, _store(context, store))
 
 
 @models_app.command("shadow")
@@ -226,7 +231,7 @@ def shadow(
     with reported():
         from cli import bundles as command
 
-        command.shadow(_settings(context, redis_url), bundle, none, reason, store)
+        command.shadow(_settings(context, redis_url), bundle, none, reason, _store(context, store))
 
 
 @models_app.command("history")
@@ -269,3 +274,14 @@ def _settings(context: typer.Context, redis_url: str | None) -> CliSettings:
     from cli.settings import load_settings
 
     return load_settings(context.obj, redis_url=redis_url)
+
+
+def _store(context: typer.Context, given: str | None) -> str | None:
+    """The store given, by flag or environment, else that of the settings' ``[controller]``; None: the default one.
+
+    Raises:
+        pydantic.ValidationError: the table is not one that the controller would accept.
+    """
+    from controller.settings import ControllerSettings
+
+    return given or ControllerSettings.model_validate(_settings(context, None).controller).bundle_store or None

@@ -137,6 +137,29 @@ def test_a_bundle_that_does_not_load_is_not_promoted(store: Registry, redis_url:
     assert marks == {"a": "active", "b": "-"}
 
 
+def test_the_controllers_store_is_read_from_the_file(
+    store: Registry, home: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other = Registry(home / "own"), Registry(home / "other")
+    own.put(made("of-the-file"))
+    other.put(made("of-the-environment"))
+    (home / "kvpilot.toml").write_text(f'[controller]\nbundle_store = "{home / "own"}"\n')
+    assert said(run("list")).startswith("of-the-file\t")
+    assert "bundle of-the-file" in said(run("show", "of-the-file"))
+    assert said(run("promote", "of-the-file", "--redis-url", redis_url)).startswith("active: of-the-file ")
+    assert "no bundle 'a' in" in said(run("promote", "a", "--redis-url", redis_url), code=2)
+    monkeypatch.setenv("KVPILOT_CONTROLLER_BUNDLE_STORE", other.url)
+    assert said(run("list")).startswith("of-the-environment\t")
+    assert said(run("list", "--store", store.url)).splitlines()[0].split("\t")[0] in ("a", "b")
+
+
+def test_a_table_that_the_controller_would_refuse_is_named(store: Registry, home: Path) -> None:
+    (home / "kvpilot.toml").write_text("[controller]\nbundle_store = 3\nguard_eror = 0.1\n")
+    refused = said(run("list"), code=2)
+    assert "bundle_store: Input should be a valid string, not 3" in refused
+    assert "guard_eror: Extra inputs are not permitted" in refused
+
+
 def test_going_back_says_what_it_passes_over(store: Registry, redis_url: str) -> None:
     redis = ("--redis-url", redis_url)
     store.put(made("c"))
