@@ -50,7 +50,8 @@ class Registry:
 
     Args:
         url: ``s3://bucket/prefix``, a folder, or anything else that fsspec knows; by default ``bundles`` in kvpilot's
-            cache folder. Other stores than folders need fsspec's package for them (s3fs, gcsfs, ...).
+            cache folder. Other stores than folders need fsspec's package for them (s3fs, gcsfs, ...). S3 takes its
+            credentials, region and endpoint from where AWS tools do (``AWS_*``, ``~/.aws``); its bucket must be there.
         cache: folder for downloaded bundles; by default in kvpilot's cache folder.
         shipped: folder of bundles that come with kvpilot; by default where they are installed.
 
@@ -200,7 +201,8 @@ class _Store:
         """Every file whole or not at all, the manifest last."""
         folder = f"{self.root}/{version}"
         with _stated(self.url):
-            self.files.makedirs(folder, exist_ok=True)
+            if "s3" not in self.files.protocol:  # it knows no folders, and would make the bucket that is named
+                self.files.makedirs(folder, exist_ok=True)
             for name in (*_FILES, MANIFEST):
                 file = self.files.open(f"{folder}/{name}", "wb", autocommit=False)
                 file.write(files[name])

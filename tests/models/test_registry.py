@@ -1,23 +1,58 @@
-"""Stores of bundles: a folder and memory behave alike."""
+"""Stores of bundles: a folder, memory and S3 behave alike."""
 
 from __future__ import annotations
 
+import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from models import bundle as bundles
 from models.bundle import BundleError
 from models.manifest import MANIFEST, PREDICTOR, SELF_TEST
-from models.registry import Registry, RegistryError
+from models.registry import Registry, RegistryError, StoreUnavailableError
 from tests.models.fitted import made
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """URL of an S3 server on this machine."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3FileSystem]:
+    """The server, known by environment alone, as AWS tools are told."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    told = {"ENDPOINT_URL": s3_server, "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "DEFAULT_REGION": "us-east-1"}
+    files = {"CONFIG_FILE": tmp_path / "none", "SHARED_CREDENTIALS_FILE": tmp_path / "none"}
+    for name, value in {**told, **files}.items():
+        monkeypatch.setenv(f"AWS_{name}", str(value))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    S3FileSystem.clear_instance_cache()
+    yield S3FileSystem()
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "store") if request.param == "folder" else f"memory://{uuid.uuid4().hex}/store"
+    if request.param == "folder":
+        return str(tmp_path / "store")
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}/store"
+    bucket = f"kvpilot-{uuid.uuid4().hex}"
+    request.getfixturevalue("s3").mkdir(bucket)
+    return f"s3://{bucket}/store"
 
 
 @pytest.fixture
@@ -121,6 +156,26 @@ def test_a_download_is_kept_and_checked_each_time(tmp_path: Path) -> None:
     (folder / SELF_TEST).write_bytes(b"{}")
     with pytest.raises(BundleError, match=r"selftest\.json does not have the checksum"):
         registry.get("one")
+
+
+def test_a_bucket_that_does_not_exist_is_named_and_not_made(s3: S3FileSystem, tmp_path: Path) -> None:
+    registry = Registry("s3://no-such-bucket/store", cache=tmp_path / "cache", shipped=tmp_path / "shipped")
+    assert registry.list() == []
+    with pytest.raises(RegistryError, match=r"bundle store s3://no-such-bucket/store: .*bucket does not exist"):
+        registry.put(made("one"))
+    assert "no-such-bucket" not in s3.ls("")
+
+
+def test_a_store_that_lets_nobody_in_is_not_an_empty_one(
+    s3: S3FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    S3FileSystem.clear_instance_cache()
+    registry = Registry("s3://bucket/store", cache=tmp_path / "cache", shipped=tmp_path / "shipped")
+    with pytest.raises(StoreUnavailableError, match="Unable to locate credentials"):
+        registry.list()
 
 
 def test_a_store_that_does_not_exist_is_named() -> None:
