@@ -157,8 +157,8 @@ def show_list(settings: CliSettings, store: str | None) -> None:
         print(f"{entry.version}\t{marks or '-'}\t{made}\t{entry.place}\t{told}")
 
 
-def show(version: str, store: str | None, json: bool) -> None:
-    """Prints a bundle's manifest, once it has loaded."""
+def show(settings: CliSettings, version: str, store: str | None, json: bool) -> None:
+    """Prints a bundle's manifest, once it has loaded, and what audits say of it, if a controller answers."""
     with _said():
         manifest = Registry(store).load(version).manifest
     if json:
@@ -186,6 +186,25 @@ def show(version: str, store: str | None, json: bool) -> None:
         factors = (f"{math.exp(value):.2f}" for value in (shift.bound, shift.point))
         bounds.add_row(name, *factors, f"{shift.windows:,}", f"{shift.documents:,}")
     out.print(bounds)
+    _show_audits(settings.endpoint, version, out)
+
+
+def _show_audits(endpoint: str, version: str, out: Console) -> None:
+    import grpc
+
+    from cli import text
+    from cli.connection import operator_stub
+    from kvpilot.v1 import operator_pb2
+
+    try:
+        with operator_stub(endpoint) as stub:
+            known = stub.ListBundles(operator_pb2.ListBundlesRequest(), timeout=_IMPATIENT.timeout_s).bundles
+    except grpc.RpcError:
+        _err().print(f"no controller answers at {endpoint}: what audits say is not known", markup=False)
+        return
+    for bundle in known:
+        if bundle.version == version:
+            out.print(f"at {endpoint}: {text.bundle(bundle)}", markup=False, highlight=False)
 
 
 def explain(

@@ -160,11 +160,14 @@ def show(
     store: Store = None,
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as it is.")] = False,
 ) -> None:
-    """Show where a bundle comes from, its metrics and its calibration; and check that it loads."""
+    """Show where a bundle comes from, its metrics and its calibration; and check that it loads.
+
+    If a controller answers at the settings' endpoint: also what it has measured of the bundle since it started.
+    """
     with reported():
         from cli import bundles as command
 
-        command.show(bundle, _store(context, store), json)
+        command.show(_settings(context, None), bundle, _store(context, store), json)
 
 
 @models_app.command("explain")

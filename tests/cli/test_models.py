@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
 from cli.main import app
+from kvpilot.v1 import operator_pb2, operator_pb2_grpc
 from models import registry
 from models.manifest import MANIFEST, PREDICTOR
 from models.registry import Registry
@@ -125,6 +128,28 @@ def test_history_says_what_was_in_charge_and_why(store: Registry, redis_url: str
         ("active", "b", "better; rolled back: worse"),
         ("active", "a", "promoted by an operator; left: better"),
     ]
+
+
+def test_show_says_what_a_controllers_audits_say(store: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Operator(operator_pb2_grpc.OperatorServiceServicer):
+        def ListBundles(self, request: object, context: object) -> operator_pb2.ListBundlesResponse:  # noqa: N802
+            seen = operator_pb2.Bundle(version="a", active=True, alpha=0.1, audits=50, exceeded=6, drifts=1)
+            return operator_pb2.ListBundlesResponse(bundles=[seen, operator_pb2.Bundle(version="b", shadow=True)])
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    operator_pb2_grpc.add_OperatorServiceServicer_to_server(Operator(), server)
+    endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    monkeypatch.setenv("KVPILOT_ENDPOINT", endpoint)
+    server.start()
+    try:
+        shown = run("show", "a").stdout
+        assert f"at {endpoint}: bundle a (active): 50 audits, 6 above their bound (12%, 10% promised), 1 drift" in shown
+        assert "bundle b (shadow)" not in shown
+    finally:
+        server.stop(None).wait()
+    alone = run("show", "a")
+    said(alone)
+    assert f"no controller answers at {endpoint}" in alone.stderr
 
 
 def test_a_bundle_that_does_not_load_is_not_promoted(store: Registry, redis_url: str) -> None:
