@@ -88,7 +88,8 @@ class RegistrySource:
             told = str(error) or f"no answer within {LOG_PATIENCE_S:g} s"
             log.warning("bounds are those of the bundle: the log cannot be read", bundle=version, error=told)
             return OnlineCalibrator(bundle.alpha)
-        log.info("bounds learnt from the log", bundle=version, audits=learnt)
+        if learnt:
+            log.info("bounds learnt from the log", bundle=version, audits=learnt)
         return calibrator
 
     async def _logged(self, version: str) -> list[job_pb2.DecisionEvent]:
