@@ -6,12 +6,16 @@ round has prompts of its own; which mode goes first alternates, so that a drift 
 
 The signals that reports carry are measured by the worker in either mode. What that takes is counted by the worker
 itself, and given beside the ratio as a share of the time it spent on decoding.
+
+Where controller and worker share their cores, what the controller computes is taken from the worker; so its CPU time is
+given too, in both modes: it wavers less than tokens per second do.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -21,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bench.machine import busy_note, describe_machine
-from bench.serve import Figures, figures_of
+from bench.serve import figures_of
 from bench.stack import bench_settings, generate_timed
 from cli.demo_jobs import licence_text
 from cli.settings import CliSettings
@@ -34,15 +39,31 @@ from cli.up import make_stack, until_signal, wait_attached
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
 from kvpilot.v1.operator_pb2 import Mode
 
+REQUESTS, MAX_TOKENS, PROMPT_TOKENS = 8, 96, 256
+
+
+@dataclass(frozen=True)
+class Run:
+    """All requests of one mode."""
+
+    decode_tokens_per_s: float
+    controller_share: float
+    """CPU seconds of the controller over seconds."""
+
 
 @dataclass(frozen=True)
 class Round:
     """Both modes' runs over equally long prompts."""
 
-    off: Figures
-    advisory: Figures
+    off: Run
+    advisory: Run
     signal_share: float
     """Time the worker spent on signals over that it spent on decode steps, in both runs."""
+
+    @property
+    def ratio(self) -> float:
+        """Tokens per second with planning over those without."""
+        return self.advisory.decode_tokens_per_s / self.off.decode_tokens_per_s
 
 
 def bench(
@@ -56,6 +77,35 @@ def bench(
 ) -> None:
     """Runs the benchmark, prints it, and writes it to ``file``."""
     console = Console(highlight=False)
+    report = measure(model, rounds, console, requests, max_tokens, prompt_tokens, threads)
+    console.print(render(report))
+    if file is not None:
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(
+    model: str | None,
+    rounds: int,
+    console: Console,
+    requests: int = REQUESTS,
+    max_tokens: int = MAX_TOKENS,
+    prompt_tokens: int = PROMPT_TOKENS,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Runs a stack of its own in turn in both modes; see :func:`make_report`.
+
+    Args:
+        model: a name from the store, or a folder; None: the usual one.
+        rounds: times each mode runs.
+        console: is told how far it is.
+        requests: at once.
+        max_tokens: that each generates.
+        prompt_tokens: of each prompt, about.
+        threads: CPU threads of the worker; None: one per core.
+
+    Raises:
+        KeyboardInterrupt: it was stopped.
+    """
     used_threads = threads or os.cpu_count() or 1
     machine = describe_machine(used_threads)
     done: list[Round] = []
@@ -64,10 +114,7 @@ def bench(
         work = _run(settings, requests, max_tokens, prompt_tokens, rounds, done, console)
         if asyncio.run(until_signal(work)):
             raise KeyboardInterrupt
-    report = make_report(done, machine, settings.model, requests, max_tokens, prompt_tokens)
-    console.print(render(report))
-    if file is not None:
-        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return make_report(done, machine, settings.model, requests, max_tokens, prompt_tokens)
 
 
 async def _run(
@@ -84,15 +131,17 @@ async def _run(
         async with grpc.aio.insecure_channel(stack.endpoint) as channel:
             operator = operator_pb2_grpc.OperatorServiceStub(channel)  # type: ignore[no-untyped-call]
             prompts = _Prompts(licence_text(), prompt_tokens)
-            await _generate_all(stack.endpoint, prompts.take(requests), max_tokens)
+            controller = next(child.pid for child in stack.children if child.name == "controller")
+            assert controller is not None
+            await _generate_all(stack.endpoint, prompts.take(requests), max_tokens, controller)
             console.print("warmed up")
             for number in range(rounds):
                 before = await _worker_ms(operator)
-                found: dict[Mode, Figures] = {}
+                found: dict[Mode, Run] = {}
                 modes = [Mode.MODE_OFF, Mode.MODE_ADVISORY]
                 for mode in modes if number % 2 == 0 else reversed(modes):
                     await operator.SetMode(operator_pb2.SetModeRequest(mode=mode))
-                    found[mode] = await _generate_all(stack.endpoint, prompts.take(requests), max_tokens)
+                    found[mode] = await _generate_all(stack.endpoint, prompts.take(requests), max_tokens, controller)
                 signal_ms, decode_ms = (
                     now - then for now, then in zip(await _worker_ms(operator), before, strict=True)
                 )
@@ -121,12 +170,22 @@ class _Prompts:
         return found
 
 
-async def _generate_all(endpoint: str, prompts: list[str], max_tokens: int) -> Figures:
-    started = time.perf_counter()
+async def _generate_all(endpoint: str, prompts: list[str], max_tokens: int, controller: int) -> Run:
+    started, used_s = time.perf_counter(), _cpu_s(controller)
     streams = await asyncio.gather(
         *(generate_timed(endpoint, prompt=prompt, scenario="mixed", max_tokens=max_tokens) for prompt in prompts)
     )
-    return figures_of(streams, started)
+    controller_share = (_cpu_s(controller) - used_s) / (time.perf_counter() - started)
+    return Run(figures_of(streams, started).decode_tokens_per_s, controller_share)
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU seconds that a process has used, all threads; NaN where the system does not tell."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        return math.nan
+    user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 async def _worker_ms(operator: operator_pb2_grpc.OperatorServiceStub) -> tuple[float, float]:
@@ -147,8 +206,9 @@ def make_report(
     prompt_tokens: int,
 ) -> dict[str, Any]:
     """Medians over the rounds, and every round beside them."""
-    ratios = [one.advisory.decode_tokens_per_s / one.off.decode_tokens_per_s for one in rounds]
     signals = statistics.median(one.signal_share for one in rounds)
+    low, high = _interval([one.ratio for one in rounds])
+    ratio = statistics.median(one.ratio for one in rounds)
     return {
         "machine": machine,
         "model": model,
@@ -157,9 +217,13 @@ def make_report(
         "max_tokens": max_tokens,
         "off_tokens_per_s": round(statistics.median(one.off.decode_tokens_per_s for one in rounds), 2),
         "advisory_tokens_per_s": round(statistics.median(one.advisory.decode_tokens_per_s for one in rounds), 2),
-        "planning_overhead": round(1 - statistics.median(ratios), 4),
+        "planning_overhead": round(1 - ratio, 4),
+        "planning_overhead_low": round(1 - high, 4),
+        "planning_overhead_high": round(1 - low, 4),
         "signal_share": round(signals, 4),
-        "steering_overhead": round(1 - statistics.median(ratios) + signals, 4),
+        "steering_overhead": round(1 - ratio + signals, 4),
+        "controller_share_off": _rounded(statistics.median(one.off.controller_share for one in rounds)),
+        "controller_share_advisory": _rounded(statistics.median(one.advisory.controller_share for one in rounds)),
         "rounds": [
             {
                 "off_tokens_per_s": round(one.off.decode_tokens_per_s, 2),
@@ -171,10 +235,29 @@ def make_report(
     }
 
 
+def _interval(ratios: list[float]) -> tuple[float, float]:
+    """95 % interval of the median, by resampling rounds."""
+    drawn = np.random.default_rng(0).choice(np.array(ratios), (2000, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _rounded(share: float) -> float | None:
+    return None if math.isnan(share) else round(share, 4)
+
+
 def render(report: dict[str, Any]) -> Table:
     """The report for people."""
     machine = report["machine"]
-    caption = f"medians of {len(report['rounds'])} rounds in one run; a negative cost is noise"
+    caption = (
+        f"medians of {len(report['rounds'])} rounds in one run; a negative cost is noise\n95 % of planning costs: "
+    )
+    caption += f"{report['planning_overhead_low']:.2%} to {report['planning_overhead_high']:.2%}"
+    if report["controller_share_off"] is not None:
+        caption += (
+            f"\ncontroller: {report['controller_share_off']:.2%} of a core without planning, "
+            f"{report['controller_share_advisory']:.2%} with it"
+        )
     caption += busy_note(machine)
     table = Table(
         title=f"{report['requests']} requests of about {report['prompt_tokens']} + {report['max_tokens']} tokens, "

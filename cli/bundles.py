@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ from models.explain import ExplainError
 from models.fitting import TrainingError
 from models.manifest import Manifest, Provenance, SplitCount, file_hashes
 from models.registry import SHIPPED, Registry, RegistryError
-from models.store import cache_folder
+from models.store import cache_folder, stored_models
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,6 +108,7 @@ def evaluate(
     store: str | None,
     all_documents: bool,
     steering_overhead: float | None,
+    steering_rounds: int,
     tick: bool,
 ) -> None:
     """Evaluates a bundle, prints its targets and writes the report."""
@@ -121,6 +122,8 @@ def evaluate(
         if data is not None and not dataset.holds(data):
             data, all_documents = measure_text(settings, data), True
         _, table = _read(data)
+        if steering_rounds:
+            steering_overhead = _measure_steering(bundle.manifest.provenance.models, steering_rounds)
         found = evaluation.evaluate(
             bundle,
             table,
@@ -134,6 +137,17 @@ def evaluate(
         shown.add_row(one.name, one.wanted, one.value, {True: "pass", False: "[bold]fail[/]", None: "-"}[one.passed])
     Console().print(shown)
     print("\n".join(str(path) for path in written if path.suffix in (".html", ".json")))
+
+
+def _measure_steering(models: Sequence[str], rounds: int) -> float | None:
+    """What steering costs while the model of the bundle is served; None, and said, where that is not here."""
+    from bench import steer
+
+    here = [model for model in models if model in (folder.name for folder in stored_models())]
+    if not here:
+        _err().print(f"what steering costs is not measured: {', '.join(models)} not in the store", markup=False)
+        return None
+    return float(steer.measure(here[0], rounds, _err())["steering_overhead"])
 
 
 def show_list(settings: CliSettings, store: str | None) -> None:

@@ -423,7 +423,7 @@ def bench_steer(
     requests: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at once.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens each of them generates.")] = 96,
     prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each prompt, about.")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times each mode runs; medians are given.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times each mode runs; medians are given.")] = 8,
     threads: Threads = None,
 ) -> None:
     """What steering costs: the same requests with planning on (advisory) and off, in turn.

@@ -103,9 +103,18 @@ def evaluate(
         bool,
         typer.Option("--all-documents", help="Use all documents of the data, not its test split; so for own text."),
     ] = False,
+    steering_rounds: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Rounds in which to measure what steering costs, as `kvpilot bench steer` does, at most a minute "
+            "each on two cores; 0: leave it out.",
+        ),
+    ] = 6,
     steering_overhead: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="Share of tokens/s that steering costs, measured elsewhere, to report."),
+        typer.Option(metavar="SHARE", help="Share of tokens/s that steering costs, measured before, to report."),
     ] = None,
     tick: Annotated[bool, typer.Option(help="Time a planning tick of 256 requests, 16 candidates each.")] = True,
 ) -> None:
@@ -119,7 +128,8 @@ def evaluate(
         from cli import bundles as command
 
         settings, place = _settings(context, None), _store(context, store)
-        command.evaluate(settings, report, bundle, data, place, all_documents, steering_overhead, tick)
+        rounds = steering_rounds if steering_overhead is None else 0
+        command.evaluate(settings, report, bundle, data, place, all_documents, steering_overhead, rounds, tick)
 
 
 @models_app.command("calibrate")

@@ -32,13 +32,15 @@ def test_machine_is_described() -> None:
 
 def test_steering_costs_planning_and_signals() -> None:
     rounds = [
-        steer.Round(off=Figures(100.0, 1.0, []), advisory=Figures(99.0, 1.0, []), signal_share=0.005),
-        steer.Round(off=Figures(50.0, 1.0, []), advisory=Figures(49.0, 1.0, []), signal_share=0.003),
-        steer.Round(off=Figures(80.0, 1.0, []), advisory=Figures(84.0, 1.0, []), signal_share=0.004),
+        steer.Round(off=steer.Run(100.0, 0.02), advisory=steer.Run(99.0, 0.03), signal_share=0.005),
+        steer.Round(off=steer.Run(50.0, 0.01), advisory=steer.Run(49.0, 0.04), signal_share=0.003),
+        steer.Round(off=steer.Run(80.0, 0.03), advisory=steer.Run(84.0, 0.05), signal_share=0.004),
     ]
     report = steer.make_report(rounds, describe_machine(2), "tiny", 2, 1, 4)
     assert report["off_tokens_per_s"] == 80.0
     assert report["planning_overhead"] == 0.01  # of 0.01, 0.02 and -0.05
     assert report["signal_share"] == 0.004
     assert report["steering_overhead"] == 0.014
+    assert (report["planning_overhead_low"], report["planning_overhead_high"]) == (-0.05, 0.02)
+    assert (report["controller_share_off"], report["controller_share_advisory"]) == (0.02, 0.04)
     assert steer.render(report).row_count == 1

@@ -79,7 +79,12 @@ def test_train_show_list_evaluate(home: Path, data: Path) -> None:
 
 
 def test_evaluate_all_documents_of_other_data(store: Registry, home: Path, data: Path) -> None:
-    said(run("evaluate", "--bundle", "a", "--report", home / "r", "--data", data, "--all-documents", "--no-tick"))
+    said(
+        run(
+            *("evaluate", "--bundle", "a", "--report", home / "r", "--data", data),
+            *("--all-documents", "--no-tick", "--steering-rounds", 0),
+        )
+    )
     figures = json.loads((home / "r" / "report.json").read_text())
     assert (figures["bundle"], figures["documents"], figures["tick_ms_256x16"]) == ("a", 60, None)
 
