@@ -189,6 +189,8 @@ def _check_replay(request: generation_pb2.GenerateRequest, model: generation_pb2
         bad["sampling"] = "given; accepted: unset with replay, which generates nothing"
     if not 0 <= replay.horizon_tokens <= MAX_HORIZON_TOKENS:
         bad.add("replay.horizon_tokens", replay.horizon_tokens, f"1 to {MAX_HORIZON_TOKENS}; 0 or unset is 32")
+    if replay.turns < 0:
+        bad.add("replay.turns", replay.turns, "1 or more; 0 or unset is 1")
     places = list(replay.at_tokens)
     if not 1 <= len(places) <= MAX_REPLAYED:
         bad["replay.at_tokens"] = f"{len(places)} places given; accepted: 1 to {MAX_REPLAYED}"

@@ -113,6 +113,7 @@ class Collector:
             pipelines=self._asked.pipelines,
             horizon_tokens=self._asked.horizon_tokens,
             measured_under=replay.measured_under,
+            turns=replay.turns,
             model=self._asked.model,
             idempotency_key=key,
         )

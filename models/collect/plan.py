@@ -66,11 +66,13 @@ class Replay:
         token_ids: the text.
         at_tokens: places.
         measured_under: a pipeline per place.
+        turns: user turns, if it is a conversation of more than one.
     """
 
     token_ids: tuple[int, ...]
     at_tokens: tuple[int, ...]
     measured_under: tuple[str, ...]
+    turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Plan:
                 measured_under=replay.measured_under,
                 pipelines=asked.pipelines,
                 horizon_tokens=asked.horizon_tokens,
+                turns=replay.turns,
                 model=asked.model,
             )
             digest.update(request.SerializeToString(deterministic=True))
@@ -150,7 +153,8 @@ def _known(document: Document, vocabulary: Vocabulary, others: Sequence[str], op
         places = anywhere(len(window), options.places or places_of(len(window)), options.horizon_tokens, rng, taken)
         taken.update(places)
         if places:
-            replays.append(Replay(tuple(window), tuple(places), tuple(in_force(places, others, rng))))
+            in_turn = tuple(in_force(places, others, rng))
+            replays.append(Replay(tuple(window), tuple(places), in_turn, _user_turns(document)))
     if not replays:
         raise _LeftOutError("too short")
     return replays
@@ -173,7 +177,13 @@ def _continued(
     places = around(len(prompt), len(after), count, horizon, rng, task)
     if not places:
         raise _LeftOutError("too short")
-    return Replay((*prompt, *after), tuple(places), tuple(in_force(places, others, rng)))
+    return Replay((*prompt, *after), tuple(places), tuple(in_force(places, others, rng)), _user_turns(document))
+
+
+def _user_turns(document: Document) -> int:
+    """0 for what is no conversation of several turns."""
+    turns = sum(role == "user" for role, _ in document.turns)
+    return turns if turns > 1 else 0
 
 
 def _ids(piece: Piece, vocabulary: Vocabulary, first: bool) -> list[int]:

@@ -42,6 +42,7 @@ class ReplayOptions(TypedDict, total=False):
 
     horizon_tokens: int
     measured_under: Sequence[str]
+    turns: int
     model: str
     idempotency_key: str
 
@@ -122,6 +123,7 @@ def make_replay_request(
         pipelines=pipelines,
         horizon_tokens=options.get("horizon_tokens", 0),
         measured_under=options.get("measured_under", ()),
+        turns=options.get("turns", 0),
     )
     request = make_request(prompt, token_ids=token_ids)
     request.replay.CopyFrom(replay)

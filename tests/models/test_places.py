@@ -122,6 +122,13 @@ def test_a_known_continuation_is_measured_from_its_first_token() -> None:
     assert max(of_talk.replays[0].at_tokens) == prompt or max(of_talk.replays[0].at_tokens) >= prompt + 32
 
 
+def test_a_conversation_says_how_many_turns_it_has() -> None:
+    said = (("user", "u" * 200), ("assistant", "a" * 200), ("user", "v" * 200))
+    documents = [Document("one", "chat", turns=said[:1], continuation="z"), Document("two", "chat", turns=said)]
+    plans, _ = plans_of([*documents, Document("text", "prose", "x" * 500)])
+    assert [replay.turns for plan in plans for replay in plan.replays] == [0, 2, 0]
+
+
 def test_token_ids_are_used_as_they_are() -> None:
     (plan,), _ = plans_of([Document("job/1#x", "prose", tuple(range(100)), tuple(range(500, 600)))])
     assert plan.replays[0].token_ids == (*range(100), *range(500, 600))

@@ -59,6 +59,14 @@ def test_every_place_and_pipeline_is_there_in_order(measured) -> None:
         assert all(len(entry.features) == len(NAMES) for entry in place.pipelines)
 
 
+@pytest.mark.parametrize(("said", "told"), [({}, 1.0), ({"turns": 4}, 4.0)])
+def test_the_turns_of_a_conversation_are_among_the_features(said: dict[str, int], told: float) -> None:
+    drive = Drive(tiny_engine())
+    submit(drive, "job", at_tokens=[128], pipelines=["full"], **said)
+    (place,) = replayed(drive.finish()["job"])
+    assert place.pipelines[0].features[NAMES.index("turns")] == told
+
+
 def test_exact_pipelines_lose_nothing_and_lossy_ones_something(measured) -> None:
     for place in measured:
         losses = {entry.pipeline: entry.divergence for entry in place.pipelines}

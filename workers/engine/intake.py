@@ -126,6 +126,7 @@ class Intake:
             scenario=effective_scenario(request.scenario),
             objective=fill_objective(request.scenario, request.objective),
             prompt_tokens=places[0].at_token - SIGNAL_TOKENS,
+            turns=max(1, asked.turns),
         )
 
     def _tokenise(self, request: generation_pb2.GenerateRequest, violations: dict[str, str]) -> list[int]:

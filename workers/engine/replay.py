@@ -61,6 +61,8 @@ class Replay:
     objective: common_pb2.Objective
     prompt_tokens: int
     """Where the prompt ends for the features: just before the signals of the first place."""
+    turns: int
+    """User turns of the prompt."""
 
     @property
     def needs_prompt_mass(self) -> bool:
@@ -236,7 +238,7 @@ class Replayer:
             cache=self._cache.use(seq).to_proto(),
             signals=meter.take(),
             loss_class=loss_class_proto(self._cache.loss_class(seq, pipeline)),
-            prompt=prompt_statistics(replay.token_ids[: replay.prompt_tokens]),
+            prompt=prompt_statistics(replay.token_ids[: replay.prompt_tokens], replay.turns),
         )
 
     def _try_pipeline(
