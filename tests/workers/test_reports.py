@@ -34,6 +34,23 @@ def test_signals_cover_the_tokens_since_the_last_report() -> None:
     assert measured >= 3
 
 
+def test_requests_that_decode_together_are_reported_together() -> None:
+    drive = Drive(tiny_engine(report_interval_tokens=16))
+    drive.submit("early", prompt(64, 3), 200)
+    drive.until(lambda: drive.generated("early") >= 21)
+    drive.submit("late", prompt(64, 5), 150)
+    drive.finish()
+    told = [
+        {state.request_id: state.generated_tokens for state in report.requests}
+        for report in drive.reports
+        if any(state.request_id == "late" and 32 <= state.generated_tokens < 150 for state in report.requests)
+    ]
+    assert len(told) >= 6
+    assert all(set(states) == {"early", "late"} for states in told)
+    steps = np.diff([states["late"] for states in told])
+    assert set(steps) == {16}
+
+
 def test_votes_are_told_from_the_end_of_the_prompt_on() -> None:
     drive = Drive(tiny_engine(step_tokens=100))
     drive.submit("job", prompt(301, 3), 40)

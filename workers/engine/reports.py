@@ -69,8 +69,6 @@ class Reporter:
         with self._measured():
             meter = self._meters[seq.job_id]
             meter.note_choice(choice.token_id, choice.entropy, choice.top1_probability, choice.surprise)
-        if seq.generated - self._reported[seq.job_id] >= self.interval_tokens:
-            self._news.add(seq.job_id)
 
     def audited(self, seq: Sequence, audit: policy_pb2.Audit) -> None:
         """A step of a request was audited; its next report tells."""
@@ -94,7 +92,14 @@ class Reporter:
             self._token_times.popleft()
 
     def take(self, live: dict[str, Sequence], running: int, waiting: int) -> policy_pb2.Report | None:
-        """A report of everything new, or None where nothing is."""
+        """A report of everything new, or None where nothing is.
+
+        A request for which half an interval has passed is told of with one that is due. So requests that decode
+        together come to be reported together, and a controller plans once for all of them.
+        """
+        passed = {job_id: seq.generated - self._reported.get(job_id, seq.generated) for job_id, seq in live.items()}
+        if any(tokens >= self.interval_tokens for tokens in passed.values()):
+            self._news |= {job_id for job_id, tokens in passed.items() if tokens >= max(1, self.interval_tokens // 2)}
         if not self._news and not self._ended:
             return None
         self._sequence_number += 1
