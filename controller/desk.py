@@ -14,7 +14,7 @@ from controller.planner import WorkerView
 from kvpilot.catalog import PipelineKey
 from kvpilot.v1 import policy_pb2
 from kvpilot.v1.common_pb2 import Scenario
-from models.features import F64, REQUEST_FEATURES, Family, FeatureBuilder, family_of, seen_tokens
+from models.features import F64, NAMES, REQUEST_FEATURES, Family, FeatureBuilder, family_of, seen_tokens
 from models.footprint import I64, estimate_many
 from models.predictor import Predictor
 from models.scenarios import fill_objective, scenario_word
@@ -23,6 +23,7 @@ log = structlog.get_logger()
 
 NUMBERS = ("divergence", "bound", "device_bytes", "host_bytes", "shadow_bytes", "kept_tokens")
 """Rows of :attr:`RequestNumbers.block`."""
+_AUDITED = NAMES.index("audited_log_divergence")
 
 
 class RequestNumbers:
@@ -57,10 +58,16 @@ class RequestNumbers:
         self._predicted_for = ""
 
     def follow(self, older: RequestNumbers | None) -> None:
-        """Takes an earlier report's signals where nothing was decoded since."""
-        if older is not None and older.measured and not self.measured:
+        """Takes an earlier report's signals where nothing was decoded since; audits stay known until a switch."""
+        if older is None:
+            return
+        audited = self.state_row[_AUDITED]
+        if older.measured and not self.measured:
             self.state_row[len(REQUEST_FEATURES) :] = older.state_row[len(REQUEST_FEATURES) :]
             self.measured = True
+        if older.state.pipeline == self.state.pipeline and math.isnan(audited):
+            audited = older.state_row[_AUDITED]
+        self.state_row[_AUDITED] = audited
 
     @property
     def off_list(self) -> str:

@@ -10,10 +10,12 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from kernels.api import F32, I32, DecodePlan, Tables
+from kernels.api import F32, I32, U8, DecodePlan, Tables
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.v1 import policy_pb2
 from models.features import DEPTHS, F64, KEPT_SHARES
@@ -24,6 +26,11 @@ SINK_TOKENS = 4
 SAMPLE_EVERY = 4
 REPEAT_WINDOW_TOKENS = 32
 REPEAT_NGRAM = 3
+HINDSIGHT_STEPS = 16
+"""Steps after which a selection is replaced by a newer one at the next look."""
+RECENT_TOKENS = 64
+"""Last tokens that no selection drops."""
+U16: TypeAlias = npt.NDArray[np.uint16]
 _HALVES: F32 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 """Every float16 by its bits: looking them up is several times faster than numpy's conversion."""
 
@@ -37,6 +44,7 @@ class SignalMeter:
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._repeats = Repeats(token_ids)
+        self._hindsight = Hindsight()
         self._steps = 0
         self._clear()
 
@@ -44,9 +52,11 @@ class SignalMeter:
         horizons = len(FAR_HORIZONS_TOKENS)
         self._samples = self._token_samples = 0
         self._far, self._far_max, self._far_layer, self._far_last = np.zeros((4, horizons))
+        self._far_depth = np.zeros((DEPTHS, horizons))
         self._sink = self._attention_entropy = self._token_entropy = self._top1 = self._surprise = 0.0
         self._token_entropy_max = 0.0
         self._votes: VoteSignals | None = None
+        self._missed: F64 | None = None
 
     def note_choice(self, token_id: int, entropy: float, top1_probability: float, surprise: float) -> None:
         """Counts a token that came, and what the distribution it came from looked like.
@@ -76,10 +86,12 @@ class SignalMeter:
         seen = int(tables.position[slot, 0, 0, length[0, 0] - 1]) + 1
         age, holds_sinks = _ages(tables, slot, blocks, seen)
         far = _beyond_horizons(mass, age)  # [L, H, horizons]
-        self._far_last = far.mean(axis=(0, 1))
+        by_layer = far.mean(axis=1)
+        self._far_last = by_layer.mean(axis=0)
         self._far += self._far_last
         self._far_max += far.max(axis=(0, 1))
-        self._far_layer += far.mean(axis=1).max(axis=0)
+        self._far_layer += by_layer.max(axis=0)
+        self._far_depth += _by_depth(by_layer)
         self._sink += float((mass * holds_sinks).sum(axis=2).mean())
         self._attention_entropy += _entropy(mass)
         self._samples += 1
@@ -87,6 +99,7 @@ class SignalMeter:
     def note_votes(self, tables: Tables, slot: int, seen: int) -> None:
         """Looks at the votes as they are now; :meth:`take` tells what was seen last."""
         self._votes = vote_signals(tables, slot, seen)
+        self._missed = self._hindsight.look(tables, slot, seen, self._votes.least)
 
     def take(self) -> policy_pb2.Signals:
         """The means so far, and starts anew."""
@@ -96,6 +109,7 @@ class SignalMeter:
             signals.far_mass_max.extend(self._far_max / self._samples)
             signals.far_mass_last.extend(self._far_last)
             signals.far_mass_worst_layer.extend(self._far_layer / self._samples)
+            signals.far_mass_by_depth.extend((self._far_depth / self._samples).ravel())
             signals.sink_mass = self._sink / self._samples
             signals.attention_entropy = self._attention_entropy / self._samples
         if self._token_samples:
@@ -110,8 +124,12 @@ class SignalMeter:
             signals.dropped_votes_max.extend(dropped.max(axis=(0, 1)))
             signals.far_votes.extend(far.mean(axis=(0, 1)))
             signals.far_votes_max.extend(far.max(axis=(0, 1)))
-            for quarter in np.array_split(far, DEPTHS):
-                signals.far_votes_by_depth.extend(quarter.mean(axis=(0, 1)) if len(quarter) else far.mean(axis=(0, 1)))
+            signals.far_votes_by_depth.extend(_by_depth(far.mean(axis=1)).ravel())
+        if self._missed is not None:
+            by_layer = self._missed.mean(axis=1)
+            signals.missed_votes.extend(by_layer.mean(axis=0))
+            signals.missed_votes_max.extend(self._missed.max(axis=(0, 1)))
+            signals.missed_votes_by_depth.extend(_by_depth(by_layer).ravel())
         self._clear()
         return signals
 
@@ -165,6 +183,8 @@ class VoteSignals:
     may stay; 0 where a head holds no more than may stay, or nothing was voted for."""
     far: F64
     """[L, H, horizons] share of the votes on whole blocks older than each horizon, that of the sinks left out."""
+    least: U16
+    """[L, H, KEPT_SHARES] least vote of the tokens that may stay, as the bits of a float16; 0 where all may."""
 
 
 def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:
@@ -189,12 +209,80 @@ def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:
     bits.sort(axis=2, kind="stable")  # a radix sort; votes are not negative, so their bits are in their order
     votes = _HALVES.take(bits)
     dropped = np.zeros((*length.shape, len(KEPT_SHARES)))
+    least = np.zeros(dropped.shape, np.uint16)
     for place, share in enumerate(KEPT_SHARES):
         may_stay = math.ceil(share * seen)
         if may_stay < count:
             rest = votes[:, :, : count - may_stay].sum(axis=2)
             np.divide(rest, total, out=dropped[:, :, place], where=(length > may_stay) & voted)
-    return VoteSignals(dropped, far)
+            least[:, :, place] = bits[:, :, count - may_stay]
+    return VoteSignals(dropped, far, least)
+
+
+class Hindsight:
+    """A backtest of eviction by votes: what was paid, after a look at the votes, to tokens that it would have dropped.
+
+    Votes tell what is attended now. What matters to an evictor is what will be attended next, which a selection made a
+    few steps ago can be held against already.
+    """
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._length: I32 = np.zeros((0, 0), np.int32)
+        self._level: U8 = np.zeros((0, 0, 0), np.uint8)
+        self._mass: F64 = np.zeros((0, 0, 0))
+
+    def look(self, tables: Tables, slot: int, seen: int, least: U16) -> F64 | None:
+        """Compares with the selection of an earlier look, and makes one for the next.
+
+        Args:
+            tables: with masses and votes.
+            slot: the request's.
+            seen: its tokens so far, kept or not.
+            least: see :class:`VoteSignals`.
+
+        Returns:
+            [L, H, KEPT_SHARES] share of the attention since then on tokens that would have been dropped; None where
+            there is nothing to compare with: no step since, or tokens were evicted or restored meanwhile.
+        """
+        length = tables.length[slot]
+        steps = seen - self._seen
+        comparable = length.shape == self._length.shape and bool((length - self._length == steps).all())
+        missed = self._compare(tables, slot, length) if comparable and steps > 0 else None
+        if not comparable or steps >= HINDSIGHT_STEPS:
+            self._seen, self._length = seen, length.copy()
+            self._level = _levels(tables, slot, length, least)
+            self._mass = _mass_by_level(tables.mass[slot], length, self._level)
+        return missed
+
+    def _compare(self, tables: Tables, slot: int, length: I32) -> F64 | None:
+        before, now = self._level.shape[2], int(length.max())
+        newer = tables.mass[slot, :, :, before:now] * (np.arange(before, now) < length[..., None])
+        gained = _mass_by_level(tables.mass[slot], length, self._level) - self._mass  # [L, H, levels]
+        total = gained.sum(axis=2) + newer.sum(axis=2)
+        if not (total > 0).all():
+            return None  # the masses were counted anew: the request was computed again
+        beyond = gained[..., :0:-1].cumsum(axis=2)[..., ::-1]
+        return np.asarray(np.clip(beyond / total[..., None], 0.0, 1.0))
+
+
+def _levels(tables: Tables, slot: int, length: I32, least: U16) -> U8:
+    """[L, H, T] how many of ``KEPT_SHARES`` a token would have been dropped at; 0 for the last ones and for none."""
+    count = int(length.max())
+    bits = tables.votes[slot, :, :, :count].view(np.uint16)
+    levels = (bits[..., None] < least[:, :, None]).sum(axis=3, dtype=np.uint8)
+    recent = length[..., None] - RECENT_TOKENS
+    return np.where(np.arange(count) < recent, levels, np.uint8(0))
+
+
+def _mass_by_level(mass: F32, length: I32, level: U8) -> F64:
+    """Sums of ``mass`` [L, H, T'] by the level of each token, [L, H, levels]; tokens beyond ``level`` left out."""
+    layers, heads, count = level.shape
+    levels = len(KEPT_SHARES) + 1
+    at = level + np.arange(0, layers * heads * levels, levels).reshape(layers, heads, 1)
+    there = mass[:, :, :count] * (np.arange(count) < length[..., None])
+    sums: F64 = np.bincount(at.ravel(), there.ravel(), layers * heads * levels).astype(np.float64)
+    return sums.reshape(layers, heads, levels)
 
 
 def _ages(tables: Tables, slot: int, blocks: int, seen: int) -> tuple[I32, Mask]:
@@ -244,6 +332,12 @@ def _beyond_horizons(mass: F32, age: I32) -> F64:
     sums = np.bincount(passed.ravel(), mass.ravel(), heads * (horizons + 1)).reshape(*mass.shape[:2], horizons + 1)
     beyond: F64 = sums[..., :0:-1].cumsum(axis=2)[..., ::-1]
     return beyond
+
+
+def _by_depth(by_layer: F64) -> F64:
+    """Means [DEPTHS, N] of [L, N] over each quarter of the layers; over all of them for one that has none."""
+    parts = np.array_split(by_layer, DEPTHS)
+    return np.stack([(part if len(part) else by_layer).mean(axis=0) for part in parts])
 
 
 def _entropy(mass: F32) -> float:
