@@ -10,27 +10,21 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from kernels.api import F32, I32, U8, DecodePlan, Tables
+from kernels.api import F32, I32, DecodePlan, Tables
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.v1 import policy_pb2
 from models.features import DEPTHS, F64, KEPT_SHARES
 from workers.cache.arrangement import Mask, block_count
+from workers.hindsight import U16, Hindsight
 
 FAR_HORIZONS_TOKENS = (32, 64, 128, 256, 512, 1024)
 SINK_TOKENS = 4
 SAMPLE_EVERY = 4
 REPEAT_WINDOW_TOKENS = 32
 REPEAT_NGRAM = 3
-HINDSIGHT_STEPS = 16
-"""Steps after which a selection is replaced by a newer one at the next look."""
-RECENT_TOKENS = 64
-"""Last tokens that no selection drops."""
-U16: TypeAlias = npt.NDArray[np.uint16]
 _HALVES: F32 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 """Every float16 by its bits: looking them up is several times faster than numpy's conversion."""
 
@@ -217,72 +211,6 @@ def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:
             np.divide(rest, total, out=dropped[:, :, place], where=(length > may_stay) & voted)
             least[:, :, place] = bits[:, :, count - may_stay]
     return VoteSignals(dropped, far, least)
-
-
-class Hindsight:
-    """A backtest of eviction by votes: what was paid, after a look at the votes, to tokens that it would have dropped.
-
-    Votes tell what is attended now. What matters to an evictor is what will be attended next, which a selection made a
-    few steps ago can be held against already.
-    """
-
-    def __init__(self) -> None:
-        self._seen = 0
-        self._length: I32 = np.zeros((0, 0), np.int32)
-        self._level: U8 = np.zeros((0, 0, 0), np.uint8)
-        self._mass: F64 = np.zeros((0, 0, 0))
-
-    def look(self, tables: Tables, slot: int, seen: int, least: U16) -> F64 | None:
-        """Compares with the selection of an earlier look, and makes one for the next.
-
-        Args:
-            tables: with masses and votes.
-            slot: the request's.
-            seen: its tokens so far, kept or not.
-            least: see :class:`VoteSignals`.
-
-        Returns:
-            [L, H, KEPT_SHARES] share of the attention since then on tokens that would have been dropped; None where
-            there is nothing to compare with: no step since, or tokens were evicted or restored meanwhile.
-        """
-        length = tables.length[slot]
-        steps = seen - self._seen
-        comparable = length.shape == self._length.shape and bool((length - self._length == steps).all())
-        missed = self._compare(tables, slot, length) if comparable and steps > 0 else None
-        if not comparable or steps >= HINDSIGHT_STEPS:
-            self._seen, self._length = seen, length.copy()
-            self._level = _levels(tables, slot, length, least)
-            self._mass = _mass_by_level(tables.mass[slot], length, self._level)
-        return missed
-
-    def _compare(self, tables: Tables, slot: int, length: I32) -> F64 | None:
-        before, now = self._level.shape[2], int(length.max())
-        newer = tables.mass[slot, :, :, before:now] * (np.arange(before, now) < length[..., None])
-        gained = _mass_by_level(tables.mass[slot], length, self._level) - self._mass  # [L, H, levels]
-        total = gained.sum(axis=2) + newer.sum(axis=2)
-        if not (total > 0).all():
-            return None  # the masses were counted anew: the request was computed again
-        beyond = gained[..., :0:-1].cumsum(axis=2)[..., ::-1]
-        return np.asarray(np.clip(beyond / total[..., None], 0.0, 1.0))
-
-
-def _levels(tables: Tables, slot: int, length: I32, least: U16) -> U8:
-    """[L, H, T] how many of ``KEPT_SHARES`` a token would have been dropped at; 0 for the last ones and for none."""
-    count = int(length.max())
-    bits = tables.votes[slot, :, :, :count].view(np.uint16)
-    levels = (bits[..., None] < least[:, :, None]).sum(axis=3, dtype=np.uint8)
-    recent = length[..., None] - RECENT_TOKENS
-    return np.where(np.arange(count) < recent, levels, np.uint8(0))
-
-
-def _mass_by_level(mass: F32, length: I32, level: U8) -> F64:
-    """Sums of ``mass`` [L, H, T'] by the level of each token, [L, H, levels]; tokens beyond ``level`` left out."""
-    layers, heads, count = level.shape
-    levels = len(KEPT_SHARES) + 1
-    at = level + np.arange(0, layers * heads * levels, levels).reshape(layers, heads, 1)
-    there = mass[:, :, :count] * (np.arange(count) < length[..., None])
-    sums: F64 = np.bincount(at.ravel(), there.ravel(), layers * heads * levels).astype(np.float64)
-    return sums.reshape(layers, heads, levels)
 
 
 def _ages(tables: Tables, slot: int, blocks: int, seen: int) -> tuple[I32, Mask]:

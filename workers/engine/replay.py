@@ -207,7 +207,8 @@ class Replayer:
         both = [base] if watched is base else [base, watched]
         first = place.at_token - SIGNAL_TOKENS
         meter = SignalMeter(tokens[: first + 1])
-        meter.note_votes(self._cache.tables, watched.slot, watched.seen)
+        meter.note_votes(self._cache.tables, watched.slot, watched.seen)  # for later ones to be held against
+        audited = pipeline.wants_shadow and _audited(tokens[first : place.at_token])
         drift: list[torch.Tensor] = []
         for index in range(first, place.at_token):
             for cache in both:
@@ -215,16 +216,16 @@ class Replayer:
             logits, plan = self._runner.decode(both, [tokens[index]] * len(both))
             meter.note_attention(plan, len(both) - 1, self._cache.tables)
             _note_token(meter, logits[-1], tokens[index + 1])
-            if watched is not base:
+            if audited:
                 drift.append(divergences(*torch.log_softmax(logits.float(), dim=-1)[:, None]))
             if watched.seen % BLOCK_TOKENS == 0 and watched is not base:
                 self._cache.apply(watched, pipeline, Occasion.SETTLE)
             yield
         state = self._state(replay, watched, pipeline, place.at_token, meter)
-        if drift and pipeline.wants_shadow and _audited(tokens[first : place.at_token]):
+        if audited:
             found = torch.cat(drift)
             state.audits.add(
-                at_token=first,
+                at_token=first - replay.prompt_tokens,
                 pipeline=pipeline.text,
                 divergence=float(found.mean()),
                 divergence_max=float(found.max()),
