@@ -11,11 +11,10 @@ import structlog
 from controller.candidates import CandidateTable
 from controller.costs import CostModel
 from controller.planner import WorkerView
-from kvpilot.catalog import PipelineKey
 from kvpilot.v1 import policy_pb2
 from kvpilot.v1.common_pb2 import Scenario
-from models.features import F64, NAMES, REQUEST_FEATURES, Family, FeatureBuilder, family_of, seen_tokens
-from models.footprint import I64, estimate_many
+from models.features import F64, NAMES, REQUEST_FEATURES, Candidate, Family, FeatureBuilder, family_of, seen_tokens
+from models.footprint import estimate_many
 from models.predictor import Predictor
 from models.scenarios import fill_objective, scenario_word
 
@@ -175,34 +174,27 @@ class WorkerDesk:
         count, columns = len(stale), len(self.table)
         states = np.stack([numbers.state_row for numbers in stale])
         seen = np.array([max(1, numbers.seen) for numbers in stale], np.int64)
-        rows = self._builder.matrix(states, seen, self.table.pipelines)  # [N, C, F]
+        candidates = [self._builder.describe(pipeline, seen) for pipeline in self.table.pipelines]
+        rows = self._builder.fill(states, seen, candidates)  # [N, C, F]
         block = np.full((count, len(NUMBERS), columns + 1), np.nan)
         block[:, 1] = np.inf
         block[:, 2:] = 0.0
-        for place, key in enumerate(self.table.keys):
-            self._price(block[:, :, place], key, seen)
+        for place, candidate in enumerate(candidates):
+            _price(block[:, :, place], candidate)
         own_rows: dict[int, F64] = {}
         for text in sorted({numbers.off_list for numbers in stale} - {""}):
             group = np.array([row for row, numbers in enumerate(stale) if numbers.off_list == text])
-            built = self._builder.matrix(states[group], seen[group], (text,))[:, 0]
+            candidate = self._builder.describe(text, seen[group])
+            built = self._builder.fill(states[group], seen[group], [candidate])[:, 0]
             own_rows |= dict(zip(group.tolist(), built, strict=True))
             priced = block[group, :, columns]
-            self._price(priced, self._catalog.key(text), seen[group])
+            _price(priced, candidate)
             block[group, :, columns] = priced
         self._fill_predictions(block, rows, own_rows, stale, predictor)
         full = estimate_many((("full", ()),), seen, self._layout)
         assert full is not None
         for row, numbers in enumerate(stale):
             numbers.take(predictor, block[row], rows[row], own_rows.get(row), float(full.device_bytes[row]))
-
-    def _price(self, out: F64, key: PipelineKey, seen: I64) -> None:
-        """Writes bytes and kept tokens, [N, NUMBERS]; columns that lose nothing get zeros for their divergence."""
-        prints = estimate_many(key, seen, self._layout)
-        assert prints is not None, key
-        out[:, 2], out[:, 3], out[:, 4] = prints.device_bytes, prints.host_bytes, prints.shadow_bytes
-        out[:, 5] = prints.kept_tokens
-        if family_of(key) is Family.EXACT:
-            out[:, :2] = 0.0
 
     def _fill_predictions(
         self,
@@ -234,3 +226,11 @@ class WorkerDesk:
                 raise ValueError(f"{len(families)} rows predicted as {values.shape}")
             block[asked, number, columns] = values[: len(asked)]
             block[own, number, len(self.table)] = values[len(asked) :]
+
+
+def _price(out: F64, candidate: Candidate) -> None:
+    """Writes bytes and kept tokens, [N, NUMBERS]; columns that lose nothing get zeros for their divergence."""
+    out[:, 2], out[:, 3], out[:, 4] = candidate.device_bytes, candidate.host_bytes, candidate.shadow_bytes
+    out[:, 5] = candidate.kept_tokens
+    if candidate.family is Family.EXACT:
+        out[:, :2] = 0.0

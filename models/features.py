@@ -200,7 +200,13 @@ class Candidate:
     coded_share: F64
     host_share: F64
     device_bytes: F64
-    lower_tier_bytes: F64
+    host_bytes: F64
+    shadow_bytes: F64
+
+    @property
+    def lower_tier_bytes(self) -> F64:
+        """Everything off the device."""
+        return self.host_bytes + self.shadow_bytes
 
 
 class FeatureBuilder:
@@ -249,13 +255,17 @@ class FeatureBuilder:
             PipelineError: a pipeline that the worker does not know.
         """
         seen = np.maximum(1, seen)
-        rows = np.empty((len(states), len(pipelines), len(FEATURES)))
-        rows[:, :, : states.shape[1]] = states[:, None]
+        return self.fill(states, seen, [self.describe(pipeline, seen) for pipeline in pipelines])
+
+    def fill(self, states: F64, seen: I64, candidates: Sequence[Candidate]) -> F64:
+        """:meth:`matrix` of candidates that were described for ``seen`` [R], each 1 or more."""
         full = estimate_many(_FULL, seen, self._layout)
         assert full is not None
-        for place, pipeline in enumerate(pipelines):
-            out = rows[:, place, states.shape[1] :]
-            self._fill_candidate(out, states, seen, self.describe(pipeline, seen), full.device_bytes)
+        rows = np.empty((len(states), len(candidates), len(FEATURES)))
+        rows[:, :, : states.shape[1]] = states[:, None]
+        columns = _candidate_columns(states, seen, candidates, full.device_bytes)
+        for place, column in enumerate(columns, states.shape[1]):
+            rows[:, :, place] = column
         return rows
 
     def describe(self, pipeline: str, seen: I64) -> Candidate:
@@ -331,37 +341,50 @@ class FeatureBuilder:
         quarters = [values[depth * measured : (depth + 1) * measured] for depth in range(DEPTHS)]
         return [value for quarter in quarters for value in self._by_horizon(quarter)]
 
-    def _fill_candidate(self, out: F64, states: F64, seen: I64, candidate: Candidate, full_bytes: I64) -> None:
-        """Writes [R, candidate features]."""
-        tokens = seen.astype(np.float64)
-        kept = candidate.kept_tokens
-        drops = kept < tokens
-        log_recent = np.log2(np.maximum(1.0, candidate.recent_tokens))
-        kept_share = np.minimum(1.0, kept / tokens)
-        columns: list[F64 | float] = [
-            kept_share,
-            np.log2(np.maximum(1.0, kept)),
-            np.log2(1.0 + np.maximum(0.0, tokens - kept)),
-            log_recent,
-            candidate.bits,
-            candidate.coded_share,
-            candidate.host_share,
-            candidate.device_bytes / full_bytes,
-            float(candidate.recoverable),
-            *(float(candidate.family is family) for family in Family),
-        ]
-        if drops.any():
-            horizon, share = _segment(_LOG_HORIZONS, log_recent), _segment(_KEPT, kept_share)
-            columns += [np.where(drops, _between(_mean_of(states, of), horizon), 0.0) for of in _FAR]
-            columns += [np.where(drops, states[:, _COPIED] * (states[:, _COPIED_FROM] > log_recent), 0.0)]
-            columns += [
-                np.where(drops, _between(_nothing_at_the_end(_mean_of(states, of)), share), 0.0) for of in _DROPPED
-            ]
-        else:
-            unknown = candidate.family is Family.OTHER  # what it drops is not known either
-            columns += [math.nan if unknown else 0.0] * (len(_FAR) + 1 + len(_DROPPED))
-        for place, column in enumerate(columns):
-            out[:, place] = column
+
+def _candidate_columns(
+    states: F64, seen: I64, candidates: Sequence[Candidate], full_bytes: I64
+) -> list[F64 | npt.NDArray[np.bool_]]:
+    """The candidate features in order: of R requests and C candidates, each [R, C] or [C]."""
+
+    def of(name: str) -> F64:
+        return np.stack([getattr(candidate, name) for candidate in candidates], axis=1)
+
+    tokens = seen.astype(np.float64)[:, None]
+    kept = of("kept_tokens")
+    log_recent = np.log2(np.maximum(1.0, of("recent_tokens")))
+    kept_share = np.minimum(1.0, kept / tokens)
+    families = [candidate.family for candidate in candidates]
+    columns: list[F64 | npt.NDArray[np.bool_]] = [
+        kept_share,
+        np.log2(np.maximum(1.0, kept)),
+        np.log2(1.0 + np.maximum(0.0, tokens - kept)),
+        log_recent,
+        np.array([candidate.bits for candidate in candidates]),
+        of("coded_share"),
+        of("host_share"),
+        of("device_bytes") / full_bytes[:, None],
+        np.array([candidate.recoverable for candidate in candidates]),
+        *(np.array([one is family for one in families]) for family in Family),
+    ]
+    # Where nothing is dropped nothing is lost by it; what an unknown stage drops is not known.
+    otherwise = np.where([family is Family.OTHER for family in families], math.nan, 0.0)
+    drops = kept < tokens
+    row, column = np.nonzero(drops)
+    horizon, share = _segment(_LOG_HORIZONS, log_recent[row, column]), _segment(_KEPT, kept_share[row, column])
+
+    def where_dropped(values: F64) -> F64:
+        out = np.broadcast_to(otherwise, drops.shape).copy()
+        out[row, column] = values
+        return out
+
+    columns += [where_dropped(_between(_mean_of(states, of_horizons), row, horizon)) for of_horizons in _FAR]
+    copied = states[row, _COPIED] * (states[row, _COPIED_FROM] > log_recent[row, column])
+    columns += [where_dropped(copied)]
+    columns += [
+        where_dropped(_between(_nothing_at_the_end(_mean_of(states, of_shares)), row, share)) for of_shares in _DROPPED
+    ]
+    return columns
 
 
 def seen_tokens(state: policy_pb2.RequestState) -> int:
@@ -377,7 +400,7 @@ def describe(key: PipelineKey, seen: I64, layout: CacheLayout) -> Candidate:
     footprint = estimate_many(key, seen, layout)
     if footprint is None:
         unknown = np.full(len(seen), math.nan)
-        return Candidate(Family.OTHER, recoverable, math.nan, *[unknown] * 6)
+        return Candidate(Family.OTHER, recoverable, math.nan, *[unknown] * 7)
     tokens, kept = seen.astype(np.float64), footprint.kept_tokens.astype(np.float64)
     recent = tokens
     if "window" in given:
@@ -395,7 +418,8 @@ def describe(key: PipelineKey, seen: I64, layout: CacheLayout) -> Candidate:
         coded_share=footprint.coded_tokens / np.maximum(1.0, kept),
         host_share=footprint.host_tokens / np.maximum(1.0, kept),
         device_bytes=footprint.device_bytes.astype(np.float64),
-        lower_tier_bytes=(footprint.host_bytes + footprint.shadow_bytes).astype(np.float64),
+        host_bytes=footprint.host_bytes.astype(np.float64),
+        shadow_bytes=footprint.shadow_bytes.astype(np.float64),
     )
 
 
@@ -437,10 +461,9 @@ def _segment(grid: F64, at: F64) -> tuple[I64, I64, F64]:
     return np.where(weight == 1.0, right, left), np.where(weight == 0.0, left, right), weight
 
 
-def _between(values: F64, segment: tuple[I64, I64, F64]) -> F64:
-    """Linear interpolation of each row of ``values`` [R, G] in its :func:`_segment`."""
+def _between(values: F64, row: I64, segment: tuple[I64, I64, F64]) -> F64:
+    """Linear interpolation in N :func:`_segment`, each of ``row`` [N] of ``values`` [R, G]."""
     left, right, weight = segment
-    row = np.arange(len(values))
     return np.asarray(values[row, left] * (1.0 - weight) + values[row, right] * weight)
 
 
