@@ -31,6 +31,7 @@ class RequestNumbers:
     Attributes:
         block: [NUMBERS, C + 1]; the last column is the pipeline in force where it is off the list, else nothing.
         facts: most divergence, latency weight, memory weight, full-cache bytes, kept tokens.
+        long_range_need: probability that a short window would not do; NaN where nothing was asked.
     """
 
     def __init__(self, state: policy_pb2.RequestState, table: CandidateTable, builder: FeatureBuilder) -> None:
@@ -50,6 +51,7 @@ class RequestNumbers:
         self.place = -1
         self.own_family = Family.OTHER
         self.block: F64 = np.empty((0, 0))
+        self.long_range_need = math.nan
         self._table = table
         self._rows: F64 = np.empty((0, 0))  # [C, F]
         self._own_row: F64 = np.empty(0)
@@ -190,11 +192,12 @@ class WorkerDesk:
             priced = block[group, :, columns]
             _price(priced, candidate)
             block[group, :, columns] = priced
-        self._fill_predictions(block, rows, own_rows, stale, predictor)
+        needs = self._fill_predictions(block, rows, own_rows, stale, predictor)
         full = estimate_many((("full", ()),), seen, self._layout)
         assert full is not None
         for row, numbers in enumerate(stale):
             numbers.take(predictor, block[row], rows[row], own_rows.get(row), float(full.device_bytes[row]))
+            numbers.long_range_need = float(needs[row])
 
     def _fill_predictions(
         self,
@@ -203,8 +206,13 @@ class WorkerDesk:
         own_rows: dict[int, F64],
         stale: Sequence[RequestNumbers],
         predictor: Predictor,
-    ) -> None:
-        """Predicts what may come into question: not the exact, not for exact-only requests, edge's for edge alone."""
+    ) -> F64:
+        """Predicts what may come into question: not the exact, not for exact-only requests, edge's for edge alone.
+
+        Returns:
+            [N] the requests' long-range need; NaN where nothing was asked.
+        """
+        needs = np.full(len(stale), np.nan)
         lossy = np.array([not numbers.exact_only for numbers in stale])
         edge = np.array([numbers.edge for numbers in stale])
         places = np.array([numbers.place for numbers in stale])
@@ -216,7 +224,7 @@ class WorkerDesk:
         families = [self.table.families[column] for column in columns.tolist()]
         families += [stale[row].own_family for row in own]
         if not families:
-            return
+            return needs
         flat = rows.reshape(-1, rows.shape[2])[np.flatnonzero(wanted)]
         if own:
             flat = np.concatenate([flat, np.array([own_rows[row] for row in own])])
@@ -226,6 +234,8 @@ class WorkerDesk:
                 raise ValueError(f"{len(families)} rows predicted as {values.shape}")
             block[asked, number, columns] = values[: len(asked)]
             block[own, number, len(self.table)] = values[len(asked) :]
+        needs[np.r_[asked, np.array(own, np.intp)]] = found.long_range  # the same in all rows of a request
+        return needs
 
 
 def _price(out: F64, candidate: Candidate) -> None:
