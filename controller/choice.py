@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -238,6 +239,8 @@ class Choice:
         elif self.stuck[row]:
             kept = f"{kept}, the worker refused all that would keep it"
         words = f"{self.numbers[row].scenario}, {request.seen_tokens} tokens: {kept}"
+        if not math.isnan(need := self.numbers[row].long_range_need):
+            words += f", long-range need {need:.0%}"
         if column == self.own[row]:
             hold = f", {self.holds[row]}" if self.held[row] else ""
             return f"{words}; stays{hold}; device {size_text(int(device))}, host {size_text(int(lower))}"

@@ -11,11 +11,10 @@ import structlog
 from controller.candidates import CandidateTable
 from controller.costs import CostModel
 from controller.planner import WorkerView
-from kvpilot.catalog import PipelineKey
 from kvpilot.v1 import policy_pb2
 from kvpilot.v1.common_pb2 import Scenario
-from models.features import F64, REQUEST_FEATURES, Family, FeatureBuilder, family_of, seen_tokens
-from models.footprint import I64, estimate_many
+from models.features import F64, NAMES, REQUEST_FEATURES, Candidate, Family, FeatureBuilder, family_of, seen_tokens
+from models.footprint import estimate_many
 from models.predictor import Predictor
 from models.scenarios import fill_objective, scenario_word
 
@@ -23,6 +22,7 @@ log = structlog.get_logger()
 
 NUMBERS = ("divergence", "bound", "device_bytes", "host_bytes", "shadow_bytes", "kept_tokens")
 """Rows of :attr:`RequestNumbers.block`."""
+_AUDITED = NAMES.index("audited_log_divergence")
 
 
 class RequestNumbers:
@@ -31,6 +31,7 @@ class RequestNumbers:
     Attributes:
         block: [NUMBERS, C + 1]; the last column is the pipeline in force where it is off the list, else nothing.
         facts: most divergence, latency weight, memory weight, full-cache bytes, kept tokens.
+        long_range_need: probability that a short window would not do; NaN where nothing was asked.
     """
 
     def __init__(self, state: policy_pb2.RequestState, table: CandidateTable, builder: FeatureBuilder) -> None:
@@ -50,6 +51,7 @@ class RequestNumbers:
         self.place = -1
         self.own_family = Family.OTHER
         self.block: F64 = np.empty((0, 0))
+        self.long_range_need = math.nan
         self._table = table
         self._rows: F64 = np.empty((0, 0))  # [C, F]
         self._own_row: F64 = np.empty(0)
@@ -57,10 +59,16 @@ class RequestNumbers:
         self._predicted_for = ""
 
     def follow(self, older: RequestNumbers | None) -> None:
-        """Takes an earlier report's signals where nothing was decoded since."""
-        if older is not None and older.measured and not self.measured:
+        """Takes an earlier report's signals where nothing was decoded since; audits stay known until a switch."""
+        if older is None:
+            return
+        audited = self.state_row[_AUDITED]
+        if older.measured and not self.measured:
             self.state_row[len(REQUEST_FEATURES) :] = older.state_row[len(REQUEST_FEATURES) :]
             self.measured = True
+        if older.state.pipeline == self.state.pipeline and math.isnan(audited):
+            audited = older.state_row[_AUDITED]
+        self.state_row[_AUDITED] = audited
 
     @property
     def off_list(self) -> str:
@@ -168,34 +176,28 @@ class WorkerDesk:
         count, columns = len(stale), len(self.table)
         states = np.stack([numbers.state_row for numbers in stale])
         seen = np.array([max(1, numbers.seen) for numbers in stale], np.int64)
-        rows = self._builder.matrix(states, seen, self.table.pipelines)  # [N, C, F]
+        candidates = [self._builder.describe(pipeline, seen) for pipeline in self.table.pipelines]
+        rows = self._builder.fill(states, seen, candidates)  # [N, C, F]
         block = np.full((count, len(NUMBERS), columns + 1), np.nan)
         block[:, 1] = np.inf
         block[:, 2:] = 0.0
-        for place, key in enumerate(self.table.keys):
-            self._price(block[:, :, place], key, seen)
+        for place, candidate in enumerate(candidates):
+            _price(block[:, :, place], candidate)
         own_rows: dict[int, F64] = {}
         for text in sorted({numbers.off_list for numbers in stale} - {""}):
             group = np.array([row for row, numbers in enumerate(stale) if numbers.off_list == text])
-            built = self._builder.matrix(states[group], seen[group], (text,))[:, 0]
+            candidate = self._builder.describe(text, seen[group])
+            built = self._builder.fill(states[group], seen[group], [candidate])[:, 0]
             own_rows |= dict(zip(group.tolist(), built, strict=True))
             priced = block[group, :, columns]
-            self._price(priced, self._catalog.key(text), seen[group])
+            _price(priced, candidate)
             block[group, :, columns] = priced
-        self._fill_predictions(block, rows, own_rows, stale, predictor)
+        needs = self._fill_predictions(block, rows, own_rows, stale, predictor)
         full = estimate_many((("full", ()),), seen, self._layout)
         assert full is not None
         for row, numbers in enumerate(stale):
             numbers.take(predictor, block[row], rows[row], own_rows.get(row), float(full.device_bytes[row]))
-
-    def _price(self, out: F64, key: PipelineKey, seen: I64) -> None:
-        """Writes bytes and kept tokens, [N, NUMBERS]; columns that lose nothing get zeros for their divergence."""
-        prints = estimate_many(key, seen, self._layout)
-        assert prints is not None, key
-        out[:, 2], out[:, 3], out[:, 4] = prints.device_bytes, prints.host_bytes, prints.shadow_bytes
-        out[:, 5] = prints.kept_tokens
-        if family_of(key) is Family.EXACT:
-            out[:, :2] = 0.0
+            numbers.long_range_need = float(needs[row])
 
     def _fill_predictions(
         self,
@@ -204,8 +206,13 @@ class WorkerDesk:
         own_rows: dict[int, F64],
         stale: Sequence[RequestNumbers],
         predictor: Predictor,
-    ) -> None:
-        """Predicts what may come into question: not the exact, not for exact-only requests, edge's for edge alone."""
+    ) -> F64:
+        """Predicts what may come into question: not the exact, not for exact-only requests, edge's for edge alone.
+
+        Returns:
+            [N] the requests' long-range need; NaN where nothing was asked.
+        """
+        needs = np.full(len(stale), np.nan)
         lossy = np.array([not numbers.exact_only for numbers in stale])
         edge = np.array([numbers.edge for numbers in stale])
         places = np.array([numbers.place for numbers in stale])
@@ -217,7 +224,7 @@ class WorkerDesk:
         families = [self.table.families[column] for column in columns.tolist()]
         families += [stale[row].own_family for row in own]
         if not families:
-            return
+            return needs
         flat = rows.reshape(-1, rows.shape[2])[np.flatnonzero(wanted)]
         if own:
             flat = np.concatenate([flat, np.array([own_rows[row] for row in own])])
@@ -227,3 +234,13 @@ class WorkerDesk:
                 raise ValueError(f"{len(families)} rows predicted as {values.shape}")
             block[asked, number, columns] = values[: len(asked)]
             block[own, number, len(self.table)] = values[len(asked) :]
+        needs[np.r_[asked, np.array(own, np.intp)]] = found.long_range  # the same in all rows of a request
+        return needs
+
+
+def _price(out: F64, candidate: Candidate) -> None:
+    """Writes bytes and kept tokens, [N, NUMBERS]; columns that lose nothing get zeros for their divergence."""
+    out[:, 2], out[:, 3], out[:, 4] = candidate.device_bytes, candidate.host_bytes, candidate.shadow_bytes
+    out[:, 5] = candidate.kept_tokens
+    if candidate.family is Family.EXACT:
+        out[:, :2] = 0.0

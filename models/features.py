@@ -28,13 +28,14 @@ from models.scenarios import PRESETS, effective_scenario, scenario_word
 
 F64: TypeAlias = npt.NDArray[np.float64]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HORIZONS_TOKENS = (32, 64, 128, 256, 512, 1024)
 """Horizons of ``Signals.far_mass`` that the schema knows; a worker that measures others gives NaN here."""
 DEPTHS = 4
-"""Parts of the layers for ``Signals.far_votes_by_depth``."""
-KEPT_SHARES = (1 / 8, 1 / 4, 1 / 2)
-"""Shares of ``Signals.dropped_votes``, rising."""
+"""Parts of the layers for ``Signals.far_mass_by_depth`` and its like."""
+KEPT_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""Shares of ``Signals.dropped_votes`` and ``missed_votes``, rising."""
+_PERCENT = tuple(int(100 * share) for share in KEPT_SHARES)
 _RAW_BITS = 16
 AUDIT_FLOOR = 1e-6
 """Nats; audits below it count as this much."""
@@ -105,12 +106,24 @@ SIGNAL_FEATURES: tuple[Feature, ...] = (
     *(_signal(f"far_mass_last_{h}", "share", 0, 1, "the same, last step looked at") for h in HORIZONS_TOKENS),
     *(_signal(f"far_mass_layer_{h}", "share", 0, 1, "the same, largest layer") for h in HORIZONS_TOKENS),
     *(
-        _signal(f"dropped_votes_{round(1 / share)}", "share", 0, 1, f"attention outside the best 1/{round(1 / share)}")
-        for share in KEPT_SHARES
+        _signal(f"far_mass_depth{depth}_{h}", "share", 0, 1, f"the same, layers of quarter {depth}")
+        for depth in range(DEPTHS)
+        for h in HORIZONS_TOKENS
     ),
     *(
-        _signal(f"dropped_votes_max_{round(1 / share)}", "share", 0, 1, "the same, largest head")
-        for share in KEPT_SHARES
+        _signal(f"dropped_votes_{part}", "share", 0, 1, f"recent attention outside the best {100 * share:g} %")
+        for part, share in zip(_PERCENT, KEPT_SHARES, strict=True)
+    ),
+    *(_signal(f"dropped_votes_max_{part}", "share", 0, 1, "the same, largest head") for part in _PERCENT),
+    *(
+        _signal(f"missed_votes_{part}", "share", 0, 1, f"attention outside what were the best {100 * share:g} %")
+        for part, share in zip(_PERCENT, KEPT_SHARES, strict=True)
+    ),
+    *(_signal(f"missed_votes_max_{part}", "share", 0, 1, "the same, largest head") for part in _PERCENT),
+    *(
+        _signal(f"missed_votes_depth{depth}_{part}", "share", 0, 1, f"the same, layers of quarter {depth}")
+        for depth in range(DEPTHS)
+        for part in _PERCENT
     ),
     *(_signal(f"far_votes_{h}", "share", 0, 1, f"recent attention beyond {h} tokens, mean") for h in HORIZONS_TOKENS),
     *(_signal(f"far_votes_max_{h}", "share", 0, 1, "the same, largest head") for h in HORIZONS_TOKENS),
@@ -132,7 +145,7 @@ SIGNAL_FEATURES: tuple[Feature, ...] = (
     _signal("current_kept_share", "share", 0, 1, "tokens kept now over tokens so far: what the signals could see"),
     _signal("current_bits", "bits", 0, _RAW_BITS, "bits of an older block's number now, raw counted as 16"),
     _signal("current_bytes_share", "share", 0, _INF, "device bytes now over those of a full cache"),
-    _signal("audited_log_divergence", "log nats", -20, 10, "mean log divergence of the audits since the last report"),
+    _signal("audited_log_divergence", "log nats", -20, 10, "mean of the last audits' under the pipeline now"),
 )
 
 CANDIDATE_FEATURES: tuple[Feature, ...] = (
@@ -149,12 +162,16 @@ CANDIDATE_FEATURES: tuple[Feature, ...] = (
     _candidate("mass_beyond", "share", 0, 1, "far mass at the last token that it surely keeps, between horizons"),
     _candidate("mass_beyond_max", "share", 0, 1, "the same, largest head"),
     _candidate("mass_beyond_last", "share", 0, 1, "the same, last step looked at"),
+    _candidate("mass_beyond_deep", "share", 0, 1, "the same, upper half of the layers"),
     _candidate("votes_beyond", "share", 0, 1, "far votes at the last token that it surely keeps, between horizons"),
     _candidate("votes_beyond_max", "share", 0, 1, "the same, largest head"),
     _candidate("repeat_beyond", "share", 0, 1, "repeats last seen beyond the last token that it surely keeps"),
     _candidate("copied_beyond", "tokens", 0, 32, "length of the copy under way, if from beyond that token"),
     _candidate("votes_dropped", "share", 0, 1, "dropped votes at its kept share, between shares"),
     _candidate("votes_dropped_max", "share", 0, 1, "the same, largest head"),
+    _candidate("votes_missed", "share", 0, 1, "missed votes at its kept share, between shares"),
+    _candidate("votes_missed_max", "share", 0, 1, "the same, largest head"),
+    _candidate("votes_missed_deep", "share", 0, 1, "the same, upper half of the layers"),
 )
 
 FEATURES: tuple[Feature, ...] = (*REQUEST_FEATURES, *SIGNAL_FEATURES, *CANDIDATE_FEATURES)
@@ -183,7 +200,13 @@ class Candidate:
     coded_share: F64
     host_share: F64
     device_bytes: F64
-    lower_tier_bytes: F64
+    host_bytes: F64
+    shadow_bytes: F64
+
+    @property
+    def lower_tier_bytes(self) -> F64:
+        """Everything off the device."""
+        return self.host_bytes + self.shadow_bytes
 
 
 class FeatureBuilder:
@@ -232,13 +255,17 @@ class FeatureBuilder:
             PipelineError: a pipeline that the worker does not know.
         """
         seen = np.maximum(1, seen)
-        rows = np.empty((len(states), len(pipelines), len(FEATURES)))
-        rows[:, :, : states.shape[1]] = states[:, None]
+        return self.fill(states, seen, [self.describe(pipeline, seen) for pipeline in pipelines])
+
+    def fill(self, states: F64, seen: I64, candidates: Sequence[Candidate]) -> F64:
+        """:meth:`matrix` of candidates that were described for ``seen`` [R], each 1 or more."""
         full = estimate_many(_FULL, seen, self._layout)
         assert full is not None
-        for place, pipeline in enumerate(pipelines):
-            out = rows[:, place, states.shape[1] :]
-            self._fill_candidate(out, states, seen, self.describe(pipeline, seen), full.device_bytes)
+        rows = np.empty((len(states), len(candidates), len(FEATURES)))
+        rows[:, :, : states.shape[1]] = states[:, None]
+        columns = _candidate_columns(states, seen, candidates, full.device_bytes)
+        for place, column in enumerate(columns, states.shape[1]):
+            rows[:, :, place] = column
         return rows
 
     def describe(self, pipeline: str, seen: I64) -> Candidate:
@@ -264,7 +291,9 @@ class FeatureBuilder:
         told = bool(signals.repeat_beyond)  # all that is said of repeats is said together
         in_force = self._catalog.key(state.pipeline)
         full_bytes = state.cache.full_cache_bytes
-        audits = [math.log(max(audit.divergence, AUDIT_FLOOR)) for audit in state.audits]
+        audits = [
+            math.log(max(audit.divergence, AUDIT_FLOOR)) for audit in state.audits if audit.pipeline == state.pipeline
+        ]
         return np.array(
             [
                 math.log2(seen),
@@ -278,8 +307,12 @@ class FeatureBuilder:
                 *self._by_horizon(signals.far_mass_max),
                 *self._by_horizon(signals.far_mass_last),
                 *self._by_horizon(signals.far_mass_worst_layer),
+                *self._by_depth(signals.far_mass_by_depth),
                 *_by_share(signals.dropped_votes),
                 *_by_share(signals.dropped_votes_max),
+                *_by_share(signals.missed_votes),
+                *_by_share(signals.missed_votes_max),
+                *_by_share(signals.missed_votes_by_depth, DEPTHS),
                 *self._by_horizon(signals.far_votes),
                 *self._by_horizon(signals.far_votes_max),
                 *self._by_depth(signals.far_votes_by_depth),
@@ -308,35 +341,50 @@ class FeatureBuilder:
         quarters = [values[depth * measured : (depth + 1) * measured] for depth in range(DEPTHS)]
         return [value for quarter in quarters for value in self._by_horizon(quarter)]
 
-    def _fill_candidate(self, out: F64, states: F64, seen: I64, candidate: Candidate, full_bytes: I64) -> None:
-        """Writes [R, candidate features]."""
-        tokens = seen.astype(np.float64)
-        kept = candidate.kept_tokens
-        drops = kept < tokens
-        log_recent = np.log2(np.maximum(1.0, candidate.recent_tokens))
-        kept_share = np.minimum(1.0, kept / tokens)
-        columns: list[F64 | float] = [
-            kept_share,
-            np.log2(np.maximum(1.0, kept)),
-            np.log2(1.0 + np.maximum(0.0, tokens - kept)),
-            log_recent,
-            candidate.bits,
-            candidate.coded_share,
-            candidate.host_share,
-            candidate.device_bytes / full_bytes,
-            float(candidate.recoverable),
-            *(float(candidate.family is family) for family in Family),
-        ]
-        if drops.any():
-            horizon, share = _segment(_LOG_HORIZONS, log_recent), _segment(_KEPT, kept_share)
-            columns += [np.where(drops, _between(states[:, of], horizon), 0.0) for of in _FAR]
-            columns += [np.where(drops, states[:, _COPIED] * (states[:, _COPIED_FROM] > log_recent), 0.0)]
-            columns += [np.where(drops, _between(_nothing_at_the_end(states[:, of]), share), 0.0) for of in _DROPPED]
-        else:
-            unknown = candidate.family is Family.OTHER  # what it drops is not known either
-            columns += [math.nan if unknown else 0.0] * (len(_FAR) + 1 + len(_DROPPED))
-        for place, column in enumerate(columns):
-            out[:, place] = column
+
+def _candidate_columns(
+    states: F64, seen: I64, candidates: Sequence[Candidate], full_bytes: I64
+) -> list[F64 | npt.NDArray[np.bool_]]:
+    """The candidate features in order: of R requests and C candidates, each [R, C] or [C]."""
+
+    def of(name: str) -> F64:
+        return np.stack([getattr(candidate, name) for candidate in candidates], axis=1)
+
+    tokens = seen.astype(np.float64)[:, None]
+    kept = of("kept_tokens")
+    log_recent = np.log2(np.maximum(1.0, of("recent_tokens")))
+    kept_share = np.minimum(1.0, kept / tokens)
+    families = [candidate.family for candidate in candidates]
+    columns: list[F64 | npt.NDArray[np.bool_]] = [
+        kept_share,
+        np.log2(np.maximum(1.0, kept)),
+        np.log2(1.0 + np.maximum(0.0, tokens - kept)),
+        log_recent,
+        np.array([candidate.bits for candidate in candidates]),
+        of("coded_share"),
+        of("host_share"),
+        of("device_bytes") / full_bytes[:, None],
+        np.array([candidate.recoverable for candidate in candidates]),
+        *(np.array([one is family for one in families]) for family in Family),
+    ]
+    # Where nothing is dropped nothing is lost by it; what an unknown stage drops is not known.
+    otherwise = np.where([family is Family.OTHER for family in families], math.nan, 0.0)
+    drops = kept < tokens
+    row, column = np.nonzero(drops)
+    horizon, share = _segment(_LOG_HORIZONS, log_recent[row, column]), _segment(_KEPT, kept_share[row, column])
+
+    def where_dropped(values: F64) -> F64:
+        out = np.broadcast_to(otherwise, drops.shape).copy()
+        out[row, column] = values
+        return out
+
+    columns += [where_dropped(_between(_mean_of(states, of_horizons), row, horizon)) for of_horizons in _FAR]
+    copied = states[row, _COPIED] * (states[row, _COPIED_FROM] > log_recent[row, column])
+    columns += [where_dropped(copied)]
+    columns += [
+        where_dropped(_between(_nothing_at_the_end(_mean_of(states, of_shares)), row, share)) for of_shares in _DROPPED
+    ]
+    return columns
 
 
 def seen_tokens(state: policy_pb2.RequestState) -> int:
@@ -352,7 +400,7 @@ def describe(key: PipelineKey, seen: I64, layout: CacheLayout) -> Candidate:
     footprint = estimate_many(key, seen, layout)
     if footprint is None:
         unknown = np.full(len(seen), math.nan)
-        return Candidate(Family.OTHER, recoverable, math.nan, *[unknown] * 6)
+        return Candidate(Family.OTHER, recoverable, math.nan, *[unknown] * 7)
     tokens, kept = seen.astype(np.float64), footprint.kept_tokens.astype(np.float64)
     recent = tokens
     if "window" in given:
@@ -370,7 +418,8 @@ def describe(key: PipelineKey, seen: I64, layout: CacheLayout) -> Candidate:
         coded_share=footprint.coded_tokens / np.maximum(1.0, kept),
         host_share=footprint.host_tokens / np.maximum(1.0, kept),
         device_bytes=footprint.device_bytes.astype(np.float64),
-        lower_tier_bytes=(footprint.host_bytes + footprint.shadow_bytes).astype(np.float64),
+        host_bytes=footprint.host_bytes.astype(np.float64),
+        shadow_bytes=footprint.shadow_bytes.astype(np.float64),
     )
 
 
@@ -397,8 +446,8 @@ def _bits(key: PipelineKey) -> float:
     return float(_RAW_BITS)
 
 
-def _by_share(values: Sequence[float]) -> list[float]:
-    return [values[place] if place < len(values) else math.nan for place in range(len(KEPT_SHARES))]
+def _by_share(values: Sequence[float], parts: int = 1) -> list[float]:
+    return [values[place] if place < len(values) else math.nan for place in range(parts * len(KEPT_SHARES))]
 
 
 def _segment(grid: F64, at: F64) -> tuple[I64, I64, F64]:
@@ -412,11 +461,15 @@ def _segment(grid: F64, at: F64) -> tuple[I64, I64, F64]:
     return np.where(weight == 1.0, right, left), np.where(weight == 0.0, left, right), weight
 
 
-def _between(values: F64, segment: tuple[I64, I64, F64]) -> F64:
-    """Linear interpolation of each row of ``values`` [R, G] in its :func:`_segment`."""
+def _between(values: F64, row: I64, segment: tuple[I64, I64, F64]) -> F64:
+    """Linear interpolation in N :func:`_segment`, each of ``row`` [N] of ``values`` [R, G]."""
     left, right, weight = segment
-    row = np.arange(len(values))
     return np.asarray(values[row, left] * (1.0 - weight) + values[row, right] * weight)
+
+
+def _mean_of(states: F64, columns: I64) -> F64:
+    """Mean of the P signals that ``columns`` [P, G] names, [R, G]."""
+    return states[:, columns[0]] if len(columns) == 1 else np.asarray(states[:, columns].mean(axis=1))
 
 
 def _nothing_at_the_end(values: F64) -> F64:
@@ -430,12 +483,30 @@ def _columns(*names: str) -> list[int]:
 
 _FULL: PipelineKey = (("full", ()),)
 _LOG_HORIZONS = np.log2(np.array(HORIZONS_TOKENS, np.float64))
+_DEEP = range(DEPTHS // 2, DEPTHS)
 _FAR = [
-    _columns(*(f"{signal}_{horizon}" for horizon in HORIZONS_TOKENS))
-    for signal in ("far_mass", "far_mass_max", "far_mass_last", "far_votes", "far_votes_max", "repeat_beyond")
+    np.array([_columns(*(f"{signal}_{horizon}" for horizon in HORIZONS_TOKENS)) for signal in signals])
+    for signals in (
+        ("far_mass",),
+        ("far_mass_max",),
+        ("far_mass_last",),
+        tuple(f"far_mass_depth{depth}" for depth in _DEEP),
+        ("far_votes",),
+        ("far_votes_max",),
+        ("repeat_beyond",),
+    )
 ]
 _COPIED, _COPIED_FROM = _columns("copied_tokens", "log2_copied_from")
 _KEPT = np.array([*KEPT_SHARES, 1.0])
-_DROPPED = [_columns(*(f"dropped_votes{which}_{round(1 / share)}" for share in KEPT_SHARES)) for which in ("", "_max")]
+_DROPPED = [
+    np.array([_columns(*(f"{signal}_{part}" for part in _PERCENT)) for signal in signals])
+    for signals in (
+        ("dropped_votes",),
+        ("dropped_votes_max",),
+        ("missed_votes",),
+        ("missed_votes_max",),
+        tuple(f"missed_votes_depth{depth}" for depth in _DEEP),
+    )
+]
 
 assert set(PRESETS) == set(Scenario.values()) - {Scenario.SCENARIO_UNSPECIFIED}

@@ -17,8 +17,12 @@ MONOTONE = {
     "mass_beyond": 1,
     "mass_beyond_max": 1,
     "mass_beyond_last": 1,
+    "mass_beyond_deep": 1,
     "votes_dropped": 1,
     "votes_dropped_max": 1,
+    "votes_missed": 1,
+    "votes_missed_max": 1,
+    "votes_missed_deep": 1,
     "kept_share": -1,
     "bits": -1,
 }

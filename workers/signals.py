@@ -18,6 +18,7 @@ from kernels.layout import BLOCK_TOKENS
 from kvpilot.v1 import policy_pb2
 from models.features import DEPTHS, F64, KEPT_SHARES
 from workers.cache.arrangement import Mask, block_count
+from workers.hindsight import U16, Hindsight
 
 FAR_HORIZONS_TOKENS = (32, 64, 128, 256, 512, 1024)
 SINK_TOKENS = 4
@@ -37,6 +38,7 @@ class SignalMeter:
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._repeats = Repeats(token_ids)
+        self._hindsight = Hindsight()
         self._steps = 0
         self._clear()
 
@@ -44,9 +46,11 @@ class SignalMeter:
         horizons = len(FAR_HORIZONS_TOKENS)
         self._samples = self._token_samples = 0
         self._far, self._far_max, self._far_layer, self._far_last = np.zeros((4, horizons))
+        self._far_depth = np.zeros((DEPTHS, horizons))
         self._sink = self._attention_entropy = self._token_entropy = self._top1 = self._surprise = 0.0
         self._token_entropy_max = 0.0
         self._votes: VoteSignals | None = None
+        self._missed: F64 | None = None
 
     def note_choice(self, token_id: int, entropy: float, top1_probability: float, surprise: float) -> None:
         """Counts a token that came, and what the distribution it came from looked like.
@@ -76,10 +80,12 @@ class SignalMeter:
         seen = int(tables.position[slot, 0, 0, length[0, 0] - 1]) + 1
         age, holds_sinks = _ages(tables, slot, blocks, seen)
         far = _beyond_horizons(mass, age)  # [L, H, horizons]
-        self._far_last = far.mean(axis=(0, 1))
+        by_layer = far.mean(axis=1)
+        self._far_last = by_layer.mean(axis=0)
         self._far += self._far_last
         self._far_max += far.max(axis=(0, 1))
-        self._far_layer += far.mean(axis=1).max(axis=0)
+        self._far_layer += by_layer.max(axis=0)
+        self._far_depth += _by_depth(by_layer)
         self._sink += float((mass * holds_sinks).sum(axis=2).mean())
         self._attention_entropy += _entropy(mass)
         self._samples += 1
@@ -87,6 +93,7 @@ class SignalMeter:
     def note_votes(self, tables: Tables, slot: int, seen: int) -> None:
         """Looks at the votes as they are now; :meth:`take` tells what was seen last."""
         self._votes = vote_signals(tables, slot, seen)
+        self._missed = self._hindsight.look(tables, slot, seen, self._votes.least)
 
     def take(self) -> policy_pb2.Signals:
         """The means so far, and starts anew."""
@@ -96,6 +103,7 @@ class SignalMeter:
             signals.far_mass_max.extend(self._far_max / self._samples)
             signals.far_mass_last.extend(self._far_last)
             signals.far_mass_worst_layer.extend(self._far_layer / self._samples)
+            signals.far_mass_by_depth.extend((self._far_depth / self._samples).ravel())
             signals.sink_mass = self._sink / self._samples
             signals.attention_entropy = self._attention_entropy / self._samples
         if self._token_samples:
@@ -110,8 +118,12 @@ class SignalMeter:
             signals.dropped_votes_max.extend(dropped.max(axis=(0, 1)))
             signals.far_votes.extend(far.mean(axis=(0, 1)))
             signals.far_votes_max.extend(far.max(axis=(0, 1)))
-            for quarter in np.array_split(far, DEPTHS):
-                signals.far_votes_by_depth.extend(quarter.mean(axis=(0, 1)) if len(quarter) else far.mean(axis=(0, 1)))
+            signals.far_votes_by_depth.extend(_by_depth(far.mean(axis=1)).ravel())
+        if self._missed is not None:
+            by_layer = self._missed.mean(axis=1)
+            signals.missed_votes.extend(by_layer.mean(axis=0))
+            signals.missed_votes_max.extend(self._missed.max(axis=(0, 1)))
+            signals.missed_votes_by_depth.extend(_by_depth(by_layer).ravel())
         self._clear()
         return signals
 
@@ -165,6 +177,8 @@ class VoteSignals:
     may stay; 0 where a head holds no more than may stay, or nothing was voted for."""
     far: F64
     """[L, H, horizons] share of the votes on whole blocks older than each horizon, that of the sinks left out."""
+    least: U16
+    """[L, H, KEPT_SHARES] least vote of the tokens that may stay, as the bits of a float16; 0 where all may."""
 
 
 def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:
@@ -189,12 +203,14 @@ def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:
     bits.sort(axis=2, kind="stable")  # a radix sort; votes are not negative, so their bits are in their order
     votes = _HALVES.take(bits)
     dropped = np.zeros((*length.shape, len(KEPT_SHARES)))
+    least = np.zeros(dropped.shape, np.uint16)
     for place, share in enumerate(KEPT_SHARES):
         may_stay = math.ceil(share * seen)
         if may_stay < count:
             rest = votes[:, :, : count - may_stay].sum(axis=2)
             np.divide(rest, total, out=dropped[:, :, place], where=(length > may_stay) & voted)
-    return VoteSignals(dropped, far)
+            least[:, :, place] = bits[:, :, count - may_stay]
+    return VoteSignals(dropped, far, least)
 
 
 def _ages(tables: Tables, slot: int, blocks: int, seen: int) -> tuple[I32, Mask]:
@@ -244,6 +260,12 @@ def _beyond_horizons(mass: F32, age: I32) -> F64:
     sums = np.bincount(passed.ravel(), mass.ravel(), heads * (horizons + 1)).reshape(*mass.shape[:2], horizons + 1)
     beyond: F64 = sums[..., :0:-1].cumsum(axis=2)[..., ::-1]
     return beyond
+
+
+def _by_depth(by_layer: F64) -> F64:
+    """Means [DEPTHS, N] of [L, N] over each quarter of the layers; over all of them for one that has none."""
+    parts = np.array_split(by_layer, DEPTHS)
+    return np.stack([(part if len(part) else by_layer).mean(axis=0) for part in parts])
 
 
 def _entropy(mass: F32) -> float:

@@ -21,12 +21,15 @@ LOSSES: Mapping[Family, float] = {
     Family.SCORED_QUANTISE: 0.03,
     Family.OTHER: 1.0,
 }
-_BITS, _KEPT = NAMES.index("bits"), NAMES.index("kept_share")
+_BITS, _KEPT, _SEEN = NAMES.index("bits"), NAMES.index("kept_share"), NAMES.index("log2_seen")
 
 
 @dataclass
 class FakePredictor:
-    """Divergence by family, more where fewer bits or tokens are kept; the bound is twice that, times ``caution``."""
+    """Divergence by family, more where fewer bits or tokens are kept; the bound is twice that, times ``caution``.
+
+    Its long-range need is a hundredth of the logarithm of a request's tokens.
+    """
 
     version: str = "v1"
     schema_hash: str = SCHEMA_HASH
@@ -41,7 +44,7 @@ class FakePredictor:
         base = np.array([self.losses[family] for family in families])
         divergence = base * (4 / np.maximum(4, rows[:, _BITS])) ** 2 + 0.02 * (1 - rows[:, _KEPT])
         divergence = np.where(base > 0, divergence, 0.0)
-        return Prediction(divergence, 2 * self.caution * divergence, np.zeros(len(rows)))
+        return Prediction(divergence, 2 * self.caution * divergence, rows[:, _SEEN] / 100)
 
 
 @dataclass

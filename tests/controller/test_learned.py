@@ -61,7 +61,12 @@ def test_a_loose_bound_takes_the_densest_and_says_why() -> None:
     assert decision.forecast.row.shape == (len(NAMES),)
     for words in ("mixed, 2016 tokens", "predicted", "of 1 nats", "device ", "cost ", "runner-up ", "bundle v1"):
         assert words in decision.reason
+    assert "long-range need 11%" in decision.reason
     assert decision.forecast.runner_up in decision.reason
+
+
+def test_what_may_lose_nothing_is_asked_nothing() -> None:
+    assert "long-range need" not in decide(admits(0.0)).reason
 
 
 def test_the_row_in_the_forecast_is_that_of_the_pipeline() -> None:

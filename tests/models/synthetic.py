@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from models import dataset
-from models.features import HORIZONS_TOKENS, NAMES, REQUEST_FEATURES, SIGNAL_FEATURES, FeatureBuilder
+from models.features import DEPTHS, HORIZONS_TOKENS, NAMES, REQUEST_FEATURES, SIGNAL_FEATURES, FeatureBuilder
 from models.footprint import CacheLayout
 from tests.controller.scripted import CATALOG
 
@@ -49,12 +49,13 @@ def states(windows: int, far: np.ndarray, seed: int) -> tuple[np.ndarray, np.nda
     reach = far + 0.3 * random.standard_normal(windows)
     for horizon in HORIZONS_TOKENS:
         mass = 1 / (1 + np.exp(-(reach + 1.0 - 0.7 * np.log2(horizon / 32))))
-        for which in ("", "_max", "_last", "_layer"):
+        for which in ("", "_max", "_last", "_layer", *(f"_depth{depth}" for depth in range(DEPTHS))):
             out[:, columns[f"far_mass{which}_{horizon}"]] = mass * random.uniform(0.9, 1.0, windows)
+    missed_by_depth = [f"missed_votes_depth{depth}" for depth in range(DEPTHS)]
     spread = 1 / (1 + np.exp(-(far - 1 + 0.3 * random.standard_normal(windows))))
-    for share in (8, 4, 2):
-        for which in ("", "_max"):
-            out[:, columns[f"dropped_votes{which}_{share}"]] = spread * share / 10 * random.uniform(0.9, 1.0, windows)
+    for percent, dropped in ((12, 0.8), (25, 0.4), (50, 0.2), (75, 0.1)):
+        for signal in ("dropped_votes", "dropped_votes_max", "missed_votes", "missed_votes_max", *missed_by_depth):
+            out[:, columns[f"{signal}_{percent}"]] = spread * dropped * random.uniform(0.9, 1.0, windows)
     out[:, columns["audited_log_divergence"]] = np.nan
     return out, seen
 

@@ -146,12 +146,20 @@ def expected_state(state: policy_pb2.RequestState, horizons: Sequence[int]) -> d
         ):
             of_horizon = dict(zip(horizons, values, strict=False))
             row[f"{name}_{horizon}"] = of_horizon.get(horizon, nan)
+        for name, values in (
+            ("far_mass_depth", signals.far_mass_by_depth),
+            ("far_votes_depth", signals.far_votes_by_depth),
+        ):
+            for quarter in range(4):
+                of_quarter = list(values)[quarter * len(horizons) : (quarter + 1) * len(horizons)]
+                row[f"{name}{quarter}_{horizon}"] = dict(zip(horizons, of_quarter, strict=False)).get(horizon, nan)
+    for place, percent in enumerate((12, 25, 50, 75)):
+        for name in ("dropped_votes", "dropped_votes_max", "missed_votes", "missed_votes_max"):
+            shares = getattr(signals, name)
+            row[f"{name}_{percent}"] = shares[place] if shares else nan
         for quarter in range(4):
-            of_quarter = list(signals.far_votes_by_depth)[quarter * len(horizons) : (quarter + 1) * len(horizons)]
-            row[f"far_votes_depth{quarter}_{horizon}"] = dict(zip(horizons, of_quarter, strict=False)).get(horizon, nan)
-    for place, part in enumerate((8, 4, 2)):
-        row[f"dropped_votes_{part}"] = signals.dropped_votes[place] if signals.dropped_votes else nan
-        row[f"dropped_votes_max_{part}"] = signals.dropped_votes_max[place] if signals.dropped_votes_max else nan
+            shares = signals.missed_votes_by_depth
+            row[f"missed_votes_depth{quarter}_{percent}"] = shares[4 * quarter + place] if shares else nan
     for name in (
         "sink_mass",
         "attention_entropy",
@@ -178,8 +186,8 @@ def expected_state(state: policy_pb2.RequestState, horizons: Sequence[int]) -> d
     if state.cache.full_cache_bytes:
         row["current_bytes_share"] = state.cache.device_bytes / state.cache.full_cache_bytes
     row["audited_log_divergence"] = nan
-    if state.audits:
-        row["audited_log_divergence"] = float(np.mean([np.log(max(one.divergence, 1e-6)) for one in state.audits]))
+    if in_force := [audit for audit in state.audits if audit.pipeline == state.pipeline]:
+        row["audited_log_divergence"] = float(np.mean([np.log(max(one.divergence, 1e-6)) for one in in_force]))
     return row
 
 
@@ -249,10 +257,19 @@ def expected_candidate(pipeline: str, seen: int, state: dict[str, float]) -> dic
     ):
         values = [state[f"{signal}_{horizon}"] for horizon in HORIZONS]
         row[name] = float(np.interp(math.log(recent, 2), grid, values)) if kept < seen else 0.0
-    for name in ("votes_dropped", "votes_dropped_max"):
-        signal = name.replace("votes_dropped", "dropped_votes")
-        values = [state[f"{signal}_{part}"] for part in (8, 4, 2)]
-        row[name] = float(np.interp(kept / seen, [1 / 8, 1 / 4, 1 / 2, 1], [*values, 0.0])) if kept < seen else 0.0
+    deep = [(state[f"far_mass_depth2_{horizon}"] + state[f"far_mass_depth3_{horizon}"]) / 2 for horizon in HORIZONS]
+    row["mass_beyond_deep"] = float(np.interp(math.log(recent, 2), grid, deep)) if kept < seen else 0.0
+    shares, percents = [1 / 8, 1 / 4, 1 / 2, 3 / 4, 1], (12, 25, 50, 75)
+    for name, signal in (
+        ("votes_dropped", "dropped_votes"),
+        ("votes_dropped_max", "dropped_votes_max"),
+        ("votes_missed", "missed_votes"),
+        ("votes_missed_max", "missed_votes_max"),
+    ):
+        values = [state[f"{signal}_{percent}"] for percent in percents]
+        row[name] = float(np.interp(kept / seen, shares, [*values, 0.0])) if kept < seen else 0.0
+    deep = [(state[f"missed_votes_depth2_{part}"] + state[f"missed_votes_depth3_{part}"]) / 2 for part in percents]
+    row["votes_missed_deep"] = float(np.interp(kept / seen, shares, [*deep, 0.0])) if kept < seen else 0.0
     row["copied_beyond"] = 0.0
     if kept < seen:
         from_beyond = state["log2_copied_from"] > math.log(recent, 2)
@@ -280,15 +297,17 @@ def requests(draw: st.DrawFn, horizons: Sequence[int] = HORIZONS_TOKENS) -> poli
     prompt_tokens = draw(st.one_of(st.integers(1, 200), st.integers(1, 9000)))
     generated_tokens = draw(st.integers(0, 3000))
     seen = prompt_tokens + generated_tokens
+    pipeline = draw(st.sampled_from(PIPELINES))
+    audits = draw(st.lists(st.tuples(st.sampled_from([pipeline, "int8"]), st.sampled_from([0.0, 1e-7, 0.02, 30.0]))))
     state = policy_pb2.RequestState(
         request_id="job-1",
         scenario=draw(st.sampled_from(Scenario.values())),
-        pipeline=draw(st.sampled_from(PIPELINES)),
+        pipeline=pipeline,
         prompt_tokens=prompt_tokens,
         generated_tokens=generated_tokens,
         max_tokens=4000,
         kept_tokens=draw(st.one_of(st.just(0.0), st.floats(1, seen))),
-        audits=[policy_pb2.Audit(divergence=lost) for lost in draw(st.lists(st.sampled_from([0.0, 1e-7, 0.02, 30.0])))],
+        audits=[policy_pb2.Audit(pipeline=audited, divergence=lost) for audited, lost in audits],
     )
     if draw(st.booleans()):
         full = draw(st.integers(1, 1 << 40))
@@ -308,8 +327,12 @@ def requests(draw: st.DrawFn, horizons: Sequence[int] = HORIZONS_TOKENS) -> poli
                 far_mass_max=shares(len(horizons)),
                 far_mass_last=shares(len(horizons)),
                 far_mass_worst_layer=shares(len(horizons)),
-                dropped_votes=shares(3),
-                dropped_votes_max=shares(3),
+                far_mass_by_depth=shares(4 * len(horizons)),
+                dropped_votes=shares(4),
+                dropped_votes_max=shares(4),
+                missed_votes=shares(4),
+                missed_votes_max=shares(4),
+                missed_votes_by_depth=shares(4 * 4),
                 far_votes=shares(len(horizons)),
                 far_votes_max=shares(len(horizons)),
                 far_votes_by_depth=shares(4 * len(horizons)),
@@ -381,7 +404,7 @@ def test_what_is_not_known_is_nan() -> None:
 def test_what_depends_on_what_is_not_known_is_nan_too_and_nothing_is_where_nothing_is_dropped() -> None:
     state = policy_pb2.RequestState(pipeline="full", prompt_tokens=1000)
     beyond = NAMES[NAMES.index("mass_beyond") :]
-    assert len(beyond) == 9
+    assert len(beyond) == 13
     dropping, keeping, unknown = (
         named(row) for row in builder().rows(state, ["window(sinks=4, recent=512)", "int8", "telepathy"])
     )
@@ -425,11 +448,70 @@ def test_a_copy_counts_where_its_source_would_be_dropped() -> None:
     assert rows[:, NAMES.index("copied_beyond")].tolist() == [9.0, 0.0, 0.0, 0.0]
 
 
-def test_audits_are_averaged_as_logarithms_above_their_floor() -> None:
-    state = request_state()
-    state.audits.extend(policy_pb2.Audit(divergence=lost) for lost in (0.0, 0.01))
+def test_audits_of_the_pipeline_in_force_are_averaged_as_logarithms_above_their_floor() -> None:
+    state = request_state(pipeline="int8")
+    state.audits.extend(policy_pb2.Audit(pipeline="int8", divergence=lost) for lost in (0.0, 0.01))
+    state.audits.add(pipeline="kivi(bits=4)", divergence=2.0)  # of before a switch
     row = named(builder().rows(state, ["full"])[0])
     assert row["audited_log_divergence"] == pytest.approx((math.log(AUDIT_FLOOR) + math.log(0.01)) / 2)
+    state.pipeline = "full"
+    assert math.isnan(named(builder().rows(state, ["full"])[0])["audited_log_divergence"])
+
+
+def test_far_mass_and_missed_votes_of_each_quarter_find_their_columns() -> None:
+    state = policy_pb2.RequestState(pipeline="full", prompt_tokens=2000)
+    signals = policy_pb2.Signals(
+        steps=4,
+        far_mass_by_depth=[(10 * quarter + place) / 100 for quarter in range(4) for place in range(6)],
+        missed_votes_by_depth=[(10 * quarter + place) / 50 for quarter in range(4) for place in range(4)],
+    )
+    state.signals.CopyFrom(signals)
+    pipelines = ["window(sinks=4, recent=256)", "h2o(keep=0.25)"]
+    window, h2o = (named(row) for row in builder().rows(state, pipelines))
+    for quarter in range(4):
+        for place, horizon in enumerate(HORIZONS):
+            assert window[f"far_mass_depth{quarter}_{horizon}"] == (10 * quarter + place) / 100
+        for place, percent in enumerate((12, 25, 50, 75)):
+            assert window[f"missed_votes_depth{quarter}_{percent}"] == (10 * quarter + place) / 50
+    assert window["mass_beyond_deep"] == pytest.approx((0.23 + 0.33) / 2)  # 256 is the fourth horizon
+    assert h2o["votes_missed_deep"] == pytest.approx((0.42 + 0.62) / 2)  # 1/4 is the second share
+    for name in ("mass_beyond", "votes_missed", "votes_missed_max"):
+        assert math.isnan(window[name]), name
+        assert math.isnan(h2o[name]), name
+
+
+@pytest.mark.parametrize(
+    ("keep", "missed"),
+    [
+        (0.1, 0.8),  # below the least share that is measured, what is missed there
+        (0.125, 0.8),
+        (0.25, 0.6),
+        (0.375, 0.5),
+        (0.5, 0.4),
+        (0.625, 0.3),
+        (0.75, 0.2),
+        (0.875, 0.1),  # who keeps everything misses nothing
+        (1.0, 0.0),
+    ],
+)
+def test_missed_votes_are_interpolated_between_shares(keep: float, missed: float) -> None:
+    state = policy_pb2.RequestState(pipeline="full", prompt_tokens=4000)
+    measured = [0.8, 0.6, 0.4, 0.2]
+    state.signals.CopyFrom(
+        policy_pb2.Signals(
+            steps=4,
+            missed_votes=measured,
+            missed_votes_max=[value + 0.1 for value in measured],
+            missed_votes_by_depth=[0.0] * 8
+            + [value - 0.1 for value in measured]
+            + [value + 0.05 for value in measured],
+        )
+    )
+    row = named(builder().rows(state, [f"h2o(keep={keep})"])[0])
+    at_the_end = 0.0 if keep == 1 else min(1.0, (1 - keep) / 0.25)  # all of them fall to 0 behind 3/4
+    assert row["votes_missed"] == pytest.approx(missed)
+    assert row["votes_missed_max"] == pytest.approx(missed + 0.1 * at_the_end)
+    assert row["votes_missed_deep"] == pytest.approx(missed - 0.025 * at_the_end)
 
 
 def test_a_request_without_tokens_has_rows_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from kernels.layout import Tier
 from kvpilot.v1 import generation_pb2, job_pb2
 from models.features import NAMES, SCHEMA_HASH
 from tests.tiny import Drive, Outcome, prompt, run, tiny_engine, tiny_model
+from tests.workers.backtest import Look
 from workers.cache.kvcache import Occasion
 from workers.engine.scoring import divergences
 from workers.errors import ProblemError
@@ -149,10 +151,115 @@ def test_the_signals_are_those_of_a_request_at_that_place() -> None:
     place = replayed(drive.finish()["replay"])[0]
     seen = dict(zip(NAMES, place.pipelines[0].features, strict=True))
     row = dict(zip(NAMES, engine._replayer._features.rows(state, ["window(sinks=4, recent=64)"])[0], strict=True))
-    for name in ("sink_mass", "attention_entropy", "far_mass_64", "mass_beyond"):
+    for name in (
+        "sink_mass",
+        "attention_entropy",
+        "far_mass_64",
+        "mass_beyond",
+        "far_mass_depth1_64",
+        "missed_votes_25",
+    ):
         assert seen[name] == pytest.approx(row[name], abs=0.05)
     assert seen["log2_seen"] == pytest.approx(math.log2(at - 1))
     assert not any(math.isnan(seen[name]) for name in NAMES if name != "audited_log_divergence")
+
+
+# -- what the signals are measured from --------------------------------------------------------------------------------
+
+PLACES = list(range(100, 560, 16))
+"""Half of them with a block's end among the steps of the signals."""
+APART = [112, 200, 312, 420, 500]
+"""Some, too, and at least an observation window of votes between one and the signals of the next."""
+
+
+def columns(place: generation_pb2.Replayed) -> dict[str, float]:
+    return dict(zip(NAMES, place.pipelines[0].features, strict=True))
+
+
+def watched(pipeline: str, places: list[int] = PLACES, **settings) -> list[dict[str, float]]:
+    """The features at each of the places, measured under a pipeline."""
+    drive = Drive(tiny_engine(**settings))
+    submit(drive, "job", at_tokens=places, pipelines=["full"], measured_under=[pipeline] * len(places))
+    return [columns(place) for place in replayed(drive.finish()["job"])]
+
+
+@dataclass
+class Watched:
+    """A place's signal steps, decoded by hand, each cache for itself."""
+
+    before: Look
+    after: Look
+    divergence: float
+    """Mean over the steps, from transformers' distributions."""
+
+
+def watch(at: int, pipeline: str) -> Watched:
+    engine = tiny_engine()
+    cache, runner = engine.cache, engine._runner
+    built = build(pipeline, engine.shape)
+    seq = cache.open(600)
+    cache.reserve(seq, at - 16)
+    runner.prefill(seq, TEXT[: at - 16], at - 16, all_queries=True)
+    cache.apply(seq, built, Occasion.SWITCH)
+    before, decoded = Look.at(cache.tables, seq.slot, seq.seen), []
+    for token in TEXT[at - 16 : at]:
+        cache.reserve(seq, 1)
+        decoded.append(runner.decode([seq], [token])[0][0])
+        if seq.seen % 32 == 0:
+            cache.apply(seq, built, Occasion.SETTLE)
+    with torch.inference_mode():
+        exact = tiny_model(attention="sdpa")(torch.tensor([TEXT[:at]])).logits[0, at - 16 :]
+    exact, lossy = (torch.log_softmax(rows.double(), dim=-1) for rows in (exact, torch.stack(decoded)))
+    divergence = float((exact.exp() * (exact - lossy)).sum(-1).mean())
+    return Watched(before, Look.at(cache.tables, seq.slot, seq.seen), divergence)
+
+
+@pytest.mark.parametrize("pipeline", ["kivi(bits=4)", "window(sinks=4, recent=64)"])
+def test_about_half_of_the_places_under_a_lossy_pipeline_have_an_audit(pipeline: str) -> None:
+    """The mean divergence of the steps before them: that of the pipeline's path from the full cache's."""
+    found = [columns["audited_log_divergence"] for columns in watched(pipeline)]
+    audited = {at: value for at, value in zip(PLACES, found, strict=True) if not math.isnan(value)}
+    assert 0.25 < len(audited) / len(PLACES) < 0.75
+    for at, value in list(audited.items())[::4]:
+        assert value == pytest.approx(math.log(watch(at, pipeline).divergence), abs=5e-3)
+
+
+def test_the_same_places_have_the_same_audits_again() -> None:
+    """Whatever the worker, the pipeline and the places before."""
+    first = watched("kivi(bits=4)")
+    audits = [columns["audited_log_divergence"] for columns in first]
+    again = [columns["audited_log_divergence"] for columns in watched("kivi(bits=4)", step_tokens=64)]
+    assert again == pytest.approx(audits, rel=1e-3, nan_ok=True)
+    other = [columns["audited_log_divergence"] for columns in watched("int8")]
+    assert [math.isnan(value) for value in other] == [math.isnan(value) for value in audits]
+    last = [columns["audited_log_divergence"] for columns in watched("kivi(bits=4)", PLACES[-3:])]
+    assert last == pytest.approx(audits[-3:], rel=1e-3, nan_ok=True)
+
+
+@pytest.mark.parametrize("pipeline", ["full", "host(recent=64)", "kivi(bits=4, shadow=false)"])
+def test_exact_and_permanent_pipelines_have_no_audits_here_either(pipeline: str) -> None:
+    assert all(math.isnan(columns["audited_log_divergence"]) for columns in watched(pipeline))
+
+
+@pytest.mark.parametrize("pipeline", ["full", "kivi(bits=4)", "window(sinks=4, recent=64)"])
+def test_missed_votes_are_those_of_the_steps_before_the_place(pipeline: str) -> None:
+    """Selected as the text is there; over an eviction, which a window makes at each whole block, there are none."""
+    found = dict(zip(APART, watched(pipeline, APART), strict=True))
+    told = [at for at, columns in found.items() if not math.isnan(columns["missed_votes_50"])]
+    assert told == [at for at in APART if pipeline[:6] != "window" or (at - 16) // 32 == at // 32]
+    for at in told:
+        by_hand = watch(at, pipeline)
+        missed = by_hand.before.missed(by_hand.after)
+        every = np.array(list(missed.values()))
+        for place, percent in enumerate((12, 25, 50, 75)):
+            assert found[at][f"missed_votes_{percent}"] == pytest.approx(every[:, place].mean(), abs=1e-4)
+            assert found[at][f"missed_votes_max_{percent}"] == pytest.approx(every[:, place].max(), abs=1e-4)
+            for layer in (0, 1):
+                of_layer = np.mean([missed[layer, head][place] for head in (0, 1)])
+                assert found[at][f"missed_votes_depth{layer}_{percent}"] == pytest.approx(of_layer, abs=1e-4)
+
+
+# -- beside requests ---------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_left_behind(measured) -> None:

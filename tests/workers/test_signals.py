@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,9 +80,21 @@ def plain_signals(plan: DecodePlan, positions: Positions) -> dict[str, object]:
         "far_mass": [np.mean(values) for values in far],
         "far_mass_max": [max(values) for values in far],
         "far_mass_worst_layer": [worst_layer(values, positions) for values in far],
+        "far_mass_by_depth": [mean for quarter in range(4) for mean in of_quarter(far, positions, quarter)],
         "sink_mass": np.mean(sinks),
         "attention_entropy": np.mean(entropies) / math.log(most_blocks) if most_blocks > 1 else 0.0,
     }
+
+
+def of_quarter(far: list[list[float]], positions: Positions, quarter: int) -> list[float]:
+    """Means over one quarter of the layers, the first ones a layer longer where four do not divide their number."""
+    layers = sorted({layer for layer, _ in positions})
+    starts = [part * (len(layers) // 4) + min(part, len(layers) % 4) for part in range(5)]
+    chosen = layers[starts[quarter] : starts[quarter + 1]] or layers
+    return [
+        float(np.mean([value for (layer, _), value in zip(positions, values, strict=True) if layer in chosen]))
+        for values in far
+    ]
 
 
 def worst_layer(values: list[float], positions: Positions) -> float:
@@ -178,6 +191,46 @@ def test_signals_of_evicted_tables_equal_plain_loops(positions: Positions, seed:
     check(signals, want | {"far_mass_last": want["far_mass"]})
 
 
+@pytest.mark.parametrize(
+    "quarters",
+    [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 0, 1, 2, 3],
+        [*[0] * 8, *[1] * 8, *[2] * 7, *[3] * 7],
+    ],
+    ids=len,
+)
+def test_far_mass_is_told_of_each_quarter_of_the_layers(quarters: list[int]) -> None:
+    """A quarter without a layer, of a model that has fewer than four, tells the mean over all."""
+    layers, blocks, row = len(quarters), 50, 0
+    rng = np.random.default_rng(layers)
+    tables = Tables.allocate(1, replace(SHAPE, layers=layers), blocks * BLOCK_TOKENS)
+    tables.length[:] = blocks * BLOCK_TOKENS
+    tables.position[:] = np.arange(tables.position.shape[-1])
+    meter = SignalMeter([])
+    far: dict[int, list[np.ndarray]] = {quarter: [] for quarter in range(DEPTHS)}
+    for _ in range(3):
+        mass = rng.dirichlet(np.full(blocks, 0.5), (layers, 1, SHAPE.kv_heads)).astype(np.float32)
+        for _ in range(SAMPLE_EVERY):
+            meter.note_attention(DecodePlan(np.array([0], np.int32), mass), row, tables)
+        for layer, quarter in enumerate(quarters):
+            for head in range(SHAPE.kv_heads):
+                by_block = mass[layer, row, head]
+                far[quarter].append(
+                    # Block 0 holds the sinks; of those behind it, the last `horizon` tokens' are not far.
+                    np.array([by_block[1 : blocks - horizon // BLOCK_TOKENS].sum() for horizon in FAR_HORIZONS_TOKENS])
+                )
+    everything = np.mean([one for quarter in far.values() for one in quarter], axis=0)
+    want = [np.mean(quarter, axis=0) if quarter else everything for quarter in far.values()]
+    signals = meter.take()
+    assert list(signals.far_mass) == pytest.approx(everything, abs=1e-5)
+    assert list(signals.far_mass_by_depth) == pytest.approx(np.ravel(want), abs=1e-5)
+    assert list(meter.take().far_mass_by_depth) == []
+
+
 def test_one_step_in_four_is_looked_at_and_the_mean_is_told() -> None:
     meter, positions = SignalMeter([]), everywhere(list(range(200)))
     plans = [look(meter, positions, seed) for seed in range(3)]
@@ -191,6 +244,7 @@ def test_one_step_in_four_is_looked_at_and_the_mean_is_told() -> None:
             "far_mass": np.mean([one["far_mass"] for one in each], axis=0).tolist(),
             "far_mass_max": np.mean([one["far_mass_max"] for one in each], axis=0).tolist(),
             "far_mass_worst_layer": np.mean([one["far_mass_worst_layer"] for one in each], axis=0).tolist(),
+            "far_mass_by_depth": np.mean([one["far_mass_by_depth"] for one in each], axis=0).tolist(),
             "far_mass_last": each[-1]["far_mass"],
             "sink_mass": np.mean([one["sink_mass"] for one in each]),
             "attention_entropy": np.mean([one["attention_entropy"] for one in each]),
@@ -243,7 +297,7 @@ def test_dropped_votes_of_evicted_tables_equal_plain_loops(positions: Positions,
 
 
 def test_votes_by_hand() -> None:
-    """64 tokens seen: 8, 16 and 32 may stay. Head (0, 0) voted evenly, (0, 1) for one token, (1, 0) for none, and
+    """64 tokens seen: 8, 16, 32 and 48 may stay. Head (0, 0) voted evenly, (0, 1) for one token, (1, 0) for none, and
     (1, 1) holds 8 tokens only."""
     positions = everywhere(list(range(64)))
     positions[1, 1] = list(range(56, 64))
@@ -254,8 +308,8 @@ def test_votes_by_hand() -> None:
     meter = SignalMeter([])
     meter.note_votes(tables, SLOT, 64)
     signals = meter.take()
-    assert list(signals.dropped_votes_max) == pytest.approx([7 / 8, 3 / 4, 1 / 2])
-    assert list(signals.dropped_votes) == pytest.approx([7 / 32, 3 / 16, 1 / 8])
+    assert list(signals.dropped_votes_max) == pytest.approx([7 / 8, 3 / 4, 1 / 2, 1 / 4])
+    assert list(signals.dropped_votes) == pytest.approx([7 / 32, 3 / 16, 1 / 8, 1 / 16])
     assert list(meter.take().dropped_votes) == []  # not looked at again
 
 

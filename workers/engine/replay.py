@@ -12,10 +12,12 @@ back, to start over at the first place not yet delivered, as soon as a request n
 from __future__ import annotations
 
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import structlog
 import torch
 
@@ -207,16 +209,30 @@ class Replayer:
         both = [base] if watched is base else [base, watched]
         first = place.at_token - SIGNAL_TOKENS
         meter = SignalMeter(tokens[: first + 1])
+        meter.note_votes(self._cache.tables, watched.slot, watched.seen)  # for later ones to be held against
+        audited = pipeline.wants_shadow and _audited(tokens[first : place.at_token])
+        drift: list[torch.Tensor] = []
         for index in range(first, place.at_token):
             for cache in both:
                 self._reserve(cache, 1)
             logits, plan = self._runner.decode(both, [tokens[index]] * len(both))
             meter.note_attention(plan, len(both) - 1, self._cache.tables)
             _note_token(meter, logits[-1], tokens[index + 1])
+            if audited:
+                drift.append(divergences(*torch.log_softmax(logits.float(), dim=-1)[:, None]))
             if watched.seen % BLOCK_TOKENS == 0 and watched is not base:
                 self._cache.apply(watched, pipeline, Occasion.SETTLE)
             yield
         state = self._state(replay, watched, pipeline, place.at_token, meter)
+        if audited:
+            found = torch.cat(drift)
+            state.audits.add(
+                at_token=first - replay.prompt_tokens,
+                pipeline=pipeline.text,
+                divergence=float(found.mean()),
+                divergence_max=float(found.max()),
+                tokens=len(found),
+            )
         if watched is not base:
             self._release(watched)
         return state
@@ -311,6 +327,11 @@ class Replayer:
         for seq in reversed(self._open):  # forks before what they are forks of
             self._cache.close(seq)
         self._open = []
+
+
+def _audited(token_ids: Sequence[int]) -> bool:
+    """Whether a place's signals include an audit, as those of served requests now and then do: every other text's."""
+    return bool(zlib.crc32(np.array(token_ids, np.int64).tobytes()) & 1)
 
 
 def _loss(logprobs: torch.Tensor, horizon: Sequence[int]) -> float:

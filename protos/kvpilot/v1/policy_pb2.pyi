@@ -200,7 +200,7 @@ class Audit(_message.Message):
     def __init__(self, at_token: _Optional[int] = ..., pipeline: _Optional[str] = ..., divergence: _Optional[float] = ..., divergence_max: _Optional[float] = ..., top1_agreement: _Optional[float] = ..., tokens: _Optional[int] = ..., cost_ms: _Optional[float] = ...) -> None: ...
 
 class Signals(_message.Message):
-    __slots__ = ("steps", "far_mass", "far_mass_max", "sink_mass", "attention_entropy", "next_token_entropy", "top1_probability", "repeat_rate", "far_mass_last", "far_mass_worst_layer", "dropped_votes", "dropped_votes_max", "surprise", "next_token_entropy_max", "far_votes", "far_votes_max", "far_votes_by_depth", "repeat_beyond", "copied_tokens", "copied_from_tokens")
+    __slots__ = ("steps", "far_mass", "far_mass_max", "sink_mass", "attention_entropy", "next_token_entropy", "top1_probability", "repeat_rate", "far_mass_last", "far_mass_worst_layer", "dropped_votes", "dropped_votes_max", "surprise", "next_token_entropy_max", "far_votes", "far_votes_max", "far_votes_by_depth", "repeat_beyond", "copied_tokens", "copied_from_tokens", "far_mass_by_depth", "missed_votes", "missed_votes_max", "missed_votes_by_depth")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     FAR_MASS_FIELD_NUMBER: _ClassVar[int]
     FAR_MASS_MAX_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +221,10 @@ class Signals(_message.Message):
     REPEAT_BEYOND_FIELD_NUMBER: _ClassVar[int]
     COPIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COPIED_FROM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FAR_MASS_BY_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    MISSED_VOTES_FIELD_NUMBER: _ClassVar[int]
+    MISSED_VOTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    MISSED_VOTES_BY_DEPTH_FIELD_NUMBER: _ClassVar[int]
     steps: int
     far_mass: _containers.RepeatedScalarFieldContainer[float]
     far_mass_max: _containers.RepeatedScalarFieldContainer[float]
@@ -241,7 +245,11 @@ class Signals(_message.Message):
     repeat_beyond: _containers.RepeatedScalarFieldContainer[float]
     copied_tokens: int
     copied_from_tokens: int
-    def __init__(self, steps: _Optional[int] = ..., far_mass: _Optional[_Iterable[float]] = ..., far_mass_max: _Optional[_Iterable[float]] = ..., sink_mass: _Optional[float] = ..., attention_entropy: _Optional[float] = ..., next_token_entropy: _Optional[float] = ..., top1_probability: _Optional[float] = ..., repeat_rate: _Optional[float] = ..., far_mass_last: _Optional[_Iterable[float]] = ..., far_mass_worst_layer: _Optional[_Iterable[float]] = ..., dropped_votes: _Optional[_Iterable[float]] = ..., dropped_votes_max: _Optional[_Iterable[float]] = ..., surprise: _Optional[float] = ..., next_token_entropy_max: _Optional[float] = ..., far_votes: _Optional[_Iterable[float]] = ..., far_votes_max: _Optional[_Iterable[float]] = ..., far_votes_by_depth: _Optional[_Iterable[float]] = ..., repeat_beyond: _Optional[_Iterable[float]] = ..., copied_tokens: _Optional[int] = ..., copied_from_tokens: _Optional[int] = ...) -> None: ...
+    far_mass_by_depth: _containers.RepeatedScalarFieldContainer[float]
+    missed_votes: _containers.RepeatedScalarFieldContainer[float]
+    missed_votes_max: _containers.RepeatedScalarFieldContainer[float]
+    missed_votes_by_depth: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, steps: _Optional[int] = ..., far_mass: _Optional[_Iterable[float]] = ..., far_mass_max: _Optional[_Iterable[float]] = ..., sink_mass: _Optional[float] = ..., attention_entropy: _Optional[float] = ..., next_token_entropy: _Optional[float] = ..., top1_probability: _Optional[float] = ..., repeat_rate: _Optional[float] = ..., far_mass_last: _Optional[_Iterable[float]] = ..., far_mass_worst_layer: _Optional[_Iterable[float]] = ..., dropped_votes: _Optional[_Iterable[float]] = ..., dropped_votes_max: _Optional[_Iterable[float]] = ..., surprise: _Optional[float] = ..., next_token_entropy_max: _Optional[float] = ..., far_votes: _Optional[_Iterable[float]] = ..., far_votes_max: _Optional[_Iterable[float]] = ..., far_votes_by_depth: _Optional[_Iterable[float]] = ..., repeat_beyond: _Optional[_Iterable[float]] = ..., copied_tokens: _Optional[int] = ..., copied_from_tokens: _Optional[int] = ..., far_mass_by_depth: _Optional[_Iterable[float]] = ..., missed_votes: _Optional[_Iterable[float]] = ..., missed_votes_max: _Optional[_Iterable[float]] = ..., missed_votes_by_depth: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("controller", "report_interval_tokens", "default_pipeline", "version")
