@@ -191,6 +191,8 @@ def _check_replay(request: generation_pb2.GenerateRequest, model: generation_pb2
         bad.add("replay.horizon_tokens", replay.horizon_tokens, f"1 to {MAX_HORIZON_TOKENS}; 0 or unset is 32")
     if replay.turns < 0:
         bad.add("replay.turns", replay.turns, "1 or more; 0 or unset is 1")
+    if replay.prompt_tokens < 0:
+        bad.add("replay.prompt_tokens", replay.prompt_tokens, "1 or more; 0 or unset: the text is not a prompt's")
     places = list(replay.at_tokens)
     if not 1 <= len(places) <= MAX_REPLAYED:
         bad["replay.at_tokens"] = f"{len(places)} places given; accepted: 1 to {MAX_REPLAYED}"

@@ -114,6 +114,7 @@ class Collector:
             horizon_tokens=self._asked.horizon_tokens,
             measured_under=replay.measured_under,
             turns=replay.turns,
+            prompt_tokens=replay.prompt_tokens,
             model=self._asked.model,
             idempotency_key=key,
         )

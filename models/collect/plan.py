@@ -67,12 +67,14 @@ class Replay:
         at_tokens: places.
         measured_under: a pipeline per place.
         turns: user turns, if it is a conversation of more than one.
+        prompt_tokens: where its prompt ends, if an answer follows.
     """
 
     token_ids: tuple[int, ...]
     at_tokens: tuple[int, ...]
     measured_under: tuple[str, ...]
     turns: int = 0
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Plan:
                 pipelines=asked.pipelines,
                 horizon_tokens=asked.horizon_tokens,
                 turns=replay.turns,
+                prompt_tokens=replay.prompt_tokens,
                 model=asked.model,
             )
             digest.update(request.SerializeToString(deterministic=True))
@@ -177,7 +180,8 @@ def _continued(
     places = around(len(prompt), len(after), count, horizon, rng, task)
     if not places:
         raise _LeftOutError("too short")
-    return Replay((*prompt, *after), tuple(places), tuple(in_force(places, others, rng)), _user_turns(document))
+    in_turn = tuple(in_force(places, others, rng))
+    return Replay((*prompt, *after), tuple(places), in_turn, _user_turns(document), len(prompt))
 
 
 def _user_turns(document: Document) -> int:

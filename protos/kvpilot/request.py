@@ -43,6 +43,7 @@ class ReplayOptions(TypedDict, total=False):
     horizon_tokens: int
     measured_under: Sequence[str]
     turns: int
+    prompt_tokens: int
     model: str
     idempotency_key: str
 
@@ -124,6 +125,7 @@ def make_replay_request(
         horizon_tokens=options.get("horizon_tokens", 0),
         measured_under=options.get("measured_under", ()),
         turns=options.get("turns", 0),
+        prompt_tokens=options.get("prompt_tokens", 0),
     )
     request = make_request(prompt, token_ids=token_ids)
     request.replay.CopyFrom(replay)

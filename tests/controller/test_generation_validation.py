@@ -118,7 +118,7 @@ def replay_request(**asked: Any) -> generation_pb2.GenerateRequest:
 def test_a_good_replay_passes() -> None:
     assert violations_of(replay_request()) == {}
     assert violations_of(replay_request(horizon_tokens=256, measured_under=["full", "snapkv"])) == {}
-    assert violations_of(replay_request(turns=3)) == {}
+    assert violations_of(replay_request(turns=3, prompt_tokens=90)) == {}
 
 
 BAD_REPLAYS: list[tuple[dict[str, Any], str, str]] = [
@@ -133,6 +133,7 @@ BAD_REPLAYS: list[tuple[dict[str, Any], str, str]] = [
     ({"measured_under": ["full", "shrink"]}, "replay.measured_under[1]", "unknown stage 'shrink'"),
     ({"horizon_tokens": -1}, "replay.horizon_tokens", "-1 given; accepted: 1 to 256"),
     ({"horizon_tokens": 257}, "replay.horizon_tokens", "257 given"),
+    ({"prompt_tokens": -1}, "replay.prompt_tokens", "-1 given; accepted: 1 or more"),
     ({"turns": -1}, "replay.turns", "-1 given; accepted: 1 or more"),
 ]
 

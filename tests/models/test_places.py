@@ -126,7 +126,10 @@ def test_a_conversation_says_how_many_turns_it_has() -> None:
     said = (("user", "u" * 200), ("assistant", "a" * 200), ("user", "v" * 200))
     documents = [Document("one", "chat", turns=said[:1], continuation="z"), Document("two", "chat", turns=said)]
     plans, _ = plans_of([*documents, Document("text", "prose", "x" * 500)])
-    assert [replay.turns for plan in plans for replay in plan.replays] == [0, 2, 0]
+    replays = [replay for plan in plans for replay in plan.replays]
+    assert [replay.turns for replay in replays] == [0, 2, 0]
+    prompt = len("[user]" + "u" * 200 + "[assistant]")
+    assert [replay.prompt_tokens for replay in replays] == [prompt, 0, 0]
 
 
 def test_token_ids_are_used_as_they_are() -> None:

@@ -17,6 +17,7 @@ from tests.workers.backtest import Look
 from workers.cache.kvcache import Occasion
 from workers.engine.scoring import divergences
 from workers.errors import ProblemError
+from workers.signals import prompt_statistics
 from workers.stages.registry import build
 
 TEXT = prompt(600, 31)
@@ -59,6 +60,22 @@ def test_every_place_and_pipeline_is_there_in_order(measured) -> None:
     for place in measured:
         assert [entry.pipeline for entry in place.pipelines] == PIPELINES
         assert all(len(entry.features) == len(NAMES) for entry in place.pipelines)
+
+
+def test_a_prompts_end_is_known_to_the_features() -> None:
+    """Just before an answer nothing is generated yet; well before, and in any other text, something is."""
+    drive = Drive(tiny_engine())
+    submit(drive, "answered", at_tokens=[128, 300, 340], pipelines=["full"], prompt_tokens=300)
+    submit(drive, "cut", at_tokens=[128, 280], pipelines=["full"], prompt_tokens=300)  # a short answer: in its horizon
+    submit(drive, "text", at_tokens=[128, 300], pipelines=["full"])
+    found = drive.finish()
+    share, distinct = NAMES.index("generated_share"), NAMES.index("prompt_distinct_share")
+    rows = {name: [place.pipelines[0].features for place in replayed(found[name])] for name in found}
+    assert [row[share] for row in rows["answered"]] == pytest.approx([16 / 128, 0, 40 / 340])
+    assert [row[share] for row in rows["cut"]] == [16 / 128, 0]
+    assert [row[share] for row in rows["text"]] == pytest.approx([16 / 128, (300 - 112) / 300])
+    expected = [prompt_statistics(TEXT[:tokens]).distinct_share for tokens in (112, 300, 300)]
+    assert [row[distinct] for row in rows["answered"]] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("said", "told"), [({}, 1.0), ({"turns": 4}, 4.0)])

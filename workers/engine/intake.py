@@ -125,7 +125,8 @@ class Intake:
             horizon_tokens=horizon,
             scenario=effective_scenario(request.scenario),
             objective=fill_objective(request.scenario, request.objective),
-            prompt_tokens=places[0].at_token - SIGNAL_TOKENS,
+            prompt_tokens=asked.prompt_tokens,
+            first_token=places[0].at_token - SIGNAL_TOKENS,
             turns=max(1, asked.turns),
         )
 

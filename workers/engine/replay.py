@@ -62,9 +62,17 @@ class Replay:
     scenario: common_pb2.Scenario
     objective: common_pb2.Objective
     prompt_tokens: int
-    """Where the prompt ends for the features: just before the signals of the first place."""
+    """Where the prompt ends, if the text is a prompt and its answer; else 0."""
+    first_token: int
+    """Where the signals of the first place begin: for the features, any other text's prompt ends there."""
     turns: int
     """User turns of the prompt."""
+
+    def prompt_end(self, at_token: int) -> int:
+        """Where the prompt ends for the features of a place: at a prompt's end nothing is generated yet."""
+        if self.prompt_tokens and at_token > self.prompt_tokens - self.horizon_tokens:
+            return min(at_token, self.prompt_tokens)
+        return self.first_token
 
     @property
     def needs_prompt_mass(self) -> bool:
@@ -227,7 +235,7 @@ class Replayer:
         if audited:
             found = torch.cat(drift)
             state.audits.add(
-                at_token=first - replay.prompt_tokens,
+                at_token=max(0, first - state.prompt_tokens),
                 pipeline=pipeline.text,
                 divergence=float(found.mean()),
                 divergence_max=float(found.max()),
@@ -242,19 +250,20 @@ class Replayer:
     ) -> policy_pb2.RequestState:
         """The request as its report would describe it."""
         meter.note_votes(self._cache.tables, seq.slot, seq.seen)
+        prompt_tokens = replay.prompt_end(at_token)
         return policy_pb2.RequestState(
             request_id=replay.job_id,
             scenario=replay.scenario,
             objective=replay.objective,
             pipeline=pipeline.text,
-            prompt_tokens=replay.prompt_tokens,
-            generated_tokens=at_token - replay.prompt_tokens,
-            max_tokens=len(replay.token_ids) - replay.prompt_tokens,
+            prompt_tokens=prompt_tokens,
+            generated_tokens=at_token - prompt_tokens,
+            max_tokens=len(replay.token_ids) - prompt_tokens,
             kept_tokens=float(self._cache.tables.length[seq.slot].mean()),
             cache=self._cache.use(seq).to_proto(),
             signals=meter.take(),
             loss_class=loss_class_proto(self._cache.loss_class(seq, pipeline)),
-            prompt=prompt_statistics(replay.token_ids[: replay.prompt_tokens], replay.turns),
+            prompt=prompt_statistics(replay.token_ids[:prompt_tokens], replay.turns),
         )
 
     def _try_pipeline(

@@ -68,18 +68,20 @@ class GenerateRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., model: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pipeline: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., top_logprobs: _Optional[int] = ..., replay: _Optional[_Union[Replay, _Mapping]] = ...) -> None: ...
 
 class Replay(_message.Message):
-    __slots__ = ("at_tokens", "pipelines", "horizon_tokens", "measured_under", "turns")
+    __slots__ = ("at_tokens", "pipelines", "horizon_tokens", "measured_under", "turns", "prompt_tokens")
     AT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PIPELINES_FIELD_NUMBER: _ClassVar[int]
     HORIZON_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MEASURED_UNDER_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     at_tokens: _containers.RepeatedScalarFieldContainer[int]
     pipelines: _containers.RepeatedScalarFieldContainer[str]
     horizon_tokens: int
     measured_under: _containers.RepeatedScalarFieldContainer[str]
     turns: int
-    def __init__(self, at_tokens: _Optional[_Iterable[int]] = ..., pipelines: _Optional[_Iterable[str]] = ..., horizon_tokens: _Optional[int] = ..., measured_under: _Optional[_Iterable[str]] = ..., turns: _Optional[int] = ...) -> None: ...
+    prompt_tokens: int
+    def __init__(self, at_tokens: _Optional[_Iterable[int]] = ..., pipelines: _Optional[_Iterable[str]] = ..., horizon_tokens: _Optional[int] = ..., measured_under: _Optional[_Iterable[str]] = ..., turns: _Optional[int] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Replayed(_message.Message):
     __slots__ = ("at_token", "feature_schema_hash", "measured_under", "pipelines")
