@@ -68,6 +68,13 @@ class Examples:
             bytes_share=table["device_bytes_16bit"].to_numpy() / table["full_cache_bytes_16bit"].to_numpy(),
         )
 
+    @classmethod
+    def joined(cls, *parts: Examples) -> Examples:
+        """The rows of all parts, one after the other."""
+        return cls(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__}
+        )
+
     def __len__(self) -> int:
         return len(self.divergence)
 

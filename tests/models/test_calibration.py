@@ -74,7 +74,7 @@ def test_a_shift_is_the_conformal_quantile_of_its_family() -> None:
     answer = models.answer(examples.rows)
     rows = examples.lossy & (examples.family == "scored")
     naive = sorted((examples.target - answer.upper)[rows].tolist())
-    shift = trained().calibration.families[Family.SCORED]
+    shift = calibrate(examples, answer.point, answer.upper).families[Family.SCORED]
     assert shift.bound == naive[math.ceil((len(naive) + 1) * 0.9) - 1]
     assert shift.windows == len(naive)
     assert shift.documents == len(set(examples.document[rows].tolist()))
@@ -101,7 +101,8 @@ def test_rows_that_lose_nothing_are_not_calibrated_on() -> None:
     answer = models.answer(examples.rows)
     lost = np.where(examples.lossy, examples.divergence, 5.0)  # if they counted, bounds would explode
     assert not examples.lossy.all()
-    assert calibrate(replace(examples, divergence=lost), answer.point, answer.upper) == trained().calibration
+    expected = calibrate(examples, answer.point, answer.upper)
+    assert calibrate(replace(examples, divergence=lost), answer.point, answer.upper) == expected
 
 
 def test_divergence_at_the_floor_is_within_every_bound() -> None:

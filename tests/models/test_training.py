@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pyarrow.compute as pc
 import pytest
@@ -11,7 +13,7 @@ from models.bundle import predict
 from models.dataset import Split
 from models.examples import STATE_FEATURES, Examples
 from models.features import NAMES
-from models.fitting import MONOTONE, Hyperparameters, TrainingError, fit_point, with_settings
+from models.fitting import MONOTONE, Hyperparameters, TrainingError, fit_point, fit_upper, with_settings
 from models.folds import folds_of
 from models.metrics import coverage, ranking
 from models.training import pinball, train, validate
@@ -38,6 +40,21 @@ def test_bounds_hold_on_unseen_documents_as_often_as_promised() -> None:
     found = predict(trained().models, trained().calibration, examples.rows, examples.families)
     covered = coverage(examples, found.bound)
     assert covered.overall == pytest.approx(0.9, abs=0.04)
+
+
+def test_bounds_count_what_cross_validation_missed_beside_the_calibration_split() -> None:
+    fitted = trained()
+    learned = fitted.training.take(~fitted.training.exact)
+    upper = np.empty(len(learned))
+    for on, off in folds_of(learned, 2):
+        upper[off] = fit_upper(learned.take(on), 0.1, SMALL).predict(learned.rows[off])
+    missed = (learned.target - upper)[learned.lossy]
+    kept = fitted.calibrating.take(fitted.calibrating.lossy)
+    missed = np.sort(np.concatenate([missed, kept.target - fitted.models.answer(kept.rows).upper]))
+    shift = fitted.calibration.pooled
+    assert shift.windows == len(missed)
+    assert shift.documents == len(set(learned.source) | set(kept.source))
+    assert shift.bound == pytest.approx(missed[math.ceil(0.9 * (len(missed) + 1)) - 1])
 
 
 def test_the_same_data_gives_the_same_models() -> None:
