@@ -23,6 +23,10 @@ def collect(
     outcomes: Annotated[
         bool, typer.Option("--outcomes", help="Past requests that the job store still has; needs --redis-url.")
     ] = False,
+    audits: Annotated[
+        bool,
+        typer.Option("--audits", help="What audits of served requests measured, from the decision log; likewise."),
+    ] = False,
     tasks: Annotated[
         int, typer.Option(min=0, metavar="N", help="Generated tasks: needles, variables, words, chats, code.")
     ] = 0,
@@ -62,7 +66,8 @@ def collect(
         int | None, typer.Option(metavar="N", help="Worker processes of that stack. Default: 1.")
     ] = None,
     redis_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Job store to read past requests from, for --outcomes.")
+        str | None,
+        typer.Option(metavar="URL", help="Job store, for --outcomes and --audits."),
     ] = None,
     endpoint: Annotated[
         str | None,
@@ -91,15 +96,15 @@ def collect(
     with reported():
         from cli.settings import load_settings
 
-        settings = load_settings(
-            context.obj, endpoint=endpoint, model=model, workers=workers, redis_url=redis_url if outcomes else None
-        )
-        if source is None and not builtin and not outcomes and not tasks:
-            raise BadInputError("nothing to measure: give SOURCE, --builtin, --outcomes or --tasks")
+        url = redis_url if outcomes or audits else None
+        settings = load_settings(context.obj, endpoint=endpoint, model=model, workers=workers, redis_url=url)
+        if source is None and not builtin and not outcomes and not audits and not tasks:
+            raise BadInputError("nothing to measure: give SOURCE, --builtin, --outcomes, --audits or --tasks")
         if min_tokens > max_tokens:
             raise BadInputError(f"--min-tokens: {min_tokens} given; at most --max-tokens, {max_tokens}, is accepted")
-        if outcomes and not settings.redis_url:
-            raise BadInputError("--outcomes: name the job store with --redis-url, e.g. redis://127.0.0.1:6379/0")
+        for given, option in ((outcomes, "--outcomes"), (audits, "--audits")):
+            if given and not settings.redis_url:
+                raise BadInputError(f"{option}: name the job store with --redis-url, e.g. redis://127.0.0.1:6379/0")
     with reported(settings.endpoint):
         from cli import collecting
         from models.collect.plan import Options
@@ -110,6 +115,7 @@ def collect(
                 source=source,
                 builtin=builtin,
                 outcomes=outcomes,
+                audits=audits,
                 tasks=tasks,
                 out=out,
                 limit=limit,

@@ -26,6 +26,7 @@ from kvpilot.errors import Unavailable
 from kvpilot.v1 import generation_pb2
 from models import store
 from models.candidates import CANDIDATES, CandidatesError, check_candidates, read_candidates, recoverable
+from models.collect.audits import read_audits
 from models.collect.collecting import Collected, Collector, HopelessError, pick_model, remaining
 from models.collect.corpus import CorpusError, Skipped
 from models.collect.document import Document
@@ -44,6 +45,7 @@ class Order:
     source: Path | None = None
     builtin: bool = False
     outcomes: bool = False
+    audits: bool = False
     tasks: int = 0
     out: Path | None = None
     limit: int | None = None
@@ -52,12 +54,18 @@ class Order:
     up: bool = False
     options: Options = field(default_factory=Options)
 
+    @property
+    def replays(self) -> bool:
+        """Whether anything is to be replayed."""
+        return bool(self.source or self.builtin or self.outcomes or self.tasks)
+
     def document(self) -> dict[str, Any]:
         """What the manifest says of it."""
         return {
             "source": str(self.source) if self.source else None,
             "builtin": self.builtin,
             "outcomes": self.outcomes,
+            "audits": self.audits,
             "tasks": self.tasks,
             "limit": self.limit,
             **asdict(self.options),
@@ -140,6 +148,12 @@ async def _collect(endpoint: str, settings: CliSettings, order: Order, console: 
         asked = Asked(model.name, check_candidates(given, catalog), order.options.horizon_tokens)
         folder = Folder(order.out or store.cache_folder() / "datasets" / model.name, asked)
         skipped = Skipped()
+        if order.audits:
+            await _take_audits(settings, model.name, folder, order.options.horizon_tokens, skipped, console)
+        if not order.replays:
+            folder.write_manifest(order.document(), skipped.reasons)
+            print(folder.path)
+            return
         console.print("reading texts and choosing places", markup=False)
         plans = await _plan(settings, order, model, recoverable(asked.pipelines, catalog), skipped)
         left, there = remaining(plans, folder)
@@ -173,6 +187,20 @@ def _stored_name(wanted: str | None) -> str | None:
         return wanted and store.model_name(store.resolve(wanted))
     except store.ModelNotFoundError:
         return wanted
+
+
+async def _take_audits(
+    settings: CliSettings, model: str, folder: Folder, horizon_tokens: int, skipped: Skipped, console: Console
+) -> None:
+    requests = count = 0
+    bus = await Bus.connect(settings.redis_url)
+    try:
+        async for document, rows in read_audits(bus, model, horizon_tokens, skipped):
+            folder.write_served(document, rows)
+            requests, count = requests + 1, count + len(rows)
+    finally:
+        await bus.close()
+    console.print(f"{count} audits of {requests} requests taken over; skipped: {skipped}", markup=False)
 
 
 async def _plan(

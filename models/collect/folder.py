@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from models import dataset
-from models.collect.plan import Asked, Plan
+from models.collect.plan import Asked, Plan, file_stem
 from models.features import SCHEMA_HASH
 
 MANIFEST = "manifest.json"
@@ -72,7 +72,7 @@ class Folder:
 
     def file(self, plan: Plan) -> Path:
         """The file of a document's results."""
-        return self.path / f"{plan.file_stem()}.{plan.digest(self._asked)[:_DIGEST_CHARACTERS]}.parquet"
+        return self.path / f"{file_stem(plan.document)}.{plan.digest(self._asked)[:_DIGEST_CHARACTERS]}.parquet"
 
     def has(self, plan: Plan) -> bool:
         """Whether these very results are there."""
@@ -87,10 +87,14 @@ class Folder:
         """Writes a document's results, whole or not at all, in place of older ones of the same document."""
         target = self.file(plan)
         dataset.write(target, rows)
-        for older in self.path.glob(f"{plan.file_stem()}.*.parquet"):
+        for older in self.path.glob(f"{file_stem(plan.document)}.*.parquet"):
             if older != target:
                 older.unlink()
         self.failures.pop(plan.document, None)
+
+    def write_served(self, document: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Writes rows that were not replayed, whole or not at all, in place of older ones of the same document."""
+        dataset.write(self.path / f"{file_stem(document)}.served.parquet", rows)
 
     def fail(self, plan: Plan, reason: str) -> None:
         """Keeps that a document could not be measured."""

@@ -42,15 +42,22 @@ async def read_outcomes(bus: Bus, model: str, skipped: Skipped) -> AsyncIterator
 
 def document_of(job_id: str, request: generation_pb2.GenerateRequest, generated: tuple[int, ...]) -> Document:
     """A job's prompt and what it generated."""
-    turns: tuple[Turn, ...] = tuple((message.role, message.content) for message in request.chat.messages)
-    text: Piece = request.prompt
-    if turns:
-        source = name_of_chat(turns)
-    elif request.WhichOneof("input") == "prompt":
-        source = name_by_beginning(request.prompt)
-    else:
-        text = tuple(request.token_ids.ids)
-        source = name_by_beginning(" ".join(str(token) for token in text[:256]))
+    turns = _turns(request)
+    text: Piece = tuple(request.token_ids.ids) if request.WhichOneof("input") == "token_ids" else request.prompt
+    name = f"job/{source_of_request(request)}#{job_id}"
+    return Document(name, CHAT if turns else PROSE, text, generated, turns)
+
+
+def source_of_request(request: generation_pb2.GenerateRequest) -> str:
+    """What all requests share that are turns of one session, or whose prompts begin alike."""
     if request.session_id:
-        source = f"session-{safe_name(request.session_id)}"
-    return Document(f"job/{source}#{job_id}", CHAT if turns else PROSE, text, generated, turns)
+        return f"session-{safe_name(request.session_id)}"
+    if turns := _turns(request):
+        return name_of_chat(turns)
+    if request.WhichOneof("input") == "prompt":
+        return name_by_beginning(request.prompt)
+    return name_by_beginning(" ".join(str(token) for token in request.token_ids.ids[:256]))
+
+
+def _turns(request: generation_pb2.GenerateRequest) -> tuple[Turn, ...]:
+    return tuple((message.role, message.content) for message in request.chat.messages)

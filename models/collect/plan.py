@@ -107,10 +107,11 @@ class Plan:
             digest.update(request.SerializeToString(deterministic=True))
         return digest.hexdigest()
 
-    def file_stem(self) -> str:
-        """Begins the name of its file."""
-        readable = re.sub(r"[^A-Za-z0-9._-]+", "_", self.document)[-80:].strip("._")
-        return f"{readable}-{hashlib.sha256(self.document.encode()).hexdigest()[:10]}"
+
+def file_stem(document: str) -> str:
+    """Begins the name of a document's file."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", document)[-80:].strip("._")
+    return f"{readable}-{hashlib.sha256(document.encode()).hexdigest()[:10]}"
 
 
 def make_plans(

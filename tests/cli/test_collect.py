@@ -139,12 +139,13 @@ def test_a_stop_signal_leaves_a_folder_to_go_on_with(served: Served, cache: Path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "nothing to measure: give SOURCE, --builtin, --outcomes or --tasks"),
+        ((), "nothing to measure: give SOURCE, --builtin, --outcomes, --audits or --tasks"),
         (("nowhere",), "nowhere: no folder"),
         (("nowhere.jsonl",), "nowhere.jsonl: No such file"),
         (("--tasks", "1", "--min-tokens", "500"), "--min-tokens: 500 given; at most --max-tokens, 400"),
         (("--tasks", "1", "--model", "other"), "--model: other given; served: scripted"),
         (("--outcomes",), "--outcomes: name the job store with --redis-url"),
+        (("--audits",), "--audits: name the job store with --redis-url"),
         (("--tasks", "1", "--horizon", "300"), "--horizon"),
     ],
 )
