@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from models.examples import Examples
+from models.candidates import CANDIDATES
+from models.examples import Examples, Mask
 from models.features import F64, NAMES
 from models.predictor import Prediction
 
@@ -46,25 +47,26 @@ class Places:
 
     @classmethod
     def of(cls, examples: Examples, prediction: Prediction) -> Places:
-        """The places where every pipeline was measured that keeps its blocks on the device.
+        """Places where the same pipelines were measured: those most often measured together, the planner's candidates
+        among them if there is a place for all of these.
 
         Pipelines that move blocks to the host are left out: their price is time, not divergence, and a comparison of
         device bytes alone would have nothing else win.
 
         Raises:
-            PolicyError: there is no such place, or only one pipeline.
+            PolicyError: only one pipeline was measured at a place.
         """
         usable = np.flatnonzero(examples.on_device)
         names, column = np.unique(examples.pipeline[usable], return_inverse=True)
-        if len(names) < 2:
-            raise PolicyError(f"{len(names)} pipelines on the device: a choice takes at least two")
         cell = np.full((examples.windows, len(names)), -1, np.intp)
         cell[examples.window[usable], column] = usable
+        chosen = _measured_together(cell >= 0, np.isin(names, CANDIDATES))
+        if chosen.sum() < 2:
+            raise PolicyError(f"{chosen.sum()} pipelines on the device at a place: a choice takes at least two")
+        cell = cell[:, chosen]
         cell = cell[(cell >= 0).all(1)]
-        if not len(cell):
-            raise PolicyError(f"no place where all {len(names)} pipelines were measured")
         return cls(
-            pipelines=tuple(str(name) for name in names),
+            pipelines=tuple(str(name) for name in names[chosen]),
             divergence=examples.divergence[cell],
             bytes_share=examples.bytes_share[cell],
             predicted=prediction.divergence[cell],
@@ -168,6 +170,14 @@ def _densest(places: Places, allowed: npt.NDArray[np.bool_], otherwise: F64 | No
     fallback = -places.bytes_share if otherwise is None else otherwise + 1e-12 * places.bytes_share
     choice = np.where(allowed.any(1), np.argmin(price, axis=1), np.argmin(fallback, axis=1))
     return np.asarray(choice, np.intp)
+
+
+def _measured_together(measured: Mask, candidates: Mask) -> Mask:
+    """Which pipelines [N] to compare, given where each was measured [W, N] and which of them are candidates [N]."""
+    sets, counts = np.unique(measured, axis=0, return_counts=True)
+    complete = sets[:, candidates].all(1)
+    counts[~complete & complete.any()] = 0
+    return np.asarray(sets[np.argmax(np.where(sets.sum(1) >= 2, counts, 0))])
 
 
 def _by(kind: npt.NDArray[np.str_], cost: F64) -> F64:

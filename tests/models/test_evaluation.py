@@ -108,7 +108,7 @@ def test_without_a_comparison_the_report_says_why(bundle: Bundle, tmp_path: Path
     write(lonely, tmp_path)
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["bytes_ratio_best_static"] is None
-    assert figures["no_comparison"] == "1 pipelines on the device: a choice takes at least two"
+    assert figures["no_comparison"] == "1 pipelines on the device at a place: a choice takes at least two"
     assert figures["no_comparison"] in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "pareto.png").exists()
 
