@@ -11,6 +11,7 @@ from typing import Any
 
 from models.evaluation import Evaluation, known
 from models.metrics import Coverage
+from models.policies import LEARNED, ORACLE, STATIC
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,26 @@ def targets(found: Evaluation) -> list[Target]:
             found.no_comparison or ("all" if not beaten else f"not {', '.join(beaten)}"),
             None if not found.beats else not beaten,
         ),
+        *_elsewhere(found),
         Target("oracle_regret", "reported", "-" if regret is None else f"{regret:.1%} more bytes", None),
         _most("tick_ms_256x16", found.tick_ms, 20.0, " ms"),
         _most("steering_overhead", found.steering_overhead, 0.02, ""),
+    ]
+
+
+def _elsewhere(found: Evaluation) -> list[Target]:
+    """The bytes against other static pipelines, which are the best where more may be lost."""
+    others = {one.pipeline: one for one in reversed(found.comparisons)}  # the least level of each
+    return [
+        Target(
+            f"the same at {one.divergence:.2g} nats",
+            "reported",
+            f"{_number(known(one.ratio(LEARNED, STATIC)))} against {one.pipeline}, the oracle "
+            f"{_number(known(one.ratio(ORACLE, STATIC)))}",
+            None,
+        )
+        for one in reversed(others.values())
+        if found.headline is not None and one.pipeline != found.headline.pipeline
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,19 @@ def test_targets_pass_and_fail_by_their_figures(found: Evaluation) -> None:
     exceeded = 1 - found.coverage.overall
     assert by_name["bound exceeded"].passed == (0.08 <= exceeded <= 0.12)
     assert as_json(found)["passed"] == {one.name: one.passed for one in targets(found)}
+
+
+def test_bytes_against_other_static_pipelines_are_reported(found: Evaluation) -> None:
+    assert found.headline is not None
+    shares = found.headline.bytes_share | {"learned": 0.1, "best_static": 0.2, "oracle": 0.05}
+    other = replace(found.headline, level=0.5, divergence=0.4, pipeline="window(recent=1)", bytes_share=shares)
+    (row,) = (
+        one
+        for one in targets(replace(found, comparisons=[found.headline, other]))
+        if one.name.startswith("the same at")
+    )
+    assert (row.name, row.passed) == ("the same at 0.4 nats", None)
+    assert row.value == "0.500 against window(recent=1), the oracle 0.250"
 
 
 def test_without_a_comparison_the_report_says_why(bundle: Bundle, tmp_path: Path) -> None:
