@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +19,12 @@ from kvpilot.v1 import job_pb2
 from models.decisions import Decided, join, scores
 
 _PAGE = 1000
+_WIDE = 160
+_NARROW = 110
+_HEADINGS = (
+    *("time", "request", "token", "pipeline", "outcome", "bundle"),
+    *("predicted", "bound", "shadow's", "measured"),
+)
 
 
 def show(
@@ -38,7 +45,9 @@ def show(
             print(json.dumps(_document(one), ensure_ascii=False, allow_nan=False))
         return
     console = Console()
-    console.print(_table(shown))
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDE)  # a pipe has no width: nothing need be cut
+    console.print(_table(shown, console.width))
     if len(listed) > len(shown):
         console.print(f"{len(listed) - len(shown)} older ones are not shown; --limit shows more", markup=False)
     console.print(_scores(wanted))
@@ -65,35 +74,43 @@ async def _entries(bus: Bus) -> AsyncIterator[job_pb2.DecisionEvent]:
             yield event
 
 
-def _table(decisions: list[Decided]) -> Table:
-    table = Table(title="decisions, oldest first; nats per token")
-    for heading in ("time", "request", "token", "pipeline", "outcome", "bundle"):
-        table.add_column(heading, justify="right" if heading == "token" else "left")
-    for heading in ("predicted", "bound", "shadow's", "measured"):
-        table.add_column(heading, justify="right")
+def _table(decisions: list[Decided], width: int) -> Table:
+    table = Table(title="decisions, oldest first; nats per token", box=box.SIMPLE_HEAD)
+    left_out = ("time", "shadow's") if width < _NARROW else ()  # --json has them
+    for heading in _HEADINGS:
+        if heading not in left_out:
+            table.add_column(
+                heading,
+                justify="left" if heading in ("time", "request", "pipeline", "outcome", "bundle") else "right",
+                no_wrap=heading not in ("pipeline", "bundle"),
+                overflow="fold",
+            )
     for one in decisions:
-        decided = one.decided
-        moved = decided.from_pipeline != decided.pipeline
-        measured = one.measured
-        table.add_row(
-            f"{one.time.astimezone():%H:%M:%S}",
-            text.short_id(one.request_id),
-            str(decided.at_token),
-            f"{decided.from_pipeline} → {decided.pipeline}" if moved else decided.pipeline,
-            text.outcome(one.outcome),
-            decided.bundle or "the rule",
-            text.nats(decided.predicted_divergence) if decided.bundle else "-",
-            text.nats(decided.bound) if decided.bundle else "-",
-            f"{text.nats(decided.shadow_divergence)}, {text.nats(decided.shadow_bound)}"
-            if decided.shadow_bundle
-            else "-",
-            "-" if measured is None else f"{text.nats(measured)} ({len(one.audits)})",
-        )
+        cells = zip(_HEADINGS, _cells(one), strict=True)
+        table.add_row(*(cell for heading, cell in cells if heading not in left_out))
     return table
 
 
+def _cells(one: Decided) -> tuple[str, ...]:
+    decided, measured = one.decided, one.measured
+    moved = decided.from_pipeline != decided.pipeline
+    shadows = f"{text.nats(decided.shadow_divergence)}, {text.nats(decided.shadow_bound)}"
+    return (
+        f"{one.time.astimezone():%H:%M:%S}",
+        text.short_id(one.request_id),
+        str(decided.at_token),
+        f"{decided.from_pipeline} → {decided.pipeline}" if moved else decided.pipeline,
+        text.outcome(one.outcome),
+        decided.bundle or "the rule",
+        text.nats(decided.predicted_divergence) if decided.bundle else "-",
+        text.nats(decided.bound) if decided.bundle else "-",
+        shadows if decided.shadow_bundle else "-",
+        "-" if measured is None else f"{text.nats(measured)} ({len(one.audits)})",
+    )
+
+
 def _scores(decisions: list[Decided]) -> Table:
-    table = Table(title="how bundles did, by audits of what was chosen; means, nats per token")
+    table = Table(title="how bundles did, by audits of what was chosen; means, nats per token", box=box.SIMPLE_HEAD)
     for heading in ("bundle", "role", "decisions", "audits", "predicted", "bound", "measured", "bound exceeded"):
         table.add_column(heading, justify="left" if heading in ("bundle", "role") else "right")
     for (role, bundle), score in scores(decisions).items():
