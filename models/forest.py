@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from models.features import F64, REQUEST_FEATURES, SIGNAL_FEATURES
-from models.trees import Trees
+from models.trees import Columns, Trees
 
 Index: TypeAlias = npt.NDArray[np.intp]
 STATE_FEATURES = len(REQUEST_FEATURES) + len(SIGNAL_FEATURES)
@@ -59,10 +59,9 @@ class Models:
         Rows of one request that follow each other are looked at once by the long-range model.
         """
         point, upper, long_range = self._trees
-        columns = np.ascontiguousarray(rows.T)
-        states = columns[:STATE_FEATURES]
-        first, request = _requests(states)
-        need = long_range.answer(np.ascontiguousarray(states[:, first]))
+        columns = Columns.of(rows, point, upper)
+        first, request = _requests(columns.values[:STATE_FEATURES])
+        need = long_range.answer(Columns.of(rows[first, :STATE_FEATURES], long_range))
         return Answer(
             point=point.answer(columns), upper=upper.answer(columns), long_range=(1.0 / (1.0 + np.exp(-need)))[request]
         )

@@ -23,6 +23,36 @@ TILE_ROWS = 256
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Rows laid out for trees, once for all models that look at them."""
+
+    values: F64
+    """[features and copies, N], C-contiguous. NaN is above nothing and so goes left; in the copies it is infinite."""
+    right: U32
+    """[features] which of ``values`` to look at where NaN goes right."""
+
+    @classmethod
+    def of(cls, rows: F64, *models: Trees) -> Columns:
+        """Lays out rows [N, features] for some models, all of which look at as many features."""
+        count, features = rows.shape
+        sent = np.zeros(features, bool)
+        for model in models:
+            if model.features != features:
+                raise ValueError(f"{features} features given; these trees look at {model.features}")
+            sent |= model.sent_right
+        missing = np.flatnonzero(sent)
+        missing = missing[np.isnan(rows[:, missing]).any(0)]
+        values = np.empty((features + len(missing), count))
+        values[:features] = rows.T
+        copies = values[features:]
+        copies[:] = values[missing]
+        copies[np.isnan(copies)] = np.inf
+        right = np.arange(features, dtype=np.uint32)
+        right[missing] = features + np.arange(len(missing), dtype=np.uint32)
+        return cls(values, right)
+
+
+@dataclass(frozen=True)
 class Trees:
     """The trees of one model, end to end. A leaf leads to itself."""
 
@@ -72,25 +102,14 @@ class Trees:
             value=np.where(leaf, every["value"], 0.0),
         )
 
-    def answer(self, columns: F64) -> F64:
-        """Raw predictions [N] for rows given by columns [features, N], C-contiguous.
-
-        Raises:
-            ValueError: another number of features.
-        """
-        if columns.shape[0] != self.features:
-            raise ValueError(f"{columns.shape[0]} features given; these trees look at {self.features}")
-        rows = columns.shape[1]
-        column = np.tile(np.arange(self.features, dtype=np.uint32), 2)  # of each feature; then where NaN goes right
-        # NaN is above nothing and so goes left. Where it goes right, nodes look at a copy in which it is infinite.
-        missing = np.flatnonzero(np.isnan(columns).any(1) & self._sent_right)
-        if len(missing):
-            column[self.features + missing] = self.features + np.arange(len(missing), dtype=np.uint32)
-            columns = np.vstack([columns, np.where(np.isnan(columns[missing]), np.inf, columns[missing])])
+    def answer(self, columns: Columns) -> F64:
+        """Raw predictions [N] for rows that were laid out for these trees, maybe among others."""
+        rows = columns.values.shape[1]
+        column = np.concatenate([np.arange(self.features, dtype=np.uint32), columns.right])
         offset = column[self.feature + np.uint32(self.features) * self.missing_right] * np.uint32(rows)
         out = np.full(rows, self.base)
         _descend(
-            np.ascontiguousarray(columns).reshape(-1),
+            columns.values.reshape(-1),
             self.roots,
             self.depths,
             offset,
@@ -102,7 +121,7 @@ class Trees:
         return out
 
     @cached_property
-    def _sent_right(self) -> npt.NDArray[np.bool_]:
+    def sent_right(self) -> npt.NDArray[np.bool_]:
         """[features] whose missing values some node sends to the right."""
         sent = np.zeros(self.features, bool)
         sent[self.feature[self.missing_right]] = True

@@ -36,7 +36,7 @@ def test_it_was_made_of_the_data_beside_it(bundle: Bundle) -> None:
     assert provenance.files == file_hashes(DATA)
     table = dataset.read(DATA)
     assert sum(count.rows for count in provenance.splits.values()) == table.num_rows
-    assert set(provenance.pipelines) == set(CANDIDATES)
+    assert set(provenance.pipelines) >= set(CANDIDATES)
 
 
 def test_no_source_is_in_two_splits() -> None:
@@ -63,3 +63,4 @@ def test_its_predictions_are_worth_something(evaluation: Evaluation) -> None:
     assert evaluation.ranking.spearman_within > 0.3
     assert evaluation.ranking.auc_within > 0.65
     assert 0.8 < evaluation.coverage.overall < 0.97
+    assert min(evaluation.coverage.by_family.values()) > 0.8

@@ -17,7 +17,7 @@ from models.fitting import MONOTONE, Hyperparameters, TrainingError, fit_point, 
 from models.folds import folds_of
 from models.metrics import coverage, ranking
 from models.training import pinball, train, validate
-from models.trees import Trees
+from models.trees import Columns, Trees
 from models.tuning import tune
 from tests.models.fitted import SMALL, held_out, trained
 from tests.models.synthetic import table, usual
@@ -103,7 +103,7 @@ def test_constraints_hold_everywhere() -> None:
         rows = np.repeat(examples.rows[::40], 9, axis=0)
         low, high = (0, 16) if name == "bits" else (0, 1)
         rows[:, NAMES.index(name)] = np.tile(np.linspace(low, high, 9), len(rows) // 9)
-        steps = np.diff(model.answer(np.ascontiguousarray(rows.T)).reshape(-1, 9), axis=1)
+        steps = np.diff(model.answer(Columns.of(rows, model)).reshape(-1, 9), axis=1)
         assert (sign * steps >= -1e-12).all(), name
 
 
@@ -115,10 +115,14 @@ def test_trees_answer_as_scikit_learn_does_with_and_without_values() -> None:
     model = fit_point(holed, with_settings(SMALL, monotone=False))
     trees = Trees.of(model)
     assert trees.missing_right.any()
+    others = fit_upper(examples, 0.1, SMALL)
     for given in (rows, examples.rows, np.full((3, len(NAMES)), np.nan), rows[:1], rows[:257]):
-        np.testing.assert_array_equal(trees.answer(np.ascontiguousarray(given.T)), model.predict(given))
-    with pytest.raises(ValueError, match="features given"):
-        trees.answer(np.zeros((3, 4)))
+        np.testing.assert_array_equal(trees.answer(Columns.of(given, trees)), model.predict(given))
+        shared = Columns.of(given, Trees.of(others), trees)
+        np.testing.assert_array_equal(trees.answer(shared), model.predict(given))
+        np.testing.assert_array_equal(Trees.of(others).answer(shared), others.predict(given))
+    with pytest.raises(ValueError, match="4 features given"):
+        Columns.of(np.zeros((3, 4)), trees)
 
 
 def vars_of(examples: Examples) -> dict[str, object]:
