@@ -1,8 +1,9 @@
-"""What steering costs: the same requests with planning on and off, in turn, on one running stack.
+"""What steering costs: planning is switched on and off in turn while the same requests are decoded on a running stack.
 
 Planning is on in mode ``advisory``: reports are read, every tick predicts and decides, decisions are logged, but none
-is sent, so that both sides compute the same tokens with the same cache and only the cost of steering differs. Each
-round has prompts of its own; which mode goes first alternates, so that a drift of the machine shows and cancels.
+is sent, so that both sides compute the same tokens with the same cache and only the cost of steering differs. A round
+is a window of tokens in each mode; which goes first alternates, so that longer contexts and a drift of the machine
+cancel.
 
 The signals that reports carry are measured by the worker in either mode. What that takes is counted by the worker
 itself, and given beside the ratio as a share of the time it spent on decoding.
@@ -31,20 +32,22 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import busy_note, describe_machine
-from bench.serve import figures_of
-from bench.stack import bench_settings, generate_timed
+from bench.stack import bench_settings
 from cli.demo_jobs import licence_text
 from cli.settings import CliSettings
 from cli.up import make_stack, until_signal, wait_attached
+from kvpilot.client import AsyncClient
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
 from kvpilot.v1.operator_pb2 import Mode
 
-REQUESTS, MAX_TOKENS, PROMPT_TOKENS = 8, 96, 256
+REQUESTS, WINDOW_TOKENS, PROMPT_TOKENS, ROUNDS = 8, 8, 256, 48
+_SETTLING_TOKENS = 2
+"""Of each request after a change of mode, not counted: what was planned before it is still under way."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """All requests of one mode."""
+    """A window of tokens in one mode."""
 
     decode_tokens_per_s: float
     controller_share: float
@@ -53,12 +56,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Round:
-    """Both modes' runs over equally long prompts."""
+    """Both modes' windows, one after the other."""
 
     off: Run
     advisory: Run
     signal_share: float
-    """Time the worker spent on signals over that it spent on decode steps, in both runs."""
+    """Time the worker spent on signals over that it spent on decode steps, in both windows."""
 
     @property
     def ratio(self) -> float:
@@ -70,14 +73,14 @@ def bench(
     file: Path | None,
     model: str | None,
     requests: int,
-    max_tokens: int,
+    window_tokens: int,
     prompt_tokens: int,
     rounds: int,
     threads: int | None,
 ) -> None:
     """Runs the benchmark, prints it, and writes it to ``file``."""
     console = Console(highlight=False)
-    report = measure(model, rounds, console, requests, max_tokens, prompt_tokens, threads)
+    report = measure(model, rounds, console, requests, window_tokens, prompt_tokens, threads)
     console.print(render(report))
     if file is not None:
         file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -88,18 +91,18 @@ def measure(
     rounds: int,
     console: Console,
     requests: int = REQUESTS,
-    max_tokens: int = MAX_TOKENS,
+    window_tokens: int = WINDOW_TOKENS,
     prompt_tokens: int = PROMPT_TOKENS,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Runs a stack of its own in turn in both modes; see :func:`make_report`.
+    """Runs a stack of its own, in turn in both modes; see :func:`make_report`.
 
     Args:
         model: a name from the store, or a folder; None: the usual one.
-        rounds: times each mode runs.
+        rounds: windows of each mode.
         console: is told how far it is.
         requests: at once.
-        max_tokens: that each generates.
+        window_tokens: that each generates in a window.
         prompt_tokens: of each prompt, about.
         threads: CPU threads of the worker; None: one per core.
 
@@ -111,72 +114,93 @@ def measure(
     done: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="kvpilot-bench-") as folder:
         settings = bench_settings(Path(folder), model, used_threads, requests, "off")
-        work = _run(settings, requests, max_tokens, prompt_tokens, rounds, done, console)
+        work = _run(settings, requests, window_tokens, prompt_tokens, rounds, done, console)
         if asyncio.run(until_signal(work)):
             raise KeyboardInterrupt
-    return make_report(done, machine, settings.model, requests, max_tokens, prompt_tokens)
+    return make_report(done, machine, settings.model, requests, window_tokens, prompt_tokens)
 
 
 async def _run(
     settings: CliSettings,
     requests: int,
-    max_tokens: int,
+    window_tokens: int,
     prompt_tokens: int,
     rounds: int,
     done: list[Round],
     console: Console,
 ) -> None:
-    async with make_stack(settings, console.print) as stack:
+    async with (
+        make_stack(settings, console.print) as stack,
+        grpc.aio.insecure_channel(stack.endpoint) as channel,
+        asyncio.TaskGroup() as streams,
+    ):
         await wait_attached(stack.endpoint, settings.workers)
-        async with grpc.aio.insecure_channel(stack.endpoint) as channel:
-            operator = operator_pb2_grpc.OperatorServiceStub(channel)  # type: ignore[no-untyped-call]
-            prompts = _Prompts(licence_text(), prompt_tokens)
-            controller = next(child.pid for child in stack.children if child.name == "controller")
-            assert controller is not None
-            await _generate_all(stack.endpoint, prompts.take(requests), max_tokens, controller)
-            console.print("warmed up")
-            for number in range(rounds):
-                before = await _worker_ms(operator)
-                found: dict[Mode, Run] = {}
-                modes = [Mode.MODE_OFF, Mode.MODE_ADVISORY]
-                for mode in modes if number % 2 == 0 else reversed(modes):
-                    await operator.SetMode(operator_pb2.SetModeRequest(mode=mode))
-                    found[mode] = await _generate_all(stack.endpoint, prompts.take(requests), max_tokens, controller)
-                signal_ms, decode_ms = (
-                    now - then for now, then in zip(await _worker_ms(operator), before, strict=True)
-                )
-                one = Round(found[Mode.MODE_OFF], found[Mode.MODE_ADVISORY], signal_ms / decode_ms)
-                done.append(one)
-                console.print(
-                    f"round {number + 1}: off {one.off.decode_tokens_per_s:.1f}, advisory "
-                    f"{one.advisory.decode_tokens_per_s:.1f} decode tokens/s; signals {one.signal_share:.2%}"
-                )
+        operator = operator_pb2_grpc.OperatorServiceStub(channel)  # type: ignore[no-untyped-call]
+        controller = next(child.pid for child in stack.children if child.name == "controller")
+        assert controller is not None
+        flow = _Flow(requests, controller)
+        most = (2 * rounds + 1) * (window_tokens + _SETTLING_TOKENS) + 2 * prompt_tokens  # some begin before others
+        reading = [
+            streams.create_task(flow.read(number, stack.endpoint, prompt, most))
+            for number, prompt in enumerate(_prompts(licence_text(), prompt_tokens, requests))
+        ]
+        await flow.all_decode()
+        await flow.window(window_tokens)
+        console.print("warmed up")
+        for number in range(rounds):
+            before = await _worker_ms(operator)
+            found: dict[Mode, Run] = {}
+            modes = [Mode.MODE_OFF, Mode.MODE_ADVISORY]
+            for mode in modes if number % 2 == 0 else reversed(modes):
+                await operator.SetMode(operator_pb2.SetModeRequest(mode=mode))
+                await flow.window(_SETTLING_TOKENS)
+                found[mode] = await flow.window(window_tokens)
+            signal_ms, decode_ms = (now - then for now, then in zip(await _worker_ms(operator), before, strict=True))
+            one = Round(found[Mode.MODE_OFF], found[Mode.MODE_ADVISORY], signal_ms / decode_ms if decode_ms else 0.0)
+            done.append(one)
+            console.print(
+                f"round {number + 1}: off {one.off.decode_tokens_per_s:.1f}, advisory "
+                f"{one.advisory.decode_tokens_per_s:.1f} decode tokens/s; signals {one.signal_share:.2%}"
+            )
+        for task in reading:
+            task.cancel()
 
 
-class _Prompts:
+class _Flow:
+    """Counts the tokens of some requests as they come."""
+
+    def __init__(self, requests: int, controller: int) -> None:
+        self._controller = controller
+        self._came = [0] * requests
+        self._news = asyncio.Condition()
+
+    async def read(self, number: int, endpoint: str, prompt: str, max_tokens: int) -> None:
+        """Generates one of the requests."""
+        async with AsyncClient(endpoint) as client:
+            async for event in client.generate(prompt=prompt, scenario="mixed", max_tokens=max_tokens, ignore_eos=True):
+                async with self._news:
+                    self._came[number] += len(event.token_ids)
+                    self._news.notify_all()
+
+    async def all_decode(self) -> None:
+        """Waits until each has a token."""
+        async with self._news:
+            await self._news.wait_for(lambda: all(self._came))
+
+    async def window(self, tokens: int) -> Run:
+        """What happens while as many tokens come as if each request had generated ``tokens``."""
+        first, started, used_s = sum(self._came), time.perf_counter(), _cpu_s(self._controller)
+        async with self._news:
+            await self._news.wait_for(lambda: sum(self._came) >= first + tokens * len(self._came))
+        took = time.perf_counter() - started
+        return Run((sum(self._came) - first) / took, (_cpu_s(self._controller) - used_s) / took)
+
+
+def _prompts(text: str, tokens: int, count: int) -> list[str]:
     """Different texts of about the same number of tokens, from one long text."""
-
-    def __init__(self, text: str, tokens: int) -> None:
-        self._text = text
-        self._characters = 4 * tokens
-        self._next = 0
-
-    def take(self, count: int) -> list[str]:
-        found = []
-        for _ in range(count):
-            start = self._next % max(1, len(self._text) - self._characters)
-            found.append(self._text[start : start + self._characters])
-            self._next += self._characters // 3 + 1
-        return found
-
-
-async def _generate_all(endpoint: str, prompts: list[str], max_tokens: int, controller: int) -> Run:
-    started, used_s = time.perf_counter(), _cpu_s(controller)
-    streams = await asyncio.gather(
-        *(generate_timed(endpoint, prompt=prompt, scenario="mixed", max_tokens=max_tokens) for prompt in prompts)
-    )
-    controller_share = (_cpu_s(controller) - used_s) / (time.perf_counter() - started)
-    return Run(figures_of(streams, started).decode_tokens_per_s, controller_share)
+    characters = 4 * tokens
+    starts = [number * (characters // 3 + 1) % max(1, len(text) - characters) for number in range(count)]
+    return [text[start : start + characters] for start in starts]
 
 
 def _cpu_s(pid: int) -> float:
@@ -202,7 +226,7 @@ def make_report(
     machine: dict[str, str | int | float],
     model: str,
     requests: int,
-    max_tokens: int,
+    window_tokens: int,
     prompt_tokens: int,
 ) -> dict[str, Any]:
     """Medians over the rounds, and every round beside them."""
@@ -214,7 +238,7 @@ def make_report(
         "model": model,
         "requests": requests,
         "prompt_tokens": prompt_tokens,
-        "max_tokens": max_tokens,
+        "window_tokens": window_tokens,
         "off_tokens_per_s": round(statistics.median(one.off.decode_tokens_per_s for one in rounds), 2),
         "advisory_tokens_per_s": round(statistics.median(one.advisory.decode_tokens_per_s for one in rounds), 2),
         "planning_overhead": round(1 - ratio, 4),
@@ -259,14 +283,12 @@ def render(report: dict[str, Any]) -> Table:
             f"{report['controller_share_advisory']:.2%} with it"
         )
     caption += busy_note(machine)
-    table = Table(
-        title=f"{report['requests']} requests of about {report['prompt_tokens']} + {report['max_tokens']} tokens, "
-        f"{report['model']}\n{machine['cpu']}, {machine['threads_used']} of {machine['cores']} cores",
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
+    title = (
+        f"{report['requests']} requests of about {report['prompt_tokens']} tokens, windows of "
+        f"{report['window_tokens']} tokens, {report['model']}\n"
+        f"{machine['cpu']}, {machine['threads_used']} of {machine['cores']} cores"
     )
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for column in ("decode tokens/s, off", "advisory", "planning costs", "signals cost", "together"):
         table.add_column(column, justify="right")
     table.add_row(

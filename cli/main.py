@@ -421,12 +421,12 @@ def bench_steer(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
     model: ModelOption = None,
     requests: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at once.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens each of them generates.")] = 96,
+    window_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each between two changes.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each prompt, about.")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times each mode runs; medians are given.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of each mode; medians are given.")] = 48,
     threads: Threads = None,
 ) -> None:
-    """What steering costs: the same requests with planning on (advisory) and off, in turn.
+    """What steering costs: planning is on (advisory) and off in turn while the same requests are decoded.
 
     Planning decides and logs but sends nothing, so both sides do the same work. What the worker's signals take is
     counted beside it.
@@ -434,7 +434,7 @@ def bench_steer(
     with reported():
         from bench import steer as command
 
-        command.bench(json, model, requests, max_tokens, prompt_tokens, rounds, threads)
+        command.bench(json, model, requests, window_tokens, prompt_tokens, rounds, threads)
 
 
 @bench_app.command("serve")

@@ -108,10 +108,10 @@ def evaluate(
         typer.Option(
             min=0,
             metavar="N",
-            help="Rounds in which to measure what steering costs, as `kvpilot bench steer` does, at most a minute "
-            "each on two cores; 0: leave it out.",
+            help="Rounds in which to measure what steering costs, as `kvpilot bench steer` does, a few seconds each "
+            "on two cores; 0: leave it out.",
         ),
-    ] = 6,
+    ] = 48,
     steering_overhead: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="Share of tokens/s that steering costs, measured before, to report."),

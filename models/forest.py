@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from models.features import F64, REQUEST_FEATURES, SIGNAL_FEATURES
-from models.trees import Columns, Trees
+from models.trees import Trees
 
 Index: TypeAlias = npt.NDArray[np.intp]
 STATE_FEATURES = len(REQUEST_FEATURES) + len(SIGNAL_FEATURES)
@@ -50,26 +50,24 @@ class Models:
         _ = self._trees
 
     @cached_property
-    def _trees(self) -> tuple[Trees, Trees, Trees]:
-        return Trees.of(self.point), Trees.of(self.upper), Trees.of(self.long_range)
+    def _trees(self) -> tuple[Trees, Trees]:
+        return Trees.of(self.point, self.upper), Trees.of(self.long_range)
 
     def answer(self, rows: F64) -> Answer:
         """Asks all three about rows [N, features] at once; N may be 0.
 
         Rows of one request that follow each other are looked at once by the long-range model.
         """
-        point, upper, long_range = self._trees
-        columns = Columns.of(rows, point, upper)
-        first, request = _requests(columns.values[:STATE_FEATURES])
-        need = long_range.answer(Columns.of(rows[first, :STATE_FEATURES], long_range))
-        return Answer(
-            point=point.answer(columns), upper=upper.answer(columns), long_range=(1.0 / (1.0 + np.exp(-need)))[request]
-        )
+        divergence, long_range = self._trees
+        point, upper = divergence.answer(rows)
+        first, request = _requests(rows[:, :STATE_FEATURES])
+        (need,) = long_range.answer(rows[first, :STATE_FEATURES])
+        return Answer(point=point, upper=upper, long_range=(1.0 / (1.0 + np.exp(-need)))[request])
 
 
 def _requests(states: F64) -> tuple[Index, Index]:
-    """First rows of runs of equal columns in ``states`` [features, N], and each row's run."""
+    """First rows of runs of equal rows in ``states`` [N, features], and each row's run."""
     bits = states.view(np.int64)  # NaN equals NaN
-    new = np.ones(states.shape[1], bool)
-    new[1:] = (bits[:, 1:] != bits[:, :-1]).any(0)
+    new = np.ones(len(states), bool)
+    new[1:] = (bits[1:] != bits[:-1]).any(axis=1)
     return np.flatnonzero(new), np.cumsum(new) - 1

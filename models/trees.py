@@ -1,4 +1,4 @@
-"""Fast answers of gradient-boosted trees: all rows go down a tree together, level by level, compiled by Numba.
+"""Fast answers of gradient-boosted trees: a tile of rows goes down a tree together, level by level, compiled by Numba.
 
 scikit-learn's own ``predict`` takes rows one by one through each tree; a tick of a planner asks for thousands of rows
 of three models. The answers are the same to the bit: the same comparisons, the same sums in the same order.
@@ -7,7 +7,6 @@ of three models. The answers are the same to the bit: the same comparisons, the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import numba
@@ -19,100 +18,79 @@ from models.features import F64
 I32: TypeAlias = npt.NDArray[np.int32]
 U32: TypeAlias = npt.NDArray[np.uint32]
 TILE_ROWS = 256
-"""Rows that go down together: their places and the columns they need stay in the core's cache."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Rows laid out for trees, once for all models that look at them."""
-
-    values: F64
-    """[features and copies, N], C-contiguous. NaN is above nothing and so goes left; in the copies it is infinite."""
-    right: U32
-    """[features] which of ``values`` to look at where NaN goes right."""
-
-    @classmethod
-    def of(cls, rows: F64, *models: Trees) -> Columns:
-        """Lays out rows [N, features] for some models, all of which look at as many features."""
-        count, features = rows.shape
-        sent = np.zeros(features, bool)
-        for model in models:
-            if model.features != features:
-                raise ValueError(f"{features} features given; these trees look at {model.features}")
-            sent |= model.sent_right
-        missing = np.flatnonzero(sent)
-        missing = missing[np.isnan(rows[:, missing]).any(0)]
-        values = np.empty((features + len(missing), count))
-        values[:features] = rows.T
-        copies = values[features:]
-        copies[:] = values[missing]
-        copies[np.isnan(copies)] = np.inf
-        right = np.arange(features, dtype=np.uint32)
-        right[missing] = features + np.arange(len(missing), dtype=np.uint32)
-        return cls(values, right)
+"""Rows that go down together: their columns and places stay in the core's cache."""
+_STRIDE = TILE_ROWS + 8
+"""Numbers from one column of a tile to the next: a power of two would put all of a row into few lines of a cache."""
 
 
 @dataclass(frozen=True)
 class Trees:
-    """The trees of one model, end to end. A leaf leads to itself."""
+    """The trees of M models that look at the same rows, end to end. A leaf leads to itself."""
 
     features: int
-    """Columns that it looks at."""
-    base: float
+    """Columns that they look at."""
+    bases: F64
+    """[M]"""
+    model: U32
+    """[T] whose tree it is."""
     roots: U32
     """[T] first node of each tree."""
     depths: I32
     """[T] steps from the root to the deepest leaf."""
-    feature: U32
-    """[nodes]"""
+    looked_at: U32
+    """[nodes] the feature, or ``features`` more where its missing values go right."""
     threshold: F64
     """[nodes] to the left at or below."""
     child: U32
     """[nodes] left child; the right one is next to it. A leaf's is itself, and no number lies above its threshold."""
-    missing_right: npt.NDArray[np.bool_]
-    """[nodes] whether NaN goes right."""
     value: F64
     """[nodes] of leaves."""
 
     @classmethod
-    def of(cls, model: Any) -> Trees:
-        """Reads a fitted histogram gradient boosting model with one output and no categorical features.
+    def of(cls, *models: Any) -> Trees:
+        """Reads fitted histogram gradient boosting models, each with one output and no categorical features.
 
         Raises:
-            ValueError: it is not such a model.
+            ValueError: one is no such model, or they look at different numbers of features.
         """
-        iterations = getattr(model, "_predictors", None)
-        if not iterations or any(len(trees) != 1 for trees in iterations):
-            raise ValueError(f"{type(model).__name__}: expected a fitted gradient boosting model with one output")
-        nodes = [trees[0].nodes for trees in iterations]
-        depths = [_checked_depth(tree, int(model.n_features_in_)) for tree in nodes]
-        sizes = np.array([len(tree) for tree in nodes])
+        features = {int(getattr(model, "n_features_in_", 0)) for model in models}
+        if len(features) != 1:
+            raise ValueError(f"models of {sorted(features)} features: expected equally many")
+        (count,) = features
+        trees = [(owner, tree.nodes) for owner, model in enumerate(models) for tree in _trees(model)]
+        sizes = np.array([len(nodes) for _, nodes in trees])
         roots = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        every = np.concatenate([_by_level(tree) for tree in nodes])
+        depths = [_checked_depth(nodes, count) for _, nodes in trees]
+        every = np.concatenate([_by_level(nodes) for _, nodes in trees])
         leaf = every["is_leaf"].astype(bool)
+        right = ~leaf & (every["missing_go_to_left"] == 0)
         return cls(
-            features=int(model.n_features_in_),
-            base=float(np.asarray(model._baseline_prediction).ravel()[0]),
+            features=count,
+            bases=np.array([float(np.asarray(model._baseline_prediction).ravel()[0]) for model in models]),
+            model=np.array([owner for owner, _ in trees], np.uint32),
             roots=roots.astype(np.uint32),
             depths=np.array(depths, np.int32),
-            feature=np.where(leaf, 0, every["feature_idx"]).astype(np.uint32),
+            looked_at=np.where(leaf, 0, every["feature_idx"] + count * right).astype(np.uint32),
             threshold=np.where(leaf, np.inf, np.minimum(every["num_threshold"], np.finfo(np.float64).max)),
             child=np.where(leaf, np.arange(len(every)), np.repeat(roots, sizes) + every["left"]).astype(np.uint32),
-            missing_right=~leaf & (every["missing_go_to_left"] == 0),
             value=np.where(leaf, every["value"], 0.0),
         )
 
-    def answer(self, columns: Columns) -> F64:
-        """Raw predictions [N] for rows that were laid out for these trees, maybe among others."""
-        rows = columns.values.shape[1]
-        column = np.concatenate([np.arange(self.features, dtype=np.uint32), columns.right])
-        offset = column[self.feature + np.uint32(self.features) * self.missing_right] * np.uint32(rows)
-        out = np.full(rows, self.base)
+    def answer(self, rows: F64) -> F64:
+        """Raw predictions [M, N] for rows [N, features].
+
+        Raises:
+            ValueError: rows of another shape.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.features:
+            raise ValueError(f"rows {rows.shape}: expected [N, {self.features}]")
+        out = np.repeat(self.bases[:, None], len(rows), axis=1)
         _descend(
-            columns.values.reshape(-1),
+            np.ascontiguousarray(rows, np.float64),
+            self.model,
             self.roots,
             self.depths,
-            offset,
+            self.looked_at,
             self.threshold,
             self.child,
             self.value,
@@ -120,12 +98,12 @@ class Trees:
         )
         return out
 
-    @cached_property
-    def sent_right(self) -> npt.NDArray[np.bool_]:
-        """[features] whose missing values some node sends to the right."""
-        sent = np.zeros(self.features, bool)
-        sent[self.feature[self.missing_right]] = True
-        return sent
+
+def _trees(model: Any) -> list[Any]:
+    iterations = getattr(model, "_predictors", None)
+    if not iterations or any(len(trees) != 1 for trees in iterations):
+        raise ValueError(f"{type(model).__name__}: expected a fitted gradient boosting model with one output")
+    return [tree for (tree,) in iterations]
 
 
 def _checked_depth(tree: Any, features: int) -> int:
@@ -164,29 +142,53 @@ def _by_level(tree: Any) -> Any:
 
 
 def _walk(
-    columns: Any,
+    rows: Any,
+    model: Any,
     roots: Any,
     depths: Any,
-    offset: Any,
+    looked_at: Any,
     threshold: Any,
     child: Any,
     value: Any,
     out: Any,
 ) -> None:
     # Unsigned indices: Numba then need not look for negative ones, and the inner loop becomes gathers without branches.
+    count, features = rows.shape
+    columns = np.empty(2 * features * _STRIDE)  # of a tile; behind those of the features, those with infinity for NaN
+    start = np.empty(2 * features, np.uint32)
+    offset = np.empty(len(looked_at), np.uint32)
     place = np.empty(TILE_ROWS, np.uint32)
-    for first in range(0, len(out), TILE_ROWS):
-        rows = min(TILE_ROWS, len(out) - first)
+    missing = np.empty(features, np.bool_)
+    for first in range(0, count, TILE_ROWS):
+        tile = min(TILE_ROWS, count - first)
+        missing[:] = False
+        for row in range(tile):
+            for feature in range(features):
+                x = rows[first + row, feature]
+                columns[feature * _STRIDE + row] = x
+                missing[feature] |= x != x
+        copies = features
+        for feature in range(features):
+            start[feature] = start[features + feature] = feature * _STRIDE
+            if missing[feature]:  # NaN is above nothing and so goes left; infinity goes right
+                start[features + feature] = copies * _STRIDE
+                for row in range(tile):
+                    x = columns[feature * _STRIDE + row]
+                    columns[copies * _STRIDE + row] = np.inf if x != x else x
+                copies += 1
+        for each in range(len(looked_at)):
+            offset[each] = start[looked_at[each]]
         for tree in range(len(roots)):
-            for row in range(rows):
+            for row in range(tile):
                 place[row] = roots[tree]
             for _ in range(depths[tree]):
-                for row in range(rows):
+                for row in range(tile):
                     node = np.uint64(place[row])
-                    x = columns[np.uint64(offset[node]) + np.uint64(first + row)]
+                    x = columns[np.uint64(offset[node]) + np.uint64(row)]
                     place[row] = child[node] + np.uint32(x > threshold[node])
-            for row in range(rows):
-                out[first + row] += value[np.uint64(place[row])]
+            owner = model[tree]
+            for row in range(tile):
+                out[owner, first + row] += value[np.uint64(place[row])]
 
 
 _descend = numba.njit(_walk, cache=True, nogil=True, error_model="numpy")

@@ -17,7 +17,7 @@ from models.fitting import MONOTONE, Hyperparameters, TrainingError, fit_point, 
 from models.folds import folds_of
 from models.metrics import coverage, ranking
 from models.training import pinball, train, validate
-from models.trees import Columns, Trees
+from models.trees import Trees
 from models.tuning import tune
 from tests.models.fitted import SMALL, held_out, trained
 from tests.models.synthetic import table, usual
@@ -103,7 +103,7 @@ def test_constraints_hold_everywhere() -> None:
         rows = np.repeat(examples.rows[::40], 9, axis=0)
         low, high = (0, 16) if name == "bits" else (0, 1)
         rows[:, NAMES.index(name)] = np.tile(np.linspace(low, high, 9), len(rows) // 9)
-        steps = np.diff(model.answer(Columns.of(rows, model)).reshape(-1, 9), axis=1)
+        steps = np.diff(model.answer(rows).reshape(-1, 9), axis=1)
         assert (sign * steps >= -1e-12).all(), name
 
 
@@ -113,16 +113,13 @@ def test_trees_answer_as_scikit_learn_does_with_and_without_values() -> None:
     rows = np.where(random.random(examples.rows.shape) < 0.3, np.nan, examples.rows)
     holed = Examples(**{**vars_of(examples), "rows": rows})
     model = fit_point(holed, with_settings(SMALL, monotone=False))
-    trees = Trees.of(model)
-    assert trees.missing_right.any()
     others = fit_upper(examples, 0.1, SMALL)
+    trees = Trees.of(model, others)
+    assert (trees.looked_at >= len(NAMES)).any()  # missing values that go right
     for given in (rows, examples.rows, np.full((3, len(NAMES)), np.nan), rows[:1], rows[:257]):
-        np.testing.assert_array_equal(trees.answer(Columns.of(given, trees)), model.predict(given))
-        shared = Columns.of(given, Trees.of(others), trees)
-        np.testing.assert_array_equal(trees.answer(shared), model.predict(given))
-        np.testing.assert_array_equal(Trees.of(others).answer(shared), others.predict(given))
-    with pytest.raises(ValueError, match="4 features given"):
-        Columns.of(np.zeros((3, 4)), trees)
+        np.testing.assert_array_equal(trees.answer(given), [model.predict(given), others.predict(given)])
+    with pytest.raises(ValueError, match=r"rows \(3, 4\)"):
+        trees.answer(np.zeros((3, 4)))
 
 
 def vars_of(examples: Examples) -> dict[str, object]:
