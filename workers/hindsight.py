@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kernels.api import F32, I32, U8, Tables
 from models.features import F64, KEPT_SHARES
+from workers.counting import set_levels, sum_by_level
 
 HINDSIGHT_STEPS = 16
 """Steps after which a selection is replaced by a newer one at the next look."""
@@ -57,14 +58,13 @@ class Hindsight:
         if missed is None or steps >= HINDSIGHT_STEPS:
             self._seen, self._length = seen, length.copy()
             self._level = _levels(tables, slot, length, least)
-            self._mass = _mass_by_level(tables.mass[slot], length, self._level)
+            self._mass = _mass_by_level(tables.mass[slot], length, self._level)[..., :-1]
         return missed
 
     def _compare(self, tables: Tables, slot: int, length: I32) -> F64 | None:
-        before, now = self._level.shape[2], int(length.max())
-        newer = np.where(np.arange(before, now) < length[..., None], tables.mass[slot, :, :, before:now], 0)
-        gained = _mass_by_level(tables.mass[slot], length, self._level) - self._mass  # [L, H, levels]
-        total = gained.sum(axis=2) + newer.sum(axis=2)
+        now = _mass_by_level(tables.mass[slot], length, self._level)
+        gained = now[..., :-1] - self._mass  # [L, H, levels]
+        total = gained.sum(axis=2) + now[..., -1]
         if (gained < 0).any() or not (total > 0).all():
             return None  # masses only grow: these are other tokens', or were counted anew
         beyond = gained[..., :0:-1].cumsum(axis=2)[..., ::-1]
@@ -73,20 +73,13 @@ class Hindsight:
 
 def _levels(tables: Tables, slot: int, length: I32, least: U16) -> U8:
     """[L, H, T] the level of each token; 0 for the last ones and where there is none."""
-    count = int(length.max())
-    bits = tables.votes[slot, :, :, :count].view(np.uint16)  # votes are not negative, so their bits are in their order
-    levels = np.zeros(bits.shape, np.uint8)
-    for place in range(len(KEPT_SHARES)):
-        levels += bits < least[:, :, place, None]
-    levels *= np.arange(count) < length[..., None] - RECENT_TOKENS
+    levels = np.zeros((*length.shape, int(length.max())), np.uint8)
+    set_levels(tables.votes[slot].view(np.uint16), length, least, RECENT_TOKENS, levels)
     return levels
 
 
 def _mass_by_level(mass: F32, length: I32, level: U8) -> F64:
-    """Sums of ``mass`` [L, H, T'] by the level of each token, [L, H, levels]; tokens beyond ``level`` left out."""
-    layers, heads, count = level.shape
-    levels = len(KEPT_SHARES) + 1
-    at = level + np.arange(0, layers * heads * levels, levels).reshape(layers, heads, 1)
-    there = np.where(np.arange(count) < length[..., None], mass[:, :, :count], 0)
-    sums: F64 = np.bincount(at.ravel(), there.ravel(), layers * heads * levels).astype(np.float64)
-    return sums.reshape(layers, heads, levels)
+    """Sums of ``mass`` [L, H, T'] by the level of each token, [L, H, levels + 1]; tokens beyond ``level`` last."""
+    sums = np.zeros((*length.shape, len(KEPT_SHARES) + 2))
+    sum_by_level(mass, length, level, sums)
+    return sums

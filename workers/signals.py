@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels.api import F32, I32, DecodePlan, Tables
-from kernels.layout import BLOCK_TOKENS
+from kernels.layout import BLOCK_TOKENS, CacheShape
 from kvpilot.v1 import policy_pb2
 from models.features import DEPTHS, F64, KEPT_SHARES
 from workers.cache.arrangement import Mask, block_count
+from workers.counting import count_votes
 from workers.hindsight import U16, Hindsight
 
 FAR_HORIZONS_TOKENS = (32, 64, 128, 256, 512, 1024)
@@ -168,6 +169,16 @@ class Repeats:
         signals.copied_from_tokens = self._distances[-1]
 
 
+def warm_up(shape: CacheShape) -> None:
+    """Compiles what else would be compiled when a first request is looked at, in the middle of its generation."""
+    tables = Tables.allocate(1, shape, BLOCK_TOKENS)
+    tables.length[:] = 2
+    hindsight = Hindsight()
+    for seen in (2, 3):
+        hindsight.look(tables, 0, seen, vote_signals(tables, 0, seen).least)
+        tables.length += 1
+
+
 @dataclass(frozen=True)
 class VoteSignals:
     """What each head's votes, its attention of about the last 64 queries, say of its tokens."""
@@ -191,25 +202,15 @@ def vote_signals(tables: Tables, slot: int, seen: int) -> VoteSignals:
     """
     length = tables.length[slot]  # [L, H]
     blocks = int(block_count(length).max(initial=0))
-    count = blocks * BLOCK_TOKENS
-    kept = np.arange(count) < length[..., None]
-    bits = tables.votes[slot, :, :, :count].view(np.uint16) * kept  # [L, H, T]
-    by_block = _HALVES.take(bits).reshape(*length.shape, blocks, BLOCK_TOKENS).sum(axis=3)  # [L, H, B]
-    total = by_block.sum(axis=2, dtype=np.float64)
-    voted = total > 0
-    far = _beyond_horizons(by_block, _ages(tables, slot, blocks, seen)[0])
-    np.divide(far, total[..., None], out=far, where=voted[..., None])
-
-    bits.sort(axis=2, kind="stable")  # a radix sort; votes are not negative, so their bits are in their order
-    votes = _HALVES.take(bits)
+    by_block = np.zeros((*length.shape, blocks))
     dropped = np.zeros((*length.shape, len(KEPT_SHARES)))
     least = np.zeros(dropped.shape, np.uint16)
-    for place, share in enumerate(KEPT_SHARES):
-        may_stay = math.ceil(share * seen)
-        if may_stay < count:
-            rest = votes[:, :, : count - may_stay].sum(axis=2)
-            np.divide(rest, total, out=dropped[:, :, place], where=(length > may_stay) & voted)
-            least[:, :, place] = bits[:, :, count - may_stay]
+    may_stay = np.array([math.ceil(share * seen) for share in KEPT_SHARES])
+    count_votes(tables.votes[slot].view(np.uint16), length, _HALVES, may_stay, by_block, dropped, least)
+    total = by_block.sum(axis=2)[..., None]
+    far = _beyond_horizons(by_block, _ages(tables, slot, blocks, seen)[0])
+    for part in (far, dropped):
+        np.divide(part, total, out=part, where=total > 0)
     return VoteSignals(dropped, far, least)
 
 
@@ -252,7 +253,7 @@ def _ngrams(token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
     return zip(*(token_ids[start:] for start in range(REPEAT_NGRAM)), strict=False)
 
 
-def _beyond_horizons(mass: F32, age: I32) -> F64:
+def _beyond_horizons(mass: F32 | F64, age: I32) -> F64:
     """Mass on blocks that are older than each of ``FAR_HORIZONS_TOKENS``: [L, H, horizons] of [L, H, B]."""
     heads, horizons = mass.shape[0] * mass.shape[1], len(FAR_HORIZONS_TOKENS)
     passed = np.searchsorted(FAR_HORIZONS_TOKENS, age).reshape(heads, -1)  # horizons that a block is older than

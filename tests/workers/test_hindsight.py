@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from kernels.api import Tables
 from kernels.layout import CacheShape
 from models.features import DEPTHS, F64, KEPT_SHARES
 from tests.workers.backtest import SHARES, Head, Look
+from workers.counting import count_votes, set_levels, sum_by_level
 from workers.hindsight import HINDSIGHT_STEPS, RECENT_TOKENS, Hindsight
-from workers.signals import SignalMeter, vote_signals
+from workers.signals import SignalMeter, vote_signals, warm_up
 
 SHAPE = CacheShape(layers=3, kv_heads=2, query_heads=4, head_dim=16, dtype=torch.float32)
 HEADS: list[Head] = list(itertools.product(range(SHAPE.layers), range(SHAPE.kv_heads)))
 SLOT = 1
+COMPILED: tuple[Any, ...] = (count_votes, set_levels, sum_by_level)
 fixed = settings(derandomize=True, max_examples=60, deadline=None, database=None)
 
 
@@ -259,3 +262,14 @@ def test_signals_are_means_over_heads_the_largest_and_those_of_each_quarter() ->
     assert len(signals.missed_votes_by_depth) == DEPTHS * len(KEPT_SHARES)
     assert list(signals.missed_votes_by_depth) == pytest.approx([*np.ravel(layers), *mean], abs=1e-5)
     assert list(meter.take().missed_votes) == []  # not looked at again
+
+
+def test_nothing_is_compiled_while_requests_decode() -> None:
+    warm_up(SHAPE)
+    before = [len(function.signatures) for function in COMPILED]
+    request, hindsight = Request(everywhere(300), 300), Hindsight()
+    for steps in (1, 1, HINDSIGHT_STEPS, 2):
+        request.decode(steps)
+        request.look(hindsight)
+    assert [len(function.signatures) for function in COMPILED] == before
+    assert all(before)

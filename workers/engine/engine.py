@@ -41,6 +41,7 @@ from workers.errors import (
 )
 from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
+from workers.signals import warm_up as warm_up_signals
 from workers.stages.base import LossClass, Pipeline
 from workers.stages.registry import build, describe
 
@@ -84,6 +85,7 @@ class Engine:
             settings.kernel_backend.value,
         )
         self.cache.backend.warm_up()
+        warm_up_signals(self.shape)
         default = build(settings.default_pipeline, self.shape)
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)
