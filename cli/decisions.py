@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import AsyncIterator
 from typing import Any
 
 from rich import box
@@ -18,7 +17,6 @@ from kvpilot.bus import Bus
 from kvpilot.v1 import job_pb2
 from models.decisions import Decided, join, scores
 
-_PAGE = 1000
 _WIDE = 160
 _NARROW = 110
 _HEADINGS = (
@@ -61,17 +59,9 @@ def _meant(one: Decided, request: str | None, bundle: str | None) -> bool:
 async def _read(url: str) -> list[job_pb2.DecisionEvent]:
     bus = await Bus.connect(url)
     try:
-        return [event async for event in _entries(bus)]
+        return await bus.all_decisions()
     finally:
         await bus.close()
-
-
-async def _entries(bus: Bus) -> AsyncIterator[job_pb2.DecisionEvent]:
-    after = "0-0"
-    while page := await bus.decisions(after, _PAGE):
-        after = page[-1][0]
-        for _, event in page:
-            yield event
 
 
 def _table(decisions: list[Decided], width: int) -> Table:

@@ -44,10 +44,15 @@ class Decided:
     def features(self) -> dict[str, float | None]:
         """The chosen pipeline's row by name, None where a value was not known; empty for the rule's decisions, and for
         those of another feature schema, whose names are not ours."""
-        row = self.decided.features
-        if self.decided.feature_schema_hash != SCHEMA_HASH or len(row) != len(NAMES):
+        if not has_features(self.decided):
             return {}
-        return {name: value if value == value else None for name, value in zip(NAMES, row, strict=True)}
+        row = zip(NAMES, self.decided.features, strict=True)
+        return {name: value if value == value else None for name, value in row}
+
+
+def has_features(decided: job_pb2.Decided) -> bool:
+    """Whether a decision was made by a row of this feature schema, and has it."""
+    return decided.feature_schema_hash == SCHEMA_HASH and len(decided.features) == len(NAMES)
 
 
 def join(events: Iterable[job_pb2.DecisionEvent]) -> list[Decided]:

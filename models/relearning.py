@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvpilot.v1 import job_pb2
-from models.features import NAMES, SCHEMA_HASH, Family
+from models.decisions import has_features
+from models.features import Family
 from models.online import OnlineCalibrator
 from models.predictor import Predictor
 
@@ -40,8 +41,7 @@ def audits_of(bundle: str, events: Iterable[job_pb2.DecisionEvent]) -> list[Logg
                 decided.setdefault(event.decision_id, event.decided)
             case "measured" if made := decided.get(event.decision_id):
                 family, audit = families.get(made.family), event.measured.audit
-                known = made.feature_schema_hash == SCHEMA_HASH and len(made.features) == len(NAMES)
-                if family is not None and known:
+                if family is not None and has_features(made):
                     found = LoggedAudit(family, made.features, audit.divergence)
                     audits.setdefault((event.decision_id, audit.at_token), found)
     return list(audits.values())

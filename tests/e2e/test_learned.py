@@ -150,11 +150,7 @@ async def switched_by(job: Following, bundle: str) -> None:
 async def logged(job: Following, bus: Bus, condition: Callable[[Decided], bool]) -> Decided:
     """Goes on with a job until the log of decisions has one of it that meets the condition."""
     while True:
-        entries, after = [], "0-0"
-        while page := await bus.decisions(after):
-            entries += [event for _, event in page]
-            after = page[-1][0]
-        for one in join(entries):
+        for one in join(await bus.all_decisions()):
             if one.request_id == job.job_id and condition(one):
                 return one
         await job.more(8)

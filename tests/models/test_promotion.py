@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,9 @@ from models.bundle import BundleError
 from models.manifest import MANIFEST
 from models.promotion import promote, rollback, shadow
 from models.registry import Registry, RegistryError, StoreUnavailableError
-from tests.jobs_help import connected
 from tests.models.fitted import made
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def bus(redis_url: str) -> AsyncIterator[Bus]:
-    async with connected(redis_url) as bus:
-        yield bus
 
 
 @pytest.fixture

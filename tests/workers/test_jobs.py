@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -28,12 +27,6 @@ from workers.errors import INTERNAL, INVALID_ARGUMENT
 from workers.jobs import JobRunner, JobSettings
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def bus(redis_url: str) -> AsyncIterator[Bus]:
-    async with connected(redis_url) as bus:
-        yield bus
 
 
 async def test_a_job_is_run_and_its_outcome_kept(bus: Bus) -> None:

@@ -39,6 +39,19 @@ class DecisionLog(Connection):
             found = await self._client.xrange(keys.DECISIONS, min=f"({after}", count=count)
         return [(name.decode(), job_pb2.DecisionEvent.FromString(fields[b"event"])) for name, fields in found]
 
+    async def all_decisions(self) -> list[job_pb2.DecisionEvent]:
+        """Returns every entry, oldest first.
+
+        Raises:
+            BusUnavailableError: Redis is out of reach.
+        """
+        events: list[job_pb2.DecisionEvent] = []
+        after = "0-0"
+        while page := await self.decisions(after):
+            after = page[-1][0]
+            events += [event for _, event in page]
+        return events
+
     async def decisions_before(self, before: str = "+", count: int = 1000) -> list[tuple[str, job_pb2.DecisionEvent]]:
         """Returns entries before the one named ``before``, newest first, each with its name; by default the newest.
 
