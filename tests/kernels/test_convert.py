@@ -179,7 +179,8 @@ def test_encode_pads_with_zeros(make_world, unpack_block, fmt):
     block = world.backend.encode(whole(world, tokens=20), fmt)
     for part, stored in zip(unpack_block(FP32, fmt, block[0]), world.backend.read(whole(world)), strict=True):
         assert np.abs(part[20:]).max() <= ZERO_WITHIN.get(fmt, 0)
-        assert np.abs(part[:20] - stored[0, :20].numpy()).max() <= ZERO_WITHIN.get(fmt, 0)
+        within = 0.3 if fmt is Format.FP8 else ZERO_WITHIN.get(fmt, 0)
+        assert np.abs(part[:20] - stored[0, :20].numpy()).max() <= within
 
 
 @pytest.mark.parametrize("fmt", Format)
