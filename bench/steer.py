@@ -175,12 +175,14 @@ class _Flow:
         self._news = asyncio.Condition()
 
     async def read(self, number: int, endpoint: str, prompt: str, max_tokens: int) -> None:
-        """Generates one of the requests."""
+        """Generates one of the requests; again from the start if it ends before it is cancelled."""
+        request: dict[str, Any] = {"prompt": prompt, "scenario": "mixed", "max_tokens": max_tokens, "ignore_eos": True}
         async with AsyncClient(endpoint) as client:
-            async for event in client.generate(prompt=prompt, scenario="mixed", max_tokens=max_tokens, ignore_eos=True):
-                async with self._news:
-                    self._came[number] += len(event.token_ids)
-                    self._news.notify_all()
+            while True:
+                async for event in client.generate(**request):
+                    async with self._news:
+                        self._came[number] += len(event.token_ids)
+                        self._news.notify_all()
 
     async def all_decode(self) -> None:
         """Waits until each has a token."""

@@ -1,0 +1,42 @@
+"""``kvpilot bench steer`` measures a stack of its own; here one with the tiny model, whose figures say nothing."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench import steer
+from cli import bundles, tether
+
+pytestmark = pytest.mark.skipif(not tether.SUPPORTED, reason="needs Linux")
+
+
+def test_both_modes_are_measured_while_the_same_requests_decode(tiny_folder: Path) -> None:
+    said = io.StringIO()
+    report = steer.measure(str(tiny_folder), 3, Console(file=said), requests=2, window_tokens=4, prompt_tokens=8)
+    assert len(report["rounds"]) == 3
+    for figures in report["rounds"]:
+        assert min(figures["off_tokens_per_s"], figures["advisory_tokens_per_s"]) > 0
+        assert 0 <= figures["signal_share"] < 1
+    assert report["steering_overhead"] == pytest.approx(report["planning_overhead"] + report["signal_share"], abs=2e-4)
+    assert "round 3: off " in said.getvalue()
+
+
+def test_evaluate_measures_it_with_the_bundles_model_if_that_is_here(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[tuple[str, int]] = []
+
+    def measure(model: str, rounds: int, console: Console) -> dict[str, float]:
+        measured.append((model, rounds))
+        return {"steering_overhead": 0.25}
+
+    monkeypatch.setattr(bundles, "stored_models", lambda: [tiny_folder])
+    monkeypatch.setattr(steer, "measure", measure)
+    assert bundles._measure_steering(["elsewhere", "tiny"], 5) == 0.25
+    assert measured == [("tiny", 5)]
+    assert bundles._measure_steering(["elsewhere"], 5) is None
+    assert "not measured: elsewhere not in the store" in capsys.readouterr().err
