@@ -136,6 +136,11 @@ class Backend(Protocol):
         """
         ...
 
+    def transcode(self, source: TokenSource, fmt: Format, tier: int, address: I32) -> None:
+        """:meth:`encode` straight to unit offsets ``address`` [N] of a tier's arena, which must hold no block of the
+        source."""
+        ...
+
     def store(self, tier: int, address: I32, blocks: torch.Tensor) -> None:
         """Copies built blocks uint8 [N, block_bytes] to unit offsets ``address`` [N] of a tier's arena."""
         ...

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels import cpu_memory
@@ -16,8 +17,9 @@ from kernels.cpu_attend_block import SPLIT_BLOCKS, SPLIT_TOKENS
 from kernels.cpu_convert import encode_blocks, load_blocks, read_tokens, store_blocks, write_tokens
 from kernels.cpu_threads import team
 from kernels.cpu_tiles import CHANNELS
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format
+from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format
 
+I64 = npt.NDArray[np.int64]
 LOG2_E = math.log2(math.e)
 RAW_KINDS = {torch.float32: cpu_memory.F32, torch.float16: cpu_memory.F16, torch.bfloat16: cpu_memory.BF16}
 
@@ -134,9 +136,20 @@ class CpuBackend:
 
         A block whose tokens are one block of the wanted format, in order, is copied byte for byte.
         """
-        blocks = torch.empty((len(source.address), self.shape.block_bytes(fmt)), dtype=torch.uint8)
-        encode_blocks(team(), self._bases, self._kind, self.shape.head_dim, int(fmt), *_arrays(source), blocks.numpy())
+        size = self.shape.block_bytes(fmt)
+        blocks = torch.empty((len(source.address), size), dtype=torch.uint8)
+        self._encode_to(source, fmt, blocks.data_ptr() + size * np.arange(len(blocks)))
         return blocks
+
+    def transcode(self, source: TokenSource, fmt: Format, tier: int, address: I32) -> None:
+        """See ``kernels.api.Backend.transcode``."""
+        self._encode_to(source, fmt, self._bases[tier] + address.astype(np.int64) * UNIT_BYTES)
+
+    def _encode_to(self, source: TokenSource, fmt: Format, into: I64) -> None:
+        """Builds blocks at memory addresses ``into`` [N]."""
+        size = self.shape.block_bytes(fmt)
+        team_, shape = team(), self.shape
+        encode_blocks(team_, self._bases, self._kind, shape.head_dim, int(fmt), *_arrays(source), into, size)
 
     def store(self, tier: int, address: I32, blocks: torch.Tensor) -> None:
         """See ``kernels.api.Backend.store``."""

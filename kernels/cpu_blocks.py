@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.cpu_jit import Array, Float, jit
+from kernels.cpu_jit import Array, Float, fast_jit, jit
 from kernels.cpu_memory import (
     BF16,
     F16,
@@ -183,21 +183,26 @@ def levels_of(kind: int) -> int:
 
 
 @jit
-def _store_codes(kind: int, x: Array, scale: Array, zero: Array, into: int) -> None:
-    """Codes of one token x [D], with the scale and zero of each channel [D]. A scale of 0 is given as infinity."""
-    d = len(x)
-    levels = np.float32(levels_of(kind))
-    code = np.empty(d, np.uint8)
+def _store_codes(kind: int, x: Array, scale: Array, zero: Array, code: Array, into: int) -> None:
+    """Codes of one token x [D], with the scale and zero of each channel [D]. A scale of 0 is given as infinity.
+
+    code is scratch, uint8 [D rounded up to whole bytes of codes].
+    """
+    d, levels = len(x), np.float32(levels_of(kind))
     for c in range(d):
         exact = np.rint((x[c] - zero[c]) / scale[c])
         code[c] = np.uint8(np.int32(min(max(exact, np.float32(0.0)), levels)))
-    width, bits = codes_bytes(kind, d), 8 // codes_per_byte(kind)
-    for c in range(width):
-        packed = np.int32(0)
-        for part in range(codes_per_byte(kind)):
-            if part * width + c < d:
-                packed |= np.int32(code[part * width + c]) << part * bits
-        store_u8(into, c, packed)
+    if kind == INT8:
+        copy_bytes(into, code.ctypes.data, d)
+    elif kind == INT4:
+        width = len(code) // 2
+        for c in range(width):
+            store_u8(into, c, np.int32(code[c] | code[width + c] << 4))
+    else:
+        width = len(code) // 4
+        for c in range(width):
+            low, high = code[c] | code[width + c] << 2, code[2 * width + c] | code[3 * width + c] << 2
+            store_u8(into, c, np.int32(low | high << 4))
 
 
 @jit
@@ -207,11 +212,21 @@ def quantise(kind: int, keys: Array, values: Array, block: int) -> None:
         flat = x.reshape(-1)
         for i in range(len(flat)):
             number = flat[i] if flat[i] == flat[i] else np.float32(0.0)
-            flat[i] = min(max(number, -HALF_MAX), HALF_MAX)
+            flat[i] = min(max(number, -HALF_MAX), HALF_MAX) + np.float32(0.0)  # -0 becomes +0
     if kind == FP8:
         _quantise_fp8(keys, values, block)
     else:
         _quantise_integers(kind, keys, values, block)
+
+
+@fast_jit
+def _range(x: Array) -> tuple[np.float32, np.float32]:
+    """Least and greatest of finite numbers without -0, among which no order of comparing makes a difference."""
+    low, high = x[0], x[0]
+    for number in x:
+        low = min(low, number)
+        high = max(high, number)
+    return low, high
 
 
 @jit
@@ -221,6 +236,7 @@ def _quantise_integers(kind: int, keys: Array, values: Array, block: int) -> Non
     levels = levels_of(kind)
     row_bytes = codes_bytes(kind, d)
     scales = block + 2 * tokens * row_bytes
+    code = np.zeros(row_bytes * codes_per_byte(kind), np.uint8)
     low, high = keys[0].copy(), keys[0].copy()
     for t in range(1, tokens):
         for c in range(d):
@@ -233,22 +249,19 @@ def _quantise_integers(kind: int, keys: Array, values: Array, block: int) -> Non
         store_f16(scales, d + c, zero[c])
         scale[c] = step if step > 0 else np.float32(np.inf)
     for t in range(tokens):
-        _store_codes(kind, keys[t], scale, zero, block + t * row_bytes)
+        _store_codes(kind, keys[t], scale, zero, code, block + t * row_bytes)
 
     scales += 4 * d
     for t in range(tokens):
         for group in range(groups):
             first, end = group * GROUP, min(d, (group + 1) * GROUP)
-            least = most = values[t, first]
-            for c in range(first + 1, end):
-                least = min(least, values[t, c])
-                most = max(most, values[t, c])
+            least, most = _range(values[t, first:end])
             step, base = _scale_and_zero(least, most, levels)
             store_f16(scales, t * groups + group, step)
             store_f16(scales, (tokens + t) * groups + group, base)
             scale[first:end] = step if step > 0 else np.float32(np.inf)
             zero[first:end] = base
-        _store_codes(kind, values[t], scale, zero, block + (tokens + t) * row_bytes)
+        _store_codes(kind, values[t], scale, zero, code, block + (tokens + t) * row_bytes)
 
 
 @jit

@@ -6,7 +6,7 @@ import numpy as np
 
 from kernels.cpu_blocks import codes_bytes, kind_of, load_key, load_value, quantise, scales_bytes, store_raw
 from kernels.cpu_jit import Array, jit
-from kernels.cpu_memory import BF16, copy_bytes
+from kernels.cpu_memory import BF16, clear_bytes, copy_bytes
 from kernels.cpu_threads import parallel_for
 from kernels.layout import BLOCK_TOKENS, UNIT_BYTES
 
@@ -85,11 +85,12 @@ def _encode_block(
     fmt: Array,
     tier: Array,
     row: Array,
-    blocks: Array,
+    places: Array,
+    size: int,
 ) -> None:
-    kind, into = kind_of(to, raw_kind), blocks[n].ctypes.data
+    kind, into = kind_of(to, raw_kind), places[n]
     payload = 2 * BLOCK_TOKENS * codes_bytes(kind, d) + (scales_bytes(kind, d) if kind > BF16 else 0)
-    blocks[n, payload:] = 0
+    clear_bytes(into + payload, size - payload)
     if _is_one_block(to, address[n], fmt[n], tier[n], row[n]):
         copy_bytes(into, bases[tier[n, 0]] + np.int64(address[n, 0]) * UNIT_BYTES, payload)
         return
@@ -97,7 +98,7 @@ def _encode_block(
     values = np.zeros((BLOCK_TOKENS, d), np.float32)
     row_bytes = codes_bytes(raw_kind, d)
     if kind <= BF16:
-        blocks[n, :payload] = 0
+        clear_bytes(into, payload)
     for t in range(BLOCK_TOKENS):
         if address[n, t] < 0:
             continue
@@ -124,10 +125,11 @@ def encode_blocks(
     fmt: Array,
     tier: Array,
     row: Array,
-    blocks: Array,
+    places: Array,
+    size: int,
 ) -> None:
-    """Tokens [N, 32] into whole blocks uint8 [N, block bytes] of format number ``to``."""
-    parallel_for(team, _encode_block, len(address), (bases, raw_kind, d, to, address, fmt, tier, row, blocks))
+    """Tokens [N, 32] into blocks of format number ``to``, of ``size`` bytes, at memory addresses ``places`` [N]."""
+    parallel_for(team, _encode_block, len(address), (bases, raw_kind, d, to, address, fmt, tier, row, places, size))
 
 
 @jit

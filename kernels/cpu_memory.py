@@ -90,6 +90,20 @@ def copy_bytes(typing: Any, into: Any, source: Any, count: Any) -> Any:
 
 
 @intrinsic
+def clear_bytes(typing: Any, into: Any, count: Any) -> Any:
+    """``clear_bytes(into, count)``: writes zeros."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        pointer = BYTE.as_pointer()
+        clear = builder.module.declare_intrinsic("llvm.memset", [pointer, ir.IntType(64)])
+        zero, flag = ir.Constant(BYTE, 0), ir.Constant(ir.IntType(1), 0)
+        builder.call(clear, [builder.inttoptr(args[0], pointer), zero, args[1], flag])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
 def half_of(typing: Any, number: Any) -> Any:
     """The bits of a float32 rounded to the nearest float16, as int32."""
 

@@ -110,6 +110,10 @@ class ReferenceBackend:
             blocks[torch.from_numpy(whole).to(self._device)] = self.load(tier, first[whole, 0], fmt).to(self._device)
         return blocks
 
+    def transcode(self, source: TokenSource, fmt: Format, tier: int, address: I32) -> None:
+        """See ``kernels.api.Backend.transcode``."""
+        self.store(tier, address, self.encode(source, fmt))
+
     def store(self, tier: int, address: I32, blocks: torch.Tensor) -> None:
         """See ``kernels.api.Backend.store``."""
         arena = self.arenas[tier].view(-1, UNIT_BYTES)
@@ -242,8 +246,8 @@ def _grouped(values: torch.Tensor) -> torch.Tensor:
 
 
 def _finite(x: torch.Tensor) -> torch.Tensor:
-    """What quantised formats can hold: NaN counts as 0, and float16 scales end at +-65504."""
-    return x.nan_to_num(0.0, torch.inf, -torch.inf).clamp(-HALF_MAX, HALF_MAX)
+    """What quantised formats can hold: NaN and -0 count as 0, and float16 scales end at +-65504."""
+    return x.nan_to_num(0.0, torch.inf, -torch.inf).clamp(-HALF_MAX, HALF_MAX) + 0.0
 
 
 def _scale_and_zero(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:

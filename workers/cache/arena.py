@@ -164,6 +164,10 @@ class Arena:
         if needed > available:
             raise TierFullError(self.tier, needed * self.page_bytes, available * self.page_bytes)
 
+    def has_room(self, wanted: Iterable[tuple[Lot | None, Format, int]]) -> bool:
+        """Whether the ``wanted`` (lot or a new one, format, blocks) fit while nothing is given back."""
+        return sum(self.pages_needed(lot, fmt, blocks) for lot, fmt, blocks in wanted) <= len(self._free_pages)
+
     def _blocks_per_page(self, fmt: Format) -> int:
         return self.page_units // self.shape.block_units(fmt)
 
@@ -182,4 +186,6 @@ def _memory(size: int, device: torch.device) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
     if torch.cuda.is_available():
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    return torch.from_numpy(np.empty(size, np.uint8))
+    memory = np.empty(size, np.uint8)
+    memory.fill(0)  # has the system back every page now: at their first use they would stall a request's switch
+    return torch.from_numpy(memory)

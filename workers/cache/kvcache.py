@@ -383,25 +383,32 @@ class KVCache:
             spare = self.tables.address[seq.slot][self._beyond(seq, now.length)]
             released[Tier.DEVICE] = np.concatenate([released[Tier.DEVICE], spare])
             wanted[raw_device] = wanted.get(raw_device, 0) + int(beyond.sum())
+        direct = {}
         for tier, arena in self._arenas.items():
             here = [(seq.lots.get(key), key[1], blocks) for key, blocks in wanted.items() if key[0] is tier]
             arena.require(released[tier], here)
+            direct[tier] = arena.has_room(here)
 
         of_build = np.cumsum(build.reshape(-1)) - 1  # place of each block to build among the sources
-        built = {
-            key: self.backend.encode(_take(target.source, of_build[mask.reshape(-1)]), key[1])
-            for key, mask in groups.items()
-        }
+        built = {}
+        for (tier, fmt), mask in groups.items():
+            source = _take(target.source, of_build[mask.reshape(-1)])
+            if direct[tier]:
+                addresses = self._arenas[tier].allocate(self._lot(seq, tier, fmt), int(mask.sum()))
+                self.backend.transcode(source, fmt, tier, addresses)
+                new.address[mask] = addresses
+            else:  # what is given back makes the room: a copy waits elsewhere until then
+                built[tier, fmt] = self.backend.encode(source, fmt)
         if target.moved is not None and seq.shadow is not None:
             before = tokens_of(self.tables, seq.slot)
             seq.shadow.remember(before.position, before.valid, before.mass, before.votes)
 
         for tier, arena in self._arenas.items():
             arena.release(released[tier])
-        for (tier, fmt), mask in groups.items():
-            addresses = self._arenas[tier].allocate(self._lot(seq, tier, fmt), int(mask.sum()))
-            self.backend.store(tier, addresses, built[tier, fmt])
-            new.address[mask] = addresses
+        for (tier, fmt), blocks in built.items():
+            addresses = self._arenas[tier].allocate(self._lot(seq, tier, fmt), len(blocks))
+            self.backend.store(tier, addresses, blocks)
+            new.address[groups[tier, fmt]] = addresses
         self._swap_tables(seq, target)
         if target.moved is not None and beyond.any():
             addresses = self.device.allocate(self._lot(seq, *raw_device), int(beyond.sum()))

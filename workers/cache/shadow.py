@@ -40,7 +40,7 @@ class Shadow:
             TierFullError: nothing was added.
         """
         addresses = self._arena.allocate(self.lot, len(source.address))
-        backend.store(Tier.HOST, addresses, backend.encode(source, Format.RAW))
+        backend.transcode(source, Format.RAW, Tier.HOST, addresses)
         self.address[self.rows : self.rows + rows] = addresses.reshape(rows, *self.address.shape[1:])
         self.rows += rows
 
