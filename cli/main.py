@@ -71,6 +71,14 @@ class ModeName(StrEnum):
     ACTIVE = "active"
 
 
+class DtypeName(StrEnum):
+    """What raw blocks may hold; see CacheShape in kernels/layout.py."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
 Endpoint = Annotated[
     str | None,
     typer.Option("--endpoint", "-e", metavar="HOST:PORT", help="Where the API is served. Default: 127.0.0.1:7450."),
@@ -456,3 +464,79 @@ def bench_serve(
         from bench import serve as command
 
         command.bench(json, model, requests, max_tokens, prompt_tokens, rounds, threads)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tables to this file as Markdown; - prints them.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures into this PNG file.")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Kernels to measure; may be given several times. Default: a worker's."),
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Block formats, such as raw,int8. Default: all.")
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=64,
+            metavar="TOKENS",
+            help="Context length; may be given several times. Default: 2048 and 8192, on a GPU 8192 and 32768.",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Requests decoded at once.")] = 4,
+    kv_heads: Annotated[int, typer.Option(min=1, metavar="N", help="KV heads of a layer.")] = 3,
+    queries: Annotated[int, typer.Option(min=1, metavar="N", help="Query heads that share a KV head.")] = 3,
+    head_dim: Annotated[int, typer.Option(min=2, metavar="N", help="Channels of a head.")] = 64,
+    dtype: Annotated[DtypeName, typer.Option(help="Of raw blocks, and of what torch gets.")] = DtypeName.FLOAT32,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds; medians are given.")] = 7,
+    switch_tokens: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Tokens of the request that changes format; 0: none does.")
+    ] = 4096,
+    walk_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Blocks that a pass walks over, at least. Default: four times the largest cache."
+        ),
+    ] = None,
+    threads: Threads = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu or cuda. Default: cuda where torch finds a GPU.")
+    ] = None,
+) -> None:
+    """Decode attention of every block format, beside the machine's memory bandwidth and beside torch.
+
+    For each backend, format and context length: bytes of blocks read per second, torch's copy and sum over large
+    buffers, and the speed against scaled_dot_product_attention on the same numbers, in the faster of its two forms
+    (queries of a group packed as rows, and enable_gqa). All take turns in every round of one run, over more data than
+    the caches hold. A second table says how long a request stands still when it changes format.
+
+    Wants the machine for itself. Where other work runs, OMP_WAIT_POLICY=passive keeps OpenMP's threads from spinning.
+
+      kvpilot bench kernels --json kernels.json --plot kernels.png
+
+      kvpilot bench kernels --context 4096 --formats raw,int4 --markdown -
+    """
+    with reported():
+        from bench import kernels as command
+
+        settings = command.Settings(
+            backends=tuple(dict.fromkeys(backend or ())),
+            formats=command.formats_of(formats),
+            contexts=tuple(dict.fromkeys(context or ())),
+            batch=batch,
+            kv_heads=kv_heads,
+            queries_per_kv_head=queries,
+            head_dim=head_dim,
+            dtype=dtype.value,
+            repeats=repeats,
+            switch_tokens=switch_tokens,
+            walk_bytes=walk_mib * 2**20 if walk_mib else None,
+            threads=threads,
+            device=device,
+        )
+        command.bench(settings, json, markdown, plot)

@@ -12,7 +12,7 @@ from kvpilot.request import SCENARIOS
 
 COMMANDS = [
     *("up", "generate", "chat", "top", "mode", "override", "release", "demo"),
-    *("model/fetch", "model/list", "bench/serve", "bench/steer", "models/collect"),
+    *("model/fetch", "model/list", "bench/serve", "bench/steer", "bench/kernels", "models/collect"),
     *("models/train", "models/evaluate", "models/calibrate", "models/list", "models/show", "models/explain"),
     *("models/promote", "models/rollback", "models/shadow", "models/history", "models/decisions"),
 ]
@@ -58,6 +58,9 @@ def test_scenarios_are_those_of_the_api() -> None:
         (("model", "fetch", "no-such-model"), "known: smollm2"),
         (("--config", "no-such.toml", "top", "--once"), "no-such.toml"),
         (("mode", "sometimes"), "sometimes"),
+        (("bench", "kernels", "--formats", "raw,int3"), "int3"),
+        (("bench", "kernels", "--backend", "abacus"), "abacus"),
+        (("bench", "kernels", "--context", "32"), "64"),
     ],
 )
 def test_bad_command_lines_exit_with_2_and_name_what_is_wrong(words: tuple[str, ...], named: str) -> None:
