@@ -10,7 +10,7 @@ import numpy as np
 from kernels.cpu_blocks import codes_bytes, codes_per_byte, load_key, load_raw, load_value, value_scales
 from kernels.cpu_jit import Array, Float, fast_jit, jit
 from kernels.cpu_memory import BF16, F16, F32, FP8, float_of
-from kernels.cpu_tiles import CHANNELS, LANES, TILE_QUERIES, TILE_TOKENS, score_tile, weigh_tile
+from kernels.cpu_tiles import CHANNELS, LANES, TILE_QUERIES, TILE_TOKENS, WIDE_CHANNELS, score_tile, weigh_tile
 from kernels.layout import BLOCK_TOKENS, GROUP
 
 SPLIT_BLOCKS = 16
@@ -89,7 +89,7 @@ def weigh_block(
     elif kind > BF16:
         constants = BLOCK_TOKENS * groups * (1 if kind == FP8 else 2)
         load_raw(F16, values + BLOCK_TOKENS * stride + value_scales(kind, d), constants, unpacked)
-    channels = max(CHANNELS, LANES * codes_per_byte(kind))
+    channels = WIDE_CHANNELS if width % WIDE_CHANNELS == 0 else CHANNELS
     for g in range(0, group, TILE_QUERIES):
         for tile in range(width // channels):
             weigh_tile(

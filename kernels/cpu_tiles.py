@@ -9,7 +9,8 @@ Addresses and strides are in bytes. Whole vectors are read: D must be a multiple
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +24,10 @@ from kernels.layout import BLOCK_TOKENS
 LANES = 16
 TILE_QUERIES = 4  # most queries a tile takes at once; with TILE_TOKENS, 16 sums and 8 operands fill 24 of 32 registers
 TILE_TOKENS = 4
-TILE_VECTORS = 2  # vectors of value channels at once
-CHANNELS = LANES * TILE_VECTORS
+QUERIES = range(1, TILE_QUERIES + 1)
+TILE_VECTORS = (2, 4)  # vectors of value channels at once: the more, the fewer times a weight is loaded
+CHANNELS = LANES * TILE_VECTORS[0]
+WIDE_CHANNELS = LANES * TILE_VECTORS[1]
 LINE_BYTES = 64
 
 _cgutils: Any = cgutils
@@ -157,19 +160,23 @@ class _Sums:
 
 
 def _for_each_variant(
-    builder: ir.IRBuilder, kind: ir.Value, queries: ir.Value, generate: Callable[[int, int], None]
+    builder: ir.IRBuilder, generate: Callable[..., None], *choices: tuple[ir.Value, Sequence[int]]
 ) -> None:
-    """Code that switches to the variant for a kind and a number of queries (1 .. TILE_QUERIES) known when it runs."""
-    variant = builder.add(builder.mul(kind, _long(TILE_QUERIES)), builder.sub(queries, _long(1)))
+    """Code that switches to the variant for some numbers known when it runs, each one of those it may be."""
     end = builder.append_basic_block("end")
-    switch = builder.switch(variant, end)
-    for k in KINDS:
-        for n in range(1, TILE_QUERIES + 1):
-            block = builder.append_basic_block(f"kind_{k}_queries_{n}")
-            switch.add_case(_long(k * TILE_QUERIES + n - 1), block)
-            builder.position_at_end(block)
-            generate(k, n)
-            builder.branch(end)
+    number: ir.Value = _long(0)
+    for value, possible in choices:
+        number = builder.add(builder.mul(number, _long(max(possible) + 1)), value)
+    switch = builder.switch(number, end)
+    for given in itertools.product(*(possible for _, possible in choices)):
+        of_variant = 0
+        for one, (_, possible) in zip(given, choices, strict=True):
+            of_variant = of_variant * (max(possible) + 1) + one
+        block = builder.append_basic_block("variant_" + "_".join(map(str, given)))
+        switch.add_case(_long(of_variant), block)
+        builder.position_at_end(block)
+        generate(*given)
+        builder.branch(end)
     builder.position_at_end(end)
 
 
@@ -264,7 +271,7 @@ def score_tile(
                         four = builder.fadd(four, builder.shuffle_vector(constants, constants, repeat))
                     _store(builder, four, _add(builder, into, builder.mul(score_stride, _long(g))))
 
-        _for_each_variant(builder, kind, queries, variant)
+        _for_each_variant(builder, variant, (kind, KINDS), (queries, QUERIES))
 
     return _intrinsic(13, generate)
 
@@ -289,9 +296,9 @@ def weigh_tile(
 ) -> Any:
     """Adds to float32 sums[g] the ``tokens`` rows of ``kind`` at ``values``, each times float32 weights[g, t].
 
-    Covers TILE_VECTORS vectors of channels from ``channel`` on; for INT4 one from ``channel`` and one from
-    ``channel + D / 2`` on, for INT2 one from each ``channel + i D / 4``. Codes are dequantised with float32 ``scales``
-    and ``zeros`` [tokens, value groups].
+    Covers WIDE_CHANNELS channels from ``channel`` on where D is a multiple of that, else CHANNELS. Of INT4 these are
+    half of them from ``channel`` and half from ``channel + D / 2`` on, of INT2 a quarter from each
+    ``channel + i D / 4``. Codes are dequantised with float32 ``scales`` and ``zeros`` [tokens, value groups].
     Meanwhile as many rows at ``ahead`` are fetched into cache.
     """
 
@@ -299,9 +306,9 @@ def weigh_tile(
         values, value_stride, tokens, d, channel, scales, zeros, weights, weight_stride, sums, sum_stride, ahead = rest
         group_stride = builder.mul(builder.sdiv(builder.add(d, _long(31)), _long(32)), _long(4))
 
-        def variant(kind: int, queries: int) -> None:
+        def variant(kind: int, queries: int, wide: int) -> None:
             parts = PARTS[kind]
-            loads = max(1, TILE_VECTORS // parts)
+            loads = max(1, TILE_VECTORS[wide] // parts)
             channels = [
                 _add(builder, channel, LANES * i, builder.mul(builder.sdiv(d, _long(parts)), _long(part)))
                 for i in range(loads)
@@ -343,7 +350,9 @@ def weigh_tile(
             for vector, address in zip(totals.vectors(), into, strict=True):
                 _store(builder, vector, address)
 
-        _for_each_variant(builder, kind, queries, variant)
+        rest_of_d = builder.srem(d, _long(WIDE_CHANNELS))
+        wide = builder.zext(builder.icmp_signed("==", rest_of_d, _long(0)), LONG)
+        _for_each_variant(builder, variant, (kind, KINDS), (queries, QUERIES), (wide, (0, 1)))
 
     return _intrinsic(14, generate)
 
