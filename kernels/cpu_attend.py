@@ -78,7 +78,7 @@ def _attend_split(
         values = block + BLOCK_TOKENS * codes_bytes(kind, d)
         following, next_kind = _locate(bases, raw_kind, tables, table, min(b + 1, tail))
         if next_kind > BF16:
-            prefetch(following + 2 * BLOCK_TOKENS * codes_bytes(next_kind, d), scales_bytes(d))
+            prefetch(following + 2 * BLOCK_TOKENS * codes_bytes(next_kind, d), scales_bytes(next_kind, d))
         score_block(kind, block, tokens, d, scaled, scores[i], at, scratch, values)
         raise_block(scores[i], b - first, tokens, highest[i], total[i], sums[i])
         weigh_block(kind, block, tokens, d, scores[i], at, sums[i], scratch, following)

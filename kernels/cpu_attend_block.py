@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.cpu_blocks import codes_bytes, load_key, load_raw, load_value
+from kernels.cpu_blocks import codes_bytes, codes_per_byte, load_key, load_raw, load_value, value_scales
 from kernels.cpu_jit import Array, Float, fast_jit, jit
-from kernels.cpu_memory import BF16, F16, F32, INT4, float_of
+from kernels.cpu_memory import BF16, F16, F32, FP8, float_of
 from kernels.cpu_tiles import CHANNELS, LANES, TILE_QUERIES, TILE_TOKENS, score_tile, weigh_tile
 from kernels.layout import BLOCK_TOKENS, GROUP
 
@@ -18,6 +18,12 @@ SPLIT_BLOCKS = 16
 
 SPLIT_TOKENS = SPLIT_BLOCKS * BLOCK_TOKENS
 NOTHING = np.float32(-1e30)  # score of a token that is not there
+
+
+@jit
+def _tiled(kind: int, d: int) -> bool:
+    """Whether the tiles can read a block where it lies."""
+    return d % max(CHANNELS, LANES * codes_per_byte(kind)) == 0
 
 
 @jit
@@ -46,7 +52,7 @@ def score_block(
     quads = (tokens + TILE_TOKENS - 1) // TILE_TOKENS
     keys, stride = block, codes_bytes(kind, d)
     scales = block + 2 * BLOCK_TOKENS * stride
-    if d != width:
+    if not _tiled(kind, d):
         keys = _unpack(kind, block, quads * TILE_TOKENS, d, False, scratch)
         kind, stride = F32, 4 * width
     for g in range(0, group, TILE_QUERIES):
@@ -77,13 +83,15 @@ def weigh_block(
     stride = codes_bytes(kind, d)
     values = block + BLOCK_TOKENS * stride
     unpacked = scratch.ctypes.data
-    if d != width:
+    if not _tiled(kind, d):
         values = _unpack(kind, block, tokens, d, True, scratch)
         kind, stride = F32, 4 * width
     elif kind > BF16:
-        load_raw(F16, values + BLOCK_TOKENS * stride + 4 * d, 2 * BLOCK_TOKENS * groups, unpacked)
+        constants = BLOCK_TOKENS * groups * (1 if kind == FP8 else 2)
+        load_raw(F16, values + BLOCK_TOKENS * stride + value_scales(kind, d), constants, unpacked)
+    channels = max(CHANNELS, LANES * codes_per_byte(kind))
     for g in range(0, group, TILE_QUERIES):
-        for tile in range(width // CHANNELS):
+        for tile in range(width // channels):
             weigh_tile(
                 kind,
                 min(TILE_QUERIES, group - g),
@@ -91,7 +99,7 @@ def weigh_block(
                 stride,
                 tokens,
                 width,
-                tile * (LANES if kind == INT4 else CHANNELS),
+                tile * channels // codes_per_byte(kind),
                 unpacked,
                 unpacked + 4 * BLOCK_TOKENS * groups,
                 weights.ctypes.data + 4 * (g * SPLIT_TOKENS + at),

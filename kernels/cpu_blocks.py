@@ -9,8 +9,13 @@ from kernels.cpu_memory import (
     BF16,
     F16,
     F32,
+    FP8,
+    INT2,
+    INT4,
     INT8,
+    bits_of,
     copy_bytes,
+    float_of,
     float_of_half,
     half_of,
     load_bf16,
@@ -25,6 +30,10 @@ from kernels.cpu_memory import (
 from kernels.layout import BLOCK_TOKENS, GROUP
 
 HALF_MAX = np.float32(65504.0)  # largest finite float16, the type of scales and zeros
+FP8_MAX = np.float32(448.0)  # largest finite e4m3
+_FP8_BIAS = np.float32(2.0**120)  # makes a float32 with an e4m3's exponent and mantissa bits the number that they mean
+_FP8_LEAST_NORMAL = np.float32(2.0**-6)
+_NO_ZERO = np.float32(-0.0)  # adds nothing, not even a sign
 
 
 @jit
@@ -40,13 +49,26 @@ def codes_bytes(kind: int, d: int) -> int:
         return 4 * d
     if kind <= BF16:
         return 2 * d
-    return d if kind == INT8 else d // 2
+    per_byte = codes_per_byte(kind)
+    return (d + per_byte - 1) // per_byte
 
 
 @jit
-def scales_bytes(d: int) -> int:
+def codes_per_byte(kind: int) -> int:
+    """Codes that share a byte of a quantised block."""
+    return 2 if kind == INT4 else 4 if kind == INT2 else 1
+
+
+@jit
+def value_scales(kind: int, d: int) -> int:
+    """Where the scales of the values begin, counted in bytes from those of the keys."""
+    return 2 * d if kind == FP8 else 4 * d
+
+
+@jit
+def scales_bytes(kind: int, d: int) -> int:
     """Bytes of the scales and zeros of keys and values, at the end of a quantised block."""
-    return 4 * d + 4 * BLOCK_TOKENS * ((d + GROUP - 1) // GROUP)
+    return value_scales(kind, d) // d * (d + BLOCK_TOKENS * ((d + GROUP - 1) // GROUP))
 
 
 @jit
@@ -77,15 +99,22 @@ def store_raw(kind: int, source: int, count: int, into: int) -> None:
 
 @jit
 def load_codes(kind: int, address: int, d: int, into: int) -> None:
-    """Spreads one token's INT8 or INT4 codes [D] to float32."""
+    """Spreads one token's quantised codes [D] to float32."""
     if kind == INT8:
         for c in range(d):
             store_f32(into, c, np.float32(load_u8(address, c)))
+    elif kind == FP8:
+        for c in range(d):
+            code = load_u8(address, c)
+            number = float_of((code & 127) << 20) * _FP8_BIAS
+            store_f32(into, c, -number if code & 128 else number)
     else:
-        for c in range(d // 2):
-            store_f32(into, c, np.float32(load_u8(address, c) & 15))
-        for c in range(d // 2):
-            store_f32(into, d // 2 + c, np.float32(load_u8(address, c) >> 4))
+        width = codes_bytes(kind, d)
+        bits = 8 // codes_per_byte(kind)
+        for part in range(codes_per_byte(kind)):
+            for c in range(min(width, d - part * width)):
+                code = load_u8(address, c) >> part * bits & (1 << bits) - 1
+                store_f32(into, part * width + c, np.float32(code))
 
 
 @jit
@@ -98,8 +127,8 @@ def load_key(kind: int, block: int, d: int, row: int, into: int) -> None:
     load_codes(kind, address, d, into)
     scale = block + 2 * BLOCK_TOKENS * codes_bytes(kind, d)
     for c in range(d):
-        number = load_f32(into, c) * load_f16(scale, c) + load_f16(scale, d + c)
-        store_f32(into, c, number)
+        zero = _NO_ZERO if kind == FP8 else load_f16(scale, d + c)
+        store_f32(into, c, load_f32(into, c) * load_f16(scale, c) + zero)
 
 
 @jit
@@ -111,10 +140,10 @@ def load_value(kind: int, block: int, d: int, row: int, into: int) -> None:
         return
     load_codes(kind, address, d, into)
     groups = (d + GROUP - 1) // GROUP
-    scales = block + 2 * BLOCK_TOKENS * codes_bytes(kind, d) + 4 * d
+    scales = block + 2 * BLOCK_TOKENS * codes_bytes(kind, d) + value_scales(kind, d)
     for group in range(groups):
         scale = load_f16(scales, row * groups + group)
-        zero = load_f16(scales, (BLOCK_TOKENS + row) * groups + group)
+        zero = _NO_ZERO if kind == FP8 else load_f16(scales, (BLOCK_TOKENS + row) * groups + group)
         for c in range(group * GROUP, min(d, (group + 1) * GROUP)):
             store_f32(into, c, load_f32(into, c) * scale + zero)
 
@@ -148,33 +177,48 @@ def _scale_and_zero(low: np.float32, high: np.float32, levels: int) -> tuple[np.
 
 
 @jit
+def levels_of(kind: int) -> int:
+    """The greatest code of integers."""
+    return (1 << 8 // codes_per_byte(kind)) - 1
+
+
+@jit
 def _store_codes(kind: int, x: Array, scale: Array, zero: Array, into: int) -> None:
     """Codes of one token x [D], with the scale and zero of each channel [D]. A scale of 0 is given as infinity."""
     d = len(x)
-    levels = np.float32(255 if kind == INT8 else 15)
+    levels = np.float32(levels_of(kind))
     code = np.empty(d, np.uint8)
     for c in range(d):
         exact = np.rint((x[c] - zero[c]) / scale[c])
         code[c] = np.uint8(np.int32(min(max(exact, np.float32(0.0)), levels)))
-    if kind == INT8:
-        copy_bytes(into, code.ctypes.data, d)
-    else:
-        for c in range(d // 2):
-            store_u8(into, c, np.int32(code[c]) | np.int32(code[d // 2 + c]) << 4)
+    width, bits = codes_bytes(kind, d), 8 // codes_per_byte(kind)
+    for c in range(width):
+        packed = np.int32(0)
+        for part in range(codes_per_byte(kind)):
+            if part * width + c < d:
+                packed |= np.int32(code[part * width + c]) << part * bits
+        store_u8(into, c, packed)
 
 
 @jit
 def quantise(kind: int, keys: Array, values: Array, block: int) -> None:
-    """Writes K, V [32, D] as an INT8 or INT4 block. Numbers that float16 cannot hold are clamped, NaN counts as 0."""
-    tokens, d = keys.shape
-    groups = (d + GROUP - 1) // GROUP
-    levels = 255 if kind == INT8 else 15
+    """Writes K, V [32, D] as a quantised block. Numbers that float16 cannot hold are clamped, NaN counts as 0."""
     for x in (keys, values):
         flat = x.reshape(-1)
         for i in range(len(flat)):
             number = flat[i] if flat[i] == flat[i] else np.float32(0.0)
             flat[i] = min(max(number, -HALF_MAX), HALF_MAX)
+    if kind == FP8:
+        _quantise_fp8(keys, values, block)
+    else:
+        _quantise_integers(kind, keys, values, block)
 
+
+@jit
+def _quantise_integers(kind: int, keys: Array, values: Array, block: int) -> None:
+    tokens, d = keys.shape
+    groups = (d + GROUP - 1) // GROUP
+    levels = levels_of(kind)
     row_bytes = codes_bytes(kind, d)
     scales = block + 2 * tokens * row_bytes
     low, high = keys[0].copy(), keys[0].copy()
@@ -205,3 +249,42 @@ def quantise(kind: int, keys: Array, values: Array, block: int) -> None:
             scale[first:end] = step if step > 0 else np.float32(np.inf)
             zero[first:end] = base
         _store_codes(kind, values[t], scale, zero, block + (tokens + t) * row_bytes)
+
+
+@jit
+def _quantise_fp8(keys: Array, values: Array, block: int) -> None:
+    tokens, d = keys.shape
+    groups = (d + GROUP - 1) // GROUP
+    scales = block + 2 * tokens * d
+    scale = np.zeros(d, np.float32)
+    for t in range(tokens):
+        for c in range(d):
+            scale[c] = max(scale[c], abs(keys[t, c]))
+    for c in range(d):
+        scale[c] = _ceil_half(scale[c] / FP8_MAX)
+        store_f16(scales, c, scale[c])
+    for t in range(tokens):
+        _store_fp8(keys[t], scale, block + t * d)
+    for t in range(tokens):
+        for group in range(groups):
+            first, end = group * GROUP, min(d, (group + 1) * GROUP)
+            most = np.float32(0.0)
+            for c in range(first, end):
+                most = max(most, abs(values[t, c]))
+            scale[first:end] = _ceil_half(most / FP8_MAX)
+            store_f16(scales, d + t * groups + group, scale[first])
+        _store_fp8(values[t], scale, block + (tokens + t) * d)
+
+
+@jit
+def _store_fp8(x: Array, scale: Array, into: int) -> None:
+    """The e4m3 numbers nearest to x / scale [D], ties to even; 0 where the scale is."""
+    for c in range(len(x)):
+        exact = x[c] / scale[c] if scale[c] > 0 else x[c]
+        size = min(abs(exact), FP8_MAX)
+        if size < _FP8_LEAST_NORMAL:
+            code = np.int32(np.rint(size * np.float32(2.0**9)))
+        else:
+            bits = bits_of(size)
+            code = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3)
+        store_u8(into, c, code | 128 if bits_of(exact) < 0 else code)

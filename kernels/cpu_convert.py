@@ -88,7 +88,7 @@ def _encode_block(
     blocks: Array,
 ) -> None:
     kind, into = kind_of(to, raw_kind), blocks[n].ctypes.data
-    payload = 2 * BLOCK_TOKENS * codes_bytes(kind, d) + (scales_bytes(d) if kind > BF16 else 0)
+    payload = 2 * BLOCK_TOKENS * codes_bytes(kind, d) + (scales_bytes(kind, d) if kind > BF16 else 0)
     blocks[n, payload:] = 0
     if _is_one_block(to, address[n], fmt[n], tier[n], row[n]):
         copy_bytes(into, bases[tier[n, 0]] + np.int64(address[n, 0]) * UNIT_BYTES, payload)

@@ -15,7 +15,7 @@ from numba.core import types
 
 from kernels.cpu_jit import intrinsic
 
-F32, F16, BF16, INT8, INT4 = range(5)
+F32, F16, BF16, INT8, INT4, INT2, FP8 = range(7)
 """How a block's numbers are kept: Format, with raw split up by the model's dtype."""
 
 BYTE, SHORT, INT = ir.IntType(8), ir.IntType(16), ir.IntType(32)
@@ -113,3 +113,9 @@ def float_of_half(typing: Any, bits: Any) -> Any:
 def float_of(typing: Any, bits: Any) -> Any:
     """The float32 with the bits of an int32."""
     return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(args[0], FLOAT)
+
+
+@intrinsic
+def bits_of(typing: Any, number: Any) -> Any:
+    """The bits of a float32, as int32."""
+    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], INT)

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from kernels.cpu_jit import intrinsic
-from kernels.cpu_memory import BF16, BYTE, F16, F32, FLOAT, HALF, INT, INT4, INT8, SHORT
+from kernels.cpu_memory import BF16, BYTE, F16, F32, FLOAT, FP8, HALF, INT, INT2, INT4, INT8, SHORT
 from kernels.layout import BLOCK_TOKENS
 
 LANES = 16
@@ -30,8 +30,11 @@ LINE_BYTES = 64
 _cgutils: Any = cgutils
 LONG = ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
-KINDS = (F32, F16, BF16, INT8, INT4)
-VECTOR_BYTES = {F32: 64, F16: 32, BF16: 32, INT8: 16, INT4: 16}  # bytes that hold one vector (INT4: two)
+KINDS = (F32, F16, BF16, INT8, INT4, INT2, FP8)
+VECTOR_BYTES = {F32: 64, F16: 32, BF16: 32, INT8: 16, INT4: 16, INT2: 16, FP8: 16}  # bytes that hold PARTS vectors
+PARTS = dict.fromkeys(KINDS, 1) | {INT4: 2, INT2: 4}
+ZEROS = (INT8, INT4, INT2)  # kinds whose groups have a zero beside their scale
+FP8_STEP = 256.0  # an e4m3 is this times the float16 with its exponent and mantissa bits
 
 
 def _long(number: int) -> ir.Constant:
@@ -64,7 +67,10 @@ def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) 
 
 
 def _load_numbers(builder: ir.IRBuilder, kind: int, address: ir.Value) -> list[ir.Value]:
-    """The float32 vectors in ``VECTOR_BYTES[kind]`` bytes: one, or for INT4 that of the low and of the high nibbles."""
+    """The float32 vectors in ``VECTOR_BYTES[kind]`` bytes: one, or that of the lowest bits of each byte and the next.
+
+    Those of FP8 are too small by ``FP8_STEP``.
+    """
     ints = ir.VectorType(INT, LANES)
     if kind == F32:
         return [_load(builder, address, FLOAT)]
@@ -73,12 +79,20 @@ def _load_numbers(builder: ir.IRBuilder, kind: int, address: ir.Value) -> list[i
     if kind == BF16:
         wide = builder.zext(_load(builder, address, SHORT), ints)
         return [builder.bitcast(builder.shl(wide, ir.Constant(ints, [16] * LANES)), VECTOR)]
+    if kind == FP8:
+        shorts = ir.VectorType(SHORT, LANES)
+        signed = builder.sext(_load(builder, address, BYTE), shorts)
+        moved = builder.shl(signed, ir.Constant(shorts, [7] * LANES))
+        half = builder.and_(moved, ir.Constant(shorts, [0xBF80] * LANES))  # the sign, copied one place too low, goes
+        return [builder.fpext(builder.bitcast(half, ir.VectorType(HALF, LANES)), VECTOR)]
     codes = builder.zext(_load(builder, address, BYTE), ints)
-    if kind == INT8:
-        return [builder.sitofp(codes, VECTOR)]  # codes are not negative, and signed conversion is the faster one
-    low = builder.and_(codes, ir.Constant(ints, [15] * LANES))
-    high = builder.lshr(codes, ir.Constant(ints, [4] * LANES))
-    return [builder.sitofp(low, VECTOR), builder.sitofp(high, VECTOR)]
+    bits, numbers = 8 // PARTS[kind], []
+    for part in range(PARTS[kind]):
+        code = builder.lshr(codes, ir.Constant(ints, [part * bits] * LANES)) if part else codes
+        if part + 1 < PARTS[kind]:
+            code = builder.and_(code, ir.Constant(ints, [(1 << bits) - 1] * LANES))
+        numbers.append(builder.sitofp(code, VECTOR))  # codes are not negative, and signed conversion is the faster one
+    return numbers
 
 
 def _sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
@@ -201,27 +215,30 @@ def score_tile(
     def generate(builder: ir.IRBuilder, kind: Any, queries: Any, *rest: Any) -> None:
         keys, key_stride, quads, d, q, q_stride, scores, score_stride, scales, scaled, ahead = rest
 
-        def scale_queries(queries: int) -> ir.Value:
+        def scale_queries(kind: int, queries: int) -> ir.Value | None:
             """sum q * (code * scale + zero) = sum (q * scale) * code + sum q * zero: returns the latter sums."""
             sums = _Sums(builder, [ir.Constant(VECTOR, [0.0] * LANES)] * TILE_QUERIES)
             with _loop(builder, builder.sdiv(d, _long(LANES))) as i:
                 at = _add(builder, scales, builder.mul(i, _long(2 * LANES)))
                 [scale] = _load_numbers(builder, F16, at)
-                [zero] = _load_numbers(builder, F16, _add(builder, at, builder.mul(d, _long(2))))
+                if kind == FP8:
+                    scale = builder.fmul(scale, ir.Constant(VECTOR, [FP8_STEP] * LANES))
                 for g in range(queries):
                     offset = _add(builder, builder.mul(i, _long(4 * LANES)), builder.mul(q_stride, _long(g)))
                     query = _load(builder, _add(builder, q, offset), FLOAT)
                     _store(builder, builder.fmul(query, scale), _add(builder, scaled, offset))
-                    sums.add_product(g, query, zero)
-            return _sum_lanes(builder, sums.vectors())
+                    if kind in ZEROS:
+                        [zero] = _load_numbers(builder, F16, _add(builder, at, builder.mul(d, _long(2))))
+                        sums.add_product(g, query, zero)
+            return _sum_lanes(builder, sums.vectors()) if kind in ZEROS else None
 
         def variant(kind: int, queries: int) -> None:
-            vectors = 2 if kind == INT4 else 1
-            constants = scale_queries(queries) if kind in (INT8, INT4) else None
-            at_queries = q if constants is None else scaled
+            vectors = PARTS[kind]
+            constants = scale_queries(kind, queries) if kind > BF16 else None
+            at_queries = scaled if kind > BF16 else q
             rounds = builder.sdiv(d, _long(LANES * vectors))
             quad_bytes = builder.mul(key_stride, _long(TILE_TOKENS))
-            half_row = builder.mul(d, _long(2))  # bytes of D / 2 float32
+            part_bytes = builder.mul(d, _long(4 // vectors))  # of D / vectors float32
             with _loop(builder, quads) as quad:
                 token = builder.mul(quad, _long(TILE_TOKENS))
                 first = _add(builder, keys, builder.mul(token, key_stride))
@@ -235,7 +252,7 @@ def score_tile(
                     for part in range(vectors):
                         for g in range(queries):
                             at = _add(builder, channel, builder.mul(q_stride, _long(g)))
-                            query = _load(builder, _add(builder, at, half_row) if part else at, FLOAT)
+                            query = _load(builder, _add(builder, at, builder.mul(part_bytes, _long(part))), FLOAT)
                             for t in range(TILE_TOKENS):
                                 sums.add_product(g * TILE_TOKENS + t, query, numbers[t][part])
                 into = _add(builder, scores, builder.mul(token, _long(4)))
@@ -273,7 +290,8 @@ def weigh_tile(
     """Adds to float32 sums[g] the ``tokens`` rows of ``kind`` at ``values``, each times float32 weights[g, t].
 
     Covers TILE_VECTORS vectors of channels from ``channel`` on; for INT4 one from ``channel`` and one from
-    ``channel + D / 2`` on. Codes are dequantised with float32 ``scales`` and ``zeros`` [tokens, value groups].
+    ``channel + D / 2`` on, for INT2 one from each ``channel + i D / 4``. Codes are dequantised with float32 ``scales``
+    and ``zeros`` [tokens, value groups].
     Meanwhile as many rows at ``ahead`` are fetched into cache.
     """
 
@@ -282,10 +300,10 @@ def weigh_tile(
         group_stride = builder.mul(builder.sdiv(builder.add(d, _long(31)), _long(32)), _long(4))
 
         def variant(kind: int, queries: int) -> None:
-            parts = 2 if kind == INT4 else 1
-            loads = TILE_VECTORS // parts
+            parts = PARTS[kind]
+            loads = max(1, TILE_VECTORS // parts)
             channels = [
-                _add(builder, channel, LANES * i, *([builder.sdiv(d, _long(2))] if part else []))
+                _add(builder, channel, LANES * i, builder.mul(builder.sdiv(d, _long(parts)), _long(part)))
                 for i in range(loads)
                 for part in range(parts)
             ]
@@ -305,14 +323,18 @@ def weigh_tile(
                     for i in range(loads)
                     for vector in _load_numbers(builder, kind, _add(builder, row, i * VECTOR_BYTES[kind]))
                 ]
-                if kind in (INT8, INT4):
+                if kind > BF16:
                     of_token = builder.mul(t, group_stride)
                     for i, group in enumerate(groups):
-                        scale, zero = (
-                            _splat(builder, _scalar(builder, _add(builder, table, of_token, group)))
-                            for table in (scales, zeros)
-                        )
-                        numbers[i] = _multiply_add(builder, numbers[i], scale, zero)
+                        number = _scalar(builder, _add(builder, scales, of_token, group))
+                        if kind == FP8:
+                            number = builder.fmul(number, ir.Constant(FLOAT, FP8_STEP))
+                        scale = _splat(builder, number)
+                        if kind in ZEROS:
+                            zero = _splat(builder, _scalar(builder, _add(builder, zeros, of_token, group)))
+                            numbers[i] = _multiply_add(builder, numbers[i], scale, zero)
+                        else:
+                            numbers[i] = builder.fmul(numbers[i], scale)
                 at = _add(builder, weights, builder.mul(t, _long(4)))
                 for g in range(queries):
                     weight = _splat(builder, _scalar(builder, _add(builder, at, builder.mul(weight_stride, _long(g)))))

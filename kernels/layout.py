@@ -12,11 +12,16 @@ int8     K codes uint8 [32, D], V codes uint8 [32, D], K scale f16 [D], K zero f
          V zero f16 [32, G]
 int4     as int8, but codes packed two to a byte: byte j of a token holds channel j in its low and channel
          j + D/2 in its high nibble, so K codes are uint8 [32, D/2] and V codes uint8 [32, D/2]
+int2     as int8, but codes packed four to a byte: with P = ceil(D / 4), byte j of a token holds channel
+         j + i P in bits 2 i and 2 i + 1, so K codes are uint8 [32, P] and V codes uint8 [32, P]
+fp8      K codes uint8 [32, D], V codes uint8 [32, D], K scale f16 [D], V scale f16 [32, G]
 =======  ==========================================================================================================
 
-Quantisation is asymmetric: ``x ~ code * scale + zero``, with keys grouped per channel over the block's 32 tokens and
-values per token over 32 channels (KIVI, arXiv 2402.02750). A scale of 0 marks a constant group. Only raw blocks may be
-partly filled; the tail block of every table is raw.
+Integers are asymmetric: ``x ~ code * scale + zero``, with keys grouped per channel over the block's 32 tokens and
+values per token over 32 channels (KIVI, arXiv 2402.02750). A scale of 0 marks a constant group. The codes of fp8 are
+e4m3 numbers, of 4 exponent and 3 mantissa bits and without infinities (arXiv 2209.05433), in the same groups:
+``x ~ code * scale``, and a group's greatest magnitude becomes the greatest code, 448. Only raw blocks may be partly
+filled; the tail block of every table is raw.
 """
 
 from __future__ import annotations
@@ -38,6 +43,25 @@ class Format(IntEnum):
     RAW = 0
     INT8 = 1
     INT4 = 2
+    INT2 = 3
+    FP8 = 4
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code.
+
+        Raises:
+            KeyError: raw blocks have none.
+        """
+        return _CODE_BITS[self]
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether groups have a zero beside their scale."""
+        return self in (Format.INT8, Format.INT4, Format.INT2)
+
+
+_CODE_BITS = {Format.INT8: 8, Format.INT4: 4, Format.INT2: 2, Format.FP8: 8}
 
 
 class Tier(IntEnum):
@@ -84,8 +108,12 @@ class CacheShape:
         d, g = self.head_dim, self.value_groups
         if fmt is Format.RAW:
             return 2 * BLOCK_TOKENS * d * self.dtype.itemsize
-        codes = 2 * BLOCK_TOKENS * (d if fmt is Format.INT8 else d // 2)
-        return codes + 2 * 2 * d + 2 * 2 * BLOCK_TOKENS * g
+        constants = 2 * (d + BLOCK_TOKENS * g)  # float16, one for each group
+        return 2 * BLOCK_TOKENS * self.code_bytes(fmt) + constants * (2 if fmt.has_zeros else 1)
+
+    def code_bytes(self, fmt: Format) -> int:
+        """Bytes of one token's codes of keys, or of values."""
+        return math.ceil(self.head_dim * fmt.bits / 8)
 
     def block_units(self, fmt: Format) -> int:
         """Units of 256 bytes that a block takes in an arena."""

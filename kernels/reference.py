@@ -16,7 +16,8 @@ from kernels.layout import BLOCK_TOKENS, GROUP, UNIT_BYTES, CacheShape, Format
 
 Mask = npt.NDArray[np.bool_]
 
-LEVELS = {Format.INT8: 255, Format.INT4: 15}
+LEVELS = {Format.INT8: 255, Format.INT4: 15, Format.INT2: 3}
+FP8_MAX = 448.0  # largest finite e4m3
 HALF_MAX = 65504.0  # largest finite float16, the type of scales and zeros
 
 
@@ -97,7 +98,7 @@ class ReferenceBackend:
             parts = list(self._gather(source, self.shape.dtype))
         else:
             keys, values = self._gather(source, torch.float32)
-            parts = quantise(keys, values, fmt)
+            parts = quantise_fp8(keys, values) if fmt is Format.FP8 else quantise(keys, values, fmt)
         payload = torch.cat([part.flatten(1).view(torch.uint8) for part in parts], 1)
         blocks = functional.pad(payload, (0, self.shape.block_bytes(fmt) - payload.shape[1]))
 
@@ -183,18 +184,18 @@ class ReferenceBackend:
             index = (base // self.shape.dtype.itemsize + row * d)[:, None] + channel
             return stored[index], stored[index + BLOCK_TOKENS * d]
 
-        row_bytes = d if fmt is Format.INT8 else d // 2
-        byte = (base + row * row_bytes)[:, None]
-        if fmt is Format.INT8:
-            k_code, v_code = (arena[byte + channel + part] for part in (0, BLOCK_TOKENS * row_bytes))
-        else:
-            byte = byte + channel % row_bytes
-            shift = channel // row_bytes * 4  # low nibbles first
-            k_code, v_code = (arena[byte + part] >> shift & 15 for part in (0, BLOCK_TOKENS * row_bytes))
-
+        row_bytes = self.shape.code_bytes(fmt)
+        byte = (base + row * row_bytes)[:, None] + channel % row_bytes
+        k_code, v_code = (arena[byte + part] for part in (0, BLOCK_TOKENS * row_bytes))
         half = arena.view(torch.float16)
-        k_scale = (base + 2 * BLOCK_TOKENS * row_bytes)[:, None] // 2 + channel
-        v_scale = (base + 2 * BLOCK_TOKENS * row_bytes + 4 * d)[:, None] // 2 + row[:, None] * groups + channel // GROUP
+        constants = (base + 2 * BLOCK_TOKENS * row_bytes)[:, None] // 2
+        k_scale = constants + channel
+        v_scale = constants + (2 * d if fmt.has_zeros else d) + row[:, None] * groups + channel // GROUP
+        if fmt is Format.FP8:
+            keys, values = (code.view(torch.float8_e4m3fn).float() for code in (k_code, v_code))
+            return keys * half[k_scale].float(), values * half[v_scale].float()
+        shift = channel // row_bytes * fmt.bits  # lowest bits first
+        k_code, v_code = (code >> shift & LEVELS[fmt] for code in (k_code, v_code))
         keys = k_code.float() * half[k_scale].float() + half[k_scale + d].float()
         values = v_code.float() * half[v_scale].float() + half[v_scale + BLOCK_TOKENS * groups].float()
         return keys, values
@@ -202,18 +203,42 @@ class ReferenceBackend:
 
 def quantise(keys: torch.Tensor, values: torch.Tensor, fmt: Format) -> list[torch.Tensor]:
     """Codes, scales and zeros of blocks K, V float32 [N, 32, D], in the order of their bytes in a block."""
-    d = keys.shape[-1]
-    groups = -(-d // GROUP)
+    of_channel = torch.arange(keys.shape[-1], device=values.device) // GROUP
     k_scale, k_zero = _scale_and_zero(_finite(keys).mT, fmt)  # [N, D]
-    # the last group may be short: repeating its last channel changes neither its least nor its greatest value
-    channel = torch.arange(groups * GROUP, device=values.device).clamp(max=d - 1)
-    v_scale, v_zero = _scale_and_zero(
-        _finite(values)[..., channel].reshape(-1, BLOCK_TOKENS, groups, GROUP), fmt
-    )  # [N, 32, G]
-    of_channel = torch.arange(d, device=values.device) // GROUP
+    v_scale, v_zero = _scale_and_zero(_grouped(values), fmt)  # [N, 32, G]
     k_code = _codes(keys, k_scale[:, None], k_zero[:, None], fmt)
     v_code = _codes(values, v_scale[..., of_channel], v_zero[..., of_channel], fmt)
     return [k_code, v_code, k_scale, k_zero, v_scale, v_zero]
+
+
+def quantise_fp8(keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+    """As :func:`quantise`, without zeros."""
+    of_channel = torch.arange(keys.shape[-1], device=values.device) // GROUP
+    k_scale, v_scale = _fp8_scale(_finite(keys).mT), _fp8_scale(_grouped(values))
+    return [_fp8_codes(keys, k_scale[:, None]), _fp8_codes(values, v_scale[..., of_channel]), k_scale, v_scale]
+
+
+def _fp8_scale(x: torch.Tensor) -> torch.Tensor:
+    """float16 scale of groups [..., n], rounded up so that no number is above the greatest code."""
+    exact = x.abs().amax(dim=-1) / FP8_MAX
+    scale = exact.half()
+    return torch.where(scale.float() < exact, _next_half(scale, up=True), scale)
+
+
+def _fp8_codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    exact = _finite(x) / scale.float().masked_fill(scale == 0, 1.0)
+    return exact.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _grouped(values: torch.Tensor) -> torch.Tensor:
+    """Values [N, 32, D] in their groups [N, 32, G, 32].
+
+    The last group may be short: repeating its last channel changes neither its least nor its greatest value.
+    """
+    d = values.shape[-1]
+    groups = -(-d // GROUP)
+    channel = torch.arange(groups * GROUP, device=values.device).clamp(max=d - 1)
+    return _finite(values)[..., channel].reshape(-1, BLOCK_TOKENS, groups, GROUP)
 
 
 def _finite(x: torch.Tensor) -> torch.Tensor:
@@ -240,10 +265,13 @@ def _next_half(x: torch.Tensor, *, up: bool) -> torch.Tensor:
 
 
 def _codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """uint8 codes of x [N, 32, D]; int4: two to a byte, [N, 32, D/2]."""
+    """uint8 codes of x [N, 32, D], packed as the format has them."""
     exact = (_finite(x) - zero.float()) / scale.float().masked_fill(scale == 0, 1.0)
     code = exact.masked_fill(scale == 0, 0.0).round().clamp(0, LEVELS[fmt]).to(torch.uint8)
-    if fmt is Format.INT8:
-        return code
-    low, high = code.chunk(2, dim=-1)
-    return low | high << 4
+    parts = 8 // fmt.bits
+    width = -(-code.shape[-1] // parts)
+    code = functional.pad(code, (0, parts * width - code.shape[-1]))
+    packed = torch.zeros_like(code[..., :width])
+    for part in range(parts):
+        packed |= code[..., part * width : (part + 1) * width] << part * fmt.bits
+    return packed

@@ -13,7 +13,18 @@ from kernels.api import Backend, Tables, TokenSource
 from kernels.backends import make_backend
 from kernels.layout import BLOCK_TOKENS, GROUP, UNIT_BYTES, CacheShape, Format, Tier
 
-POISON = 0xFF  # as float32, float16 and bfloat16 alike, a NaN
+POISON = 0xFF  # as float32, float16, bfloat16 and e4m3 alike, a NaN
+
+
+def _e4m3(code: int) -> float:
+    """The number of an e4m3 code, by the table of arXiv 2209.05433."""
+    sign, exponent, mantissa = -1.0 if code & 128 else 1.0, code >> 3 & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return float("nan")
+    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+E4M3 = np.array([_e4m3(code) for code in range(256)])
 
 
 def unpack(shape: CacheShape, fmt: Format, block: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -31,11 +42,14 @@ def unpack(shape: CacheShape, fmt: Format, block: torch.Tensor) -> tuple[np.ndar
         size = BLOCK_TOKENS * d * shape.dtype.itemsize
         k, v = (block[i * size : (i + 1) * size].view(shape.dtype).double().numpy().reshape(-1, d) for i in (0, 1))
         return k, v
-    if fmt is Format.INT8:
-        k, v = field("u1", BLOCK_TOKENS, d), field("u1", BLOCK_TOKENS, d)
-    else:
-        packed = field("u1", BLOCK_TOKENS, d // 2), field("u1", BLOCK_TOKENS, d // 2)
-        k, v = (np.concatenate([codes & 15, codes >> 4], 1) for codes in packed)
+    bits = {Format.INT8: 8, Format.INT4: 4, Format.INT2: 2, Format.FP8: 8}[fmt]
+    width = -(-d * bits // 8)
+    packed = field("u1", BLOCK_TOKENS, width), field("u1", BLOCK_TOKENS, width)
+    if fmt is Format.FP8:
+        k, v = (E4M3[codes] for codes in packed)
+        k_scale = field("f2", d).astype(float)
+        return k * k_scale, v * field("f2", BLOCK_TOKENS, groups).astype(float).repeat(GROUP, 1)[:, :d]
+    k, v = (np.concatenate([codes >> at & (1 << bits) - 1 for at in range(0, 8, bits)], 1)[:, :d] for codes in packed)
     k_scale, k_zero = field("f2", d).astype(float), field("f2", d).astype(float)
     v_scale, v_zero = (field("f2", BLOCK_TOKENS, groups).astype(float).repeat(GROUP, 1)[:, :d] for _ in range(2))
     return k * k_scale + k_zero, v * v_scale + v_zero

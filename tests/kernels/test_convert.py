@@ -10,7 +10,9 @@ from kernels.api import TokenSource
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 
 FP32 = CacheShape(1, 1, 1, 64, torch.float32)
-LEVELS = {Format.INT8: 255, Format.INT4: 15}
+LEVELS = {Format.INT8: 255, Format.INT4: 15, Format.INT2: 3}
+ZERO_WITHIN = {Format.INT8: 0.02, Format.INT4: 0.3, Format.INT2: 1.5}  # of normal numbers: half a step
+QUANTISED = [fmt for fmt in Format if fmt is not Format.RAW]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -31,9 +33,12 @@ def whole(world, tokens=BLOCK_TOKENS):
 
 @pytest.mark.parametrize("head_dim", [2, 16, 64, 80, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", [Format.INT8, Format.INT4])
+@pytest.mark.parametrize("fmt", QUANTISED, ids=str)
 def test_round_trip_error(make_world, unpack_block, fmt, dtype, head_dim):
-    """Each number comes back within half a step of its group, float16's rounding of the step included."""
+    """Each number comes back within half a step of its group, float16's rounding of the step included.
+
+    The steps of fp8 are an eighth of the power of 2 below the number, and 1/512 of the group's scale at least.
+    """
     shape = CacheShape(1, 1, 1, head_dim, dtype)
     k, v = (torch.randn(2, BLOCK_TOKENS, head_dim) * 3 + 1).to(dtype)
     world = raw_world(make_world, shape, k, v)
@@ -44,6 +49,10 @@ def test_round_trip_error(make_world, unpack_block, fmt, dtype, head_dim):
     k, v = k.double(), v.double()
 
     def check(back, x, low, high):
+        if fmt is Format.FP8:
+            scale = torch.maximum(low.abs(), high.abs()) / 448 * (1 + 2**-9) + 1e-7
+            assert ((back - x).abs() <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * (1 + 1e-6)).all()
+            return
         step = (high - low) * (1 + 2**-9) / LEVELS[fmt] + 2**-10 * low.abs() / LEVELS[fmt] + 1e-6
         assert ((back - x).abs() <= step / 2 + 1e-6 * x.abs()).all()
 
@@ -56,7 +65,7 @@ def test_round_trip_error(make_world, unpack_block, fmt, dtype, head_dim):
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    fmt=st.sampled_from([Format.INT8, Format.INT4]),
+    fmt=st.sampled_from(QUANTISED),
     dtype=st.sampled_from(DTYPES),
     head_dim=st.integers(1, 50).map(lambda half: 2 * half),
     offset=st.sampled_from([0.0, 1e-7, 1.0, -300.0, 7e4]),
@@ -85,7 +94,7 @@ def test_backends_agree_on_every_byte(make_any_world, fmt, dtype, head_dim, offs
         assert torch.equal(reference, cpu)
 
 
-@pytest.mark.parametrize("fmt", [Format.INT8, Format.INT4])
+@pytest.mark.parametrize("fmt", list(LEVELS), ids=str)
 def test_what_float16_cannot_hold(make_world, unpack_block, fmt):
     """Too great numbers are clamped, NaN counts as 0, a constant group comes back as its float16."""
     k = torch.randn(BLOCK_TOKENS, 64)
@@ -101,7 +110,35 @@ def test_what_float16_cannot_hold(make_world, unpack_block, fmt):
     assert (back[:, 2] == 0).all()
     assert (back[:, 3] == np.float16(0.1)).all()
     assert (back[:, 4] == np.float16(50017.0)).all()
-    assert abs(back[5, 5]) < 0.3
+    assert abs(back[5, 5]) <= ZERO_WITHIN[fmt]
+
+
+def test_what_fp8_cannot_hold(make_world, unpack_block):
+    """As above; and no code means NaN, whatever it is made of."""
+    k = torch.randn(BLOCK_TOKENS, 64)
+    k[:, 0], k[:, 1], k[:, 2], k[:, 3] = 1e6, torch.linspace(-1e6, 1e6, BLOCK_TOKENS), torch.nan, 0.0
+    k[5, 5], k[6, 6], k[7, 7] = torch.nan, torch.inf, -torch.inf
+    world = raw_world(make_world, FP32, k, k)
+    back, values = unpack_block(FP32, Format.FP8, world.backend.encode(whole(world), Format.FP8)[0])
+    assert np.isfinite(back).all()
+    assert np.isfinite(values).all()
+    assert (abs(back[:, 0] - 65504) <= 448 / 2).all()
+    assert abs(back[:, 1].min() + 65504) <= 448 / 2
+    assert (back[:, 2:4] == 0).all()
+    assert back[5, 5] == 0
+    assert (back[6, 6], back[7, 7]) == (-back[7, 7], -back[6, 6])
+
+
+def test_fp8_keeps_its_own_numbers(make_world, unpack_block):
+    """All 254 e4m3 numbers come back as they are from groups whose scale is 1, ties go to the even code."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0.0)
+    x = torch.full((BLOCK_TOKENS, 64), 448.0)
+    x[:16, :16] = numbers.view(16, 16)
+    x[16, :2] = torch.tensor([17.0, 19.0])  # between 16 and 18, 18 and 20
+    world = raw_world(make_world, FP32, x, x)
+    for back in unpack_block(FP32, Format.FP8, world.backend.encode(whole(world), Format.FP8)[0]):
+        assert back[16, :2].tolist() == [16.0, 20.0]
+        assert np.array_equal(back[:16], x[:16].double().numpy())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,8 +178,9 @@ def test_encode_pads_with_zeros(make_world, unpack_block, fmt):
     world = raw_world(make_world, FP32, *torch.randn(2, BLOCK_TOKENS, 64))
     block = world.backend.encode(whole(world, tokens=20), fmt)
     for part, stored in zip(unpack_block(FP32, fmt, block[0]), world.backend.read(whole(world)), strict=True):
-        assert np.abs(part[20:]).max() <= (0 if fmt is Format.RAW else 0.3)
-        assert np.abs(part[:20] - stored[0, :20].numpy()).max() <= (0 if fmt is Format.RAW else 0.3)
+        assert np.abs(part[20:]).max() <= ZERO_WITHIN.get(fmt, 0)
+        within = 0.3 if fmt is Format.FP8 else ZERO_WITHIN.get(fmt, 0)
+        assert np.abs(part[:20] - stored[0, :20].numpy()).max() <= within
 
 
 @pytest.mark.parametrize("fmt", Format)
