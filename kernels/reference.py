@@ -79,6 +79,12 @@ class ReferenceBackend:
         votes[kept] = votes[kept].astype(np.float32) * np.float32(VOTE_DECAY) + received[kept]
         return (shares @ values).view(self.shape.query_heads, -1)
 
+    def finish(self, plan: DecodePlan) -> None:
+        """Nothing to do: ``decode`` has filled the masses."""
+
+    def settle(self, slots: I32) -> None:
+        """Nothing to do: ``decode`` has added to the tables."""
+
     def write(self, slot: int, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """See ``kernels.api.Backend.write``."""
         check_write(self.tables, slot, layer, start, k.shape[1])

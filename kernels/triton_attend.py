@@ -81,7 +81,9 @@ def attend_splits(
         into = tail.to(tl.pointer_type(DTYPE)) + last % TOKENS * D + channel
         inside = channel < D
         tl.store(into, tl.load(k + row.to(tl.int64) * k_row + head * D + channel, mask=inside), mask=inside)
-        tl.store(into + TOKENS * D, tl.load(v + row.to(tl.int64) * v_row + head * D + channel, mask=inside), mask=inside)
+        tl.store(
+            into + TOKENS * D, tl.load(v + row.to(tl.int64) * v_row + head * D + channel, mask=inside), mask=inside
+        )
         tl.debug_barrier()  # other threads of this program read it below
 
     real = query < G

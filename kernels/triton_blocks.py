@@ -22,6 +22,8 @@ GROUP = tl.constexpr(layout.GROUP)
 RAW = tl.constexpr(int(layout.Format.RAW))
 INT8 = tl.constexpr(int(layout.Format.INT8))
 INT4 = tl.constexpr(int(layout.Format.INT4))
+INT2 = tl.constexpr(int(layout.Format.INT2))
+FP8 = tl.constexpr(int(layout.Format.FP8))
 
 
 @triton.jit
@@ -68,42 +70,56 @@ def integer_tokens(
     D: tl.constexpr,  # noqa: N803
     W: tl.constexpr,  # noqa: N803
 ) -> Any:
-    """K and V float32 [32, W] of blocks with codes, scales and zeros; byte j of a token holds channels j, j + D/n, ..."""
-    row_bytes: tl.constexpr = D // PER_BYTE
+    """K and V float32 [32, W] of a format of integers, ``PER_BYTE`` to a byte: code * scale + zero."""
+    row_bytes: tl.constexpr = (D + PER_BYTE - 1) // PER_BYTE
     bits: tl.constexpr = 8 // PER_BYTE
     channel = tl.arange(0, W)[None, :]
     inside = channel < D
-    at = base + row * row_bytes + channel % row_bytes
+    at = base + row * row_bytes + channel % row_bytes  # neighbours of a warp share bytes: nothing is fetched twice
     k_code = tl.load(at, mask=ok & inside, other=0)
     v_code = tl.load(at + TOKENS * row_bytes, mask=ok & inside, other=0)
     if PER_BYTE > 1:
         shift = (channel // row_bytes * bits).to(tl.uint8)
         k_code = (k_code >> shift) & ((1 << bits) - 1)
         v_code = (v_code >> shift) & ((1 << bits) - 1)
-    scales = (base + 2 * TOKENS * row_bytes).to(tl.pointer_type(tl.float16))
-    k_scale, k_zero = _channel_pair(scales, base_ok & inside, D, W)
-    v_scale, v_zero = _group_pair(scales + 2 * D, row, ok, D, W)
+    constants = (base + 2 * TOKENS * row_bytes).to(tl.pointer_type(tl.float16))
+    k_scale = tl.load(constants + channel, mask=base_ok & inside, other=0).to(tl.float32)
+    k_zero = tl.load(constants + D + channel, mask=base_ok & inside, other=0).to(tl.float32)
+    v_scale = _value_constants(constants + 2 * D, row, ok, D, W)
+    v_zero = _value_constants(constants + 2 * D, row + TOKENS, ok, D, W)
     return k_code.to(tl.float32) * k_scale + k_zero, v_code.to(tl.float32) * v_scale + v_zero
 
 
 @triton.jit
-def _channel_pair(at: Any, ok: Any, D: tl.constexpr, W: tl.constexpr) -> Any:  # noqa: N803
-    """Two float16 [D] behind one another, as float32 [1 or 32, W]."""
+def fp8_tokens(base: Any, row: Any, ok: Any, base_ok: Any, D: tl.constexpr, W: tl.constexpr) -> Any:  # noqa: N803
+    """K and V float32 [32, W] of fp8 blocks: decode(code) * scale."""
     channel = tl.arange(0, W)[None, :]
-    first = tl.load(at + channel, mask=ok, other=0).to(tl.float32)
-    return first, tl.load(at + D + channel, mask=ok, other=0).to(tl.float32)
+    inside = channel < D
+    at = base + row * D + channel
+    k_code = tl.load(at, mask=ok & inside, other=0)
+    v_code = tl.load(at + TOKENS * D, mask=ok & inside, other=0)
+    constants = (base + 2 * TOKENS * D).to(tl.pointer_type(tl.float16))
+    k_scale = tl.load(constants + channel, mask=base_ok & inside, other=0).to(tl.float32)
+    v_scale = _value_constants(constants + D, row, ok, D, W)
+    return decode_e4m3(k_code) * k_scale, decode_e4m3(v_code) * v_scale
 
 
 @triton.jit
-def _group_pair(at: Any, row: Any, ok: Any, D: tl.constexpr, W: tl.constexpr) -> Any:  # noqa: N803
-    """Rows of two float16 [32, G] behind one another, as float32 [32, W]."""
+def decode_e4m3(code: Any) -> Any:
+    """float32 of e4m3 codes by their bits, which needs no hardware for them: float16 with another exponent bias."""
+    wide = code.to(tl.int16)
+    half = ((wide & 128) << 8 | (wide & 127) << 7).to(tl.float16, bitcast=True)
+    return half.to(tl.float32) * 256.0
+
+
+@triton.jit
+def _value_constants(at: Any, row: Any, ok: Any, D: tl.constexpr, W: tl.constexpr) -> Any:  # noqa: N803
+    """Rows of float16 [.., G] as float32 [32, W], a group's number for each of its channels."""
     groups: tl.constexpr = (D + GROUP - 1) // GROUP
     columns: tl.constexpr = (W + GROUP - 1) // GROUP
     group = tl.arange(0, columns)[None, :]
-    inside = ok & (group < groups)
-    first = tl.load(at + row * groups + group, mask=inside, other=0).to(tl.float32)
-    second = tl.load(at + (TOKENS + row) * groups + group, mask=inside, other=0).to(tl.float32)
-    return groups_to_channels(first, W), groups_to_channels(second, W)
+    numbers = tl.load(at + row * groups + group, mask=ok & (group < groups), other=0)
+    return groups_to_channels(numbers.to(tl.float32), W)
 
 
 @triton.jit
@@ -126,7 +142,30 @@ def block_tokens(
     elif fmt == INT8:
         k, v = integer_tokens(base, row, ok, one, 1, D, W)
         k, v = k.to(INTO), v.to(INTO)
-    else:
+    elif fmt == INT4:
         k, v = integer_tokens(base, row, ok, one, 2, D, W)
         k, v = k.to(INTO), v.to(INTO)
+    elif fmt == INT2:
+        k, v = integer_tokens(base, row, ok, one, 4, D, W)
+        k, v = k.to(INTO), v.to(INTO)
+    else:
+        k, v = fp8_tokens(base, row, ok, one, D, W)
+        k, v = k.to(INTO), v.to(INTO)
+    return k, v
+
+
+@triton.jit
+def dequantised_tokens(base: Any, row: Any, fmt: Any, ok: Any, D: tl.constexpr, W: tl.constexpr) -> Any:  # noqa: N803
+    """K and V float32 [32, W] of tokens of many blocks [32, 1]; zeros where a block is raw."""
+    k = tl.zeros([TOKENS, W], tl.float32)
+    v = tl.zeros([TOKENS, W], tl.float32)
+    for per_byte in tl.static_range(3):
+        chosen = ok & (fmt == INT8 + per_byte)  # int8, int4, int2
+        if tl.max(tl.max(chosen.to(tl.int32), 0), 0) > 0:
+            k_here, v_here = integer_tokens(base, row, chosen, chosen, 1 << per_byte, D, W)
+            k, v = tl.where(chosen, k_here, k), tl.where(chosen, v_here, v)
+    chosen = ok & (fmt == FP8)
+    if tl.max(tl.max(chosen.to(tl.int32), 0), 0) > 0:
+        k_here, v_here = fp8_tokens(base, row, chosen, chosen, D, W)
+        k, v = tl.where(chosen, k_here, k), tl.where(chosen, v_here, v)
     return k, v

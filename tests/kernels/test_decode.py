@@ -24,6 +24,8 @@ def check_step(world, slots, seed=0):
         q, k, v = world.step(slots, seed + layer)
         output = world.backend.decode(plan, layer, q, k, v, scaling)
         world.extend(slots, layer, k, v)
+        world.backend.finish(plan)
+        world.backend.settle(plan.slots)
         assert output.dtype is q.dtype
         assert output.shape == q.shape
         for row, slot in enumerate(slots):
