@@ -1,7 +1,7 @@
 """The interface every kernel backend implements, and the values that pass through it.
 
-Backends: ``kernels.reference`` (torch, the definition), ``kernels.cpu`` (Numba) and ``kernels.triton_backend`` (GPUs). All
-must pass the same tests.
+Backends: ``kernels.reference`` (torch, the definition), ``kernels.cpu`` (Numba) and ``kernels.triton_backend`` (Triton,
+for NVIDIA GPUs). All must pass the same tests.
 All arrays a backend sees are host numpy arrays unless said otherwise; arenas are flat uint8 torch tensors, one a tier.
 
 A *table* is (sequence slot, layer, KV head). ``Tables`` holds all of them; a backend only reads it, except for the
@@ -76,8 +76,8 @@ class DecodePlan:
     """One decode step: which slots are in the batch, in row order. Made by ``Backend.plan``, read by ``decode``.
 
     ``length`` of every table already counts the step's new token, whose K and V ``decode`` writes first.
-    ``block_mass`` is an output, to be read after ``finish``: the share of attention each block got, mean over the head's
-    query group. A plan is good for one step, and until the next one is made.
+    ``block_mass`` is an output, to be read after ``finish``: the share of attention each block got, mean over the
+    head's query group. A plan is good for one step, and until the next one is made.
     """
 
     slots: I32  # [R] slot of each batch row

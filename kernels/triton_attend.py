@@ -12,8 +12,6 @@ items int32 [I, 4] (N, first block, blocks, place of the first block among the l
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -27,31 +25,31 @@ _PLAN = ("items", "spans", "length", "address", "kind")
 
 @triton.jit(do_not_specialize_on_alignment=_PLAN, do_not_specialize=("scaling", "q_row", "k_row", "v_row"))
 def attend_splits(
-    q: Any,
-    k: Any,
-    v: Any,
-    q_row: Any,
-    k_row: Any,
-    v_row: Any,
-    scaling: Any,
-    device: Any,
-    host: Any,
-    items: Any,
-    length: Any,
-    address: Any,
-    kind: Any,
-    scores: Any,
-    highest: Any,
-    total: Any,
-    sums: Any,
-    DTYPE: tl.constexpr,  # noqa: N803
-    DOT: tl.constexpr,  # noqa: N803
-    H: tl.constexpr,  # noqa: N803
-    G: tl.constexpr,  # noqa: N803
-    M: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    W: tl.constexpr,  # noqa: N803
-) -> None:
+    q,
+    k,
+    v,
+    q_row,
+    k_row,
+    v_row,
+    scaling,
+    device,
+    host,
+    items,
+    length,
+    address,
+    kind,
+    scores,
+    highest,
+    total,
+    sums,
+    DTYPE: tl.constexpr,
+    DOT: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
     """The first pass over one split. If it holds the table's last token, that token's K and V are written first.
 
     Args:
@@ -118,31 +116,31 @@ def attend_splits(
 
 @triton.jit(do_not_specialize_on_alignment=(*_PLAN, "slots"), do_not_specialize=("decay", "layer", "item_programs"))
 def merge_splits(
-    output: Any,
-    block_mass: Any,
-    received: Any,
-    voted: Any,
-    steps: Any,
-    decay: Any,
-    layer: Any,
-    item_programs: Any,
-    slots: Any,
-    items: Any,
-    spans: Any,
-    length: Any,
-    scores: Any,
-    highest: Any,
-    total: Any,
-    sums: Any,
-    DTYPE: tl.constexpr,  # noqa: N803
-    L: tl.constexpr,  # noqa: N803
-    H: tl.constexpr,  # noqa: N803
-    G: tl.constexpr,  # noqa: N803
-    M: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    W: tl.constexpr,  # noqa: N803
-    T: tl.constexpr,  # noqa: N803
-) -> None:
+    output,
+    block_mass,
+    received,
+    voted,
+    steps,
+    decay,
+    layer,
+    item_programs,
+    slots,
+    items,
+    spans,
+    length,
+    scores,
+    highest,
+    total,
+    sums,
+    DTYPE: tl.constexpr,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    T: tl.constexpr,
+):
     """The second pass: a program for each split's masses (``item_programs``), then one for each row's query heads.
 
     Args:
@@ -155,72 +153,116 @@ def merge_splits(
     """
     program = tl.program_id(0)
     if program < item_programs:
-        table = tl.load(items + 4 * program)
-        if table < 0:
-            return
-        first, count, at = (
-            tl.load(items + 4 * program + 1),
-            tl.load(items + 4 * program + 2),
-            tl.load(items + 4 * program + 3),
-        )
-        query = tl.arange(0, M)
-        start, splits = tl.load(spans + 2 * table), tl.load(spans + 2 * table + 1)
-        most, whole = _table_totals(highest, total, start, splits, query, query < G, G, M)  # [M]
-
-        slot = tl.load(slots + table // H).to(tl.int64)
-        kept = tl.load(length + table)
-        place = (slot * L + layer) * H + table % H
-        if first == 0:
-            tl.store(steps + place, tl.load(steps + place) + 1)
-        block, token = tl.arange(0, MERGE_BLOCKS), tl.arange(0, TOKENS)
-        for start_block in range(0, count, MERGE_BLOCKS):
-            b = start_block + block
-            score = scores + (at + b).to(tl.int64)[:, None, None] * (G * TOKENS)
-            score += query[None, :, None] * TOKENS + token[None, None, :]
-            inside = (b < count)[:, None, None] & (query < G)[None, :, None]
-            score = tl.load(score, mask=inside, other=float("-inf"))  # [blocks, M, 32]
-            share = tl.exp2(score - most[None, :, None]) / whole[None, :, None]
-            share = tl.sum(tl.where(inside, share, 0.0), 1)  # [blocks, 32]
-            tl.store(block_mass + at + b, tl.sum(share, 1) / G, mask=b < count)
-            t = (first + b)[:, None] * TOKENS + token[None, :]
-            counted = (b < count)[:, None] & (t < kept)
-            into = received + place * T + t
-            tl.store(into, tl.load(into, mask=counted, other=0.0) + share, mask=counted)
-            into = voted + place * T + t
-            tl.store(into, tl.load(into, mask=counted, other=0.0) * decay + share, mask=counted)
+        if tl.load(items + 4 * program) >= 0:
+            _spread_masses(
+                items + 4 * program,
+                block_mass,
+                received,
+                voted,
+                steps,
+                decay,
+                layer,
+                slots,
+                spans,
+                length,
+                scores,
+                highest,
+                total,
+                L,
+                H,
+                G,
+                M,
+                T,
+            )
     else:
-        at = program - item_programs  # row * query heads + query head
-        row, query = at // (H * G), at % (H * G)
-        table = row * H + query // G
-        start, splits = tl.load(spans + 2 * table), tl.load(spans + 2 * table + 1)
-        channel, split = tl.arange(0, W), tl.arange(0, MERGE_SPLITS)
-        group = query % G + tl.zeros([1], tl.int32)
-        most, whole = _table_totals(highest, total, start, splits, group, group < G, G, 1)  # [1]
-        merged = tl.zeros([W], tl.float32)
-        for s in range(0, splits, MERGE_SPLITS):
-            here = s + split < splits
-            number = start + s + split
-            factor = tl.load(highest + number * G + query % G, mask=here, other=float("-inf"))
-            factor = tl.where(here, tl.exp2(factor - most) / whole, 0.0)
-            part = sums + (number.to(tl.int64) * G + query % G)[:, None] * D + channel[None, :]
-            part = tl.load(part, mask=here[:, None] & (channel < D)[None, :], other=0.0)  # [splits, W]
-            merged += tl.sum(factor[:, None] * part, 0)
-        tl.store(output + at.to(tl.int64) * D + channel, narrow(merged, DTYPE), mask=channel < D)
+        _merge_output(program - item_programs, output, spans, highest, total, sums, DTYPE, H, G, D, W)
 
 
 @triton.jit
-def _table_totals(
-    highest: Any,
-    total: Any,
-    start: Any,
-    splits: Any,
-    query: Any,
-    real: Any,
-    G: tl.constexpr,  # noqa: N803
-    M: tl.constexpr,  # noqa: N803
-) -> Any:
+def _spread_masses(
+    item,
+    block_mass,
+    received,
+    voted,
+    steps,
+    decay,
+    layer,
+    slots,
+    spans,
+    length,
+    scores,
+    highest,
+    total,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Adds the shares of one split's tokens to the masses."""
+    table, first, count, at = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    query = tl.arange(0, M)
+    most, whole = _table_totals(spans + 2 * table, highest, total, query, G, M)  # [M]
+    slot = tl.load(slots + table // H).to(tl.int64)
+    kept = tl.load(length + table)
+    place = (slot * L + layer) * H + table % H
+    if first == 0:
+        tl.store(steps + place, tl.load(steps + place) + 1)
+    block, token = tl.arange(0, MERGE_BLOCKS), tl.arange(0, TOKENS)
+    for start in range(0, count, MERGE_BLOCKS):
+        b = start + block
+        score = scores + (at + b).to(tl.int64)[:, None, None] * (G * TOKENS)
+        score += query[None, :, None] * TOKENS + token[None, None, :]
+        inside = (b < count)[:, None, None] & (query < G)[None, :, None]
+        score = tl.load(score, mask=inside, other=float("-inf"))  # [blocks, M, 32]
+        share = tl.exp2(score - most[None, :, None]) / whole[None, :, None]
+        share = tl.sum(tl.where(inside, share, 0.0), 1)  # [blocks, 32]
+        tl.store(block_mass + at + b, tl.sum(share, 1) / G, mask=b < count)
+        t = (first + b)[:, None] * TOKENS + token[None, :]
+        counted = (b < count)[:, None] & (t < kept)
+        into = received + place * T + t
+        tl.store(into, tl.load(into, mask=counted, other=0.0) + share, mask=counted)
+        into = voted + place * T + t
+        tl.store(into, tl.load(into, mask=counted, other=0.0) * decay + share, mask=counted)
+
+
+@triton.jit
+def _merge_output(
+    at,
+    output,
+    spans,
+    highest,
+    total,
+    sums,
+    DTYPE: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
+    """The output of one query head of one row, ``at`` = row * H * G + query head; zeros for a row without items."""
+    span = spans + 2 * (at // G)  # a table's query heads are adjacent
+    query = at % G
+    most, whole = _table_totals(span, highest, total, query + tl.arange(0, 1), G, 1)  # [1]
+    start, splits = tl.load(span), tl.load(span + 1)
+    channel, split = tl.arange(0, W), tl.arange(0, MERGE_SPLITS)
+    merged = tl.zeros([W], tl.float32)
+    for s in range(0, splits, MERGE_SPLITS):
+        here = s + split < splits
+        number = start + s + split
+        factor = tl.load(highest + number * G + query, mask=here, other=float("-inf"))
+        factor = tl.where(here, tl.exp2(factor - most) / whole, 0.0)
+        part = sums + (number.to(tl.int64) * G + query)[:, None] * D + channel[None, :]
+        part = tl.load(part, mask=here[:, None] & (channel < D)[None, :], other=0.0)  # [splits, W]
+        merged += tl.sum(factor[:, None] * part, 0)
+    tl.store(output + at.to(tl.int64) * D + channel, narrow(merged, DTYPE), mask=channel < D)
+
+
+@triton.jit
+def _table_totals(span, highest, total, query, G: tl.constexpr, M: tl.constexpr):
     """Maximum and total [M] of a table's scores for these of its query heads, over all its splits."""
-    split = tl.arange(0, MERGE_SPLITS)
+    start, splits = tl.load(span), tl.load(span + 1)
+    split, real = tl.arange(0, MERGE_SPLITS), query < G
     most = tl.full([M], float("-inf"), tl.float32)
     whole = tl.zeros([M], tl.float32)
     for s in range(0, splits, MERGE_SPLITS):

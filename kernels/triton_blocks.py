@@ -9,8 +9,6 @@ The interpreter's casts to bfloat16 are wrong; ``narrow`` rounds by integer arit
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -27,15 +25,15 @@ FP8 = tl.constexpr(int(layout.Format.FP8))
 
 
 @triton.jit
-def block_base(address: Any, tier: Any, device: Any, host: Any) -> Any:
+def block_base(address, tier, device, host):
     """First bytes of the blocks at these unit offsets of these tiers' arenas."""
     return tl.where(tier == 0, device, host) + address.to(tl.int64) * UNIT
 
 
 @triton.jit
-def narrow(x: Any, DTYPE: tl.constexpr) -> Any:  # noqa: N803
+def narrow(x, DTYPE: tl.constexpr):
     """float32 rounded to the nearest ``DTYPE``, ties to even."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         high = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(x == x, high, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -44,7 +42,7 @@ def narrow(x: Any, DTYPE: tl.constexpr) -> Any:  # noqa: N803
 
 
 @triton.jit
-def groups_to_channels(x: Any, W: tl.constexpr) -> Any:  # noqa: N803
+def groups_to_channels(x, W: tl.constexpr):
     """One number a group of 32 channels [32, groups] as one a channel [32, W]."""
     groups: tl.constexpr = x.shape[1]
     wide = tl.broadcast_to(tl.expand_dims(x, 2), [TOKENS, groups, W // groups])
@@ -52,7 +50,7 @@ def groups_to_channels(x: Any, W: tl.constexpr) -> Any:  # noqa: N803
 
 
 @triton.jit
-def raw_tokens(base: Any, row: Any, ok: Any, DTYPE: tl.constexpr, D: tl.constexpr, W: tl.constexpr) -> Any:  # noqa: N803
+def raw_tokens(base, row, ok, DTYPE: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """K and V [32, W] as stored."""
     channel = tl.arange(0, W)[None, :]
     at = base.to(tl.pointer_type(DTYPE)) + row * D + channel
@@ -62,14 +60,14 @@ def raw_tokens(base: Any, row: Any, ok: Any, DTYPE: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def integer_tokens(
-    base: Any,
-    row: Any,
-    ok: Any,
-    base_ok: Any,
-    PER_BYTE: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    W: tl.constexpr,  # noqa: N803
-) -> Any:
+    base,
+    row,
+    ok,
+    base_ok,
+    PER_BYTE: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
     """K and V float32 [32, W] of a format of integers, ``PER_BYTE`` to a byte: code * scale + zero."""
     row_bytes: tl.constexpr = (D + PER_BYTE - 1) // PER_BYTE
     bits: tl.constexpr = 8 // PER_BYTE
@@ -91,7 +89,7 @@ def integer_tokens(
 
 
 @triton.jit
-def fp8_tokens(base: Any, row: Any, ok: Any, base_ok: Any, D: tl.constexpr, W: tl.constexpr) -> Any:  # noqa: N803
+def fp8_tokens(base, row, ok, base_ok, D: tl.constexpr, W: tl.constexpr):
     """K and V float32 [32, W] of fp8 blocks: decode(code) * scale."""
     channel = tl.arange(0, W)[None, :]
     inside = channel < D
@@ -105,7 +103,7 @@ def fp8_tokens(base: Any, row: Any, ok: Any, base_ok: Any, D: tl.constexpr, W: t
 
 
 @triton.jit
-def decode_e4m3(code: Any) -> Any:
+def decode_e4m3(code):
     """float32 of e4m3 codes by their bits, which needs no hardware for them: float16 with another exponent bias."""
     wide = code.to(tl.int16)
     half = ((wide & 128) << 8 | (wide & 127) << 7).to(tl.float16, bitcast=True)
@@ -113,7 +111,7 @@ def decode_e4m3(code: Any) -> Any:
 
 
 @triton.jit
-def _value_constants(at: Any, row: Any, ok: Any, D: tl.constexpr, W: tl.constexpr) -> Any:  # noqa: N803
+def _value_constants(at, row, ok, D: tl.constexpr, W: tl.constexpr):
     """Rows of float16 [.., G] as float32 [32, W], a group's number for each of its channels."""
     groups: tl.constexpr = (D + GROUP - 1) // GROUP
     columns: tl.constexpr = (W + GROUP - 1) // GROUP
@@ -124,14 +122,14 @@ def _value_constants(at: Any, row: Any, ok: Any, D: tl.constexpr, W: tl.constexp
 
 @triton.jit
 def block_tokens(
-    base: Any,
-    fmt: Any,
-    tokens: Any,
-    DTYPE: tl.constexpr,  # noqa: N803
-    INTO: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    W: tl.constexpr,  # noqa: N803
-) -> Any:
+    base,
+    fmt,
+    tokens,
+    DTYPE: tl.constexpr,
+    INTO: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
     """K and V [32, W] in ``INTO`` of the first ``tokens`` tokens of one block of any format."""
     row = tl.arange(0, TOKENS)[:, None]
     ok = row < tokens
@@ -155,7 +153,7 @@ def block_tokens(
 
 
 @triton.jit
-def dequantised_tokens(base: Any, row: Any, fmt: Any, ok: Any, D: tl.constexpr, W: tl.constexpr) -> Any:  # noqa: N803
+def dequantised_tokens(base, row, fmt, ok, D: tl.constexpr, W: tl.constexpr):
     """K and V float32 [32, W] of tokens of many blocks [32, 1]; zeros where a block is raw."""
     k = tl.zeros([TOKENS, W], tl.float32)
     v = tl.zeros([TOKENS, W], tl.float32)

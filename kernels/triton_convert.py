@@ -6,8 +6,6 @@ is int32 [2, N, 32], unit offsets (-1: no token) and then format + 256 * tier + 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -29,7 +27,7 @@ COPY_WORDS = tl.constexpr(1024)  # of 4 bytes, that a program copies at once
 
 
 @triton.jit
-def _source(source: Any, n: Any, blocks: Any, device: Any, host: Any) -> Any:
+def _source(source, n, blocks, device, host):
     """First bytes, rows, formats and presence, each [32, 1], of block n's tokens; and whether they are one block."""
     token = tl.arange(0, TOKENS)
     address = tl.load(source + n * TOKENS + token)
@@ -43,15 +41,15 @@ def _source(source: Any, n: Any, blocks: Any, device: Any, host: Any) -> Any:
 
 @triton.jit
 def _as_stored(
-    base: Any,
-    row: Any,
-    fmt: Any,
-    ok: Any,
-    DTYPE: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    W: tl.constexpr,  # noqa: N803
-) -> Any:
+    base,
+    row,
+    fmt,
+    ok,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
     """K and V [32, W] in the model's dtype, as integers: raw numbers keep every bit."""
     raw = ok & (fmt == RAW)
     k_raw, v_raw = raw_tokens(base, row, raw, BITS, D, W)
@@ -63,17 +61,17 @@ def _as_stored(
 
 @triton.jit(do_not_specialize=("blocks",))
 def read_tokens(
-    source: Any,
-    blocks: Any,
-    device: Any,
-    host: Any,
-    keys: Any,
-    values: Any,
-    DTYPE: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    W: tl.constexpr,  # noqa: N803
-) -> None:
+    source,
+    blocks,
+    device,
+    host,
+    keys,
+    values,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
     """Gathers tokens to ``keys`` and ``values`` [N, 32, D], integers BITS as wide as DTYPE."""
     n = tl.program_id(0)
     base, row, fmt, ok, _ = _source(source, n, blocks, device, host)
@@ -88,19 +86,19 @@ def read_tokens(
 
 @triton.jit(do_not_specialize=("blocks",))
 def encode_blocks(
-    source: Any,
-    blocks: Any,
-    device: Any,
-    host: Any,
-    into: Any,
-    FMT: tl.constexpr,  # noqa: N803
-    PAYLOAD: tl.constexpr,  # noqa: N803
-    UNITS: tl.constexpr,  # noqa: N803
-    DTYPE: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    W: tl.constexpr,  # noqa: N803
-) -> None:
+    source,
+    blocks,
+    device,
+    host,
+    into,
+    FMT: tl.constexpr,
+    PAYLOAD: tl.constexpr,
+    UNITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
     """Builds blocks of FMT, of PAYLOAD bytes and zeros up to whole UNITS: ``into`` uint8 [N, 256 * UNITS].
 
     A block whose tokens are one block of that format, in order, is copied byte for byte.
@@ -135,7 +133,7 @@ def encode_blocks(
 
 
 @triton.jit
-def _copy_words(source: Any, into: Any, start: Any, UNITS: tl.constexpr) -> None:  # noqa: N803
+def _copy_words(source, into, start, UNITS: tl.constexpr):
     """Copies COPY_WORDS words of a block from word ``start`` on."""
     word = start + tl.arange(0, COPY_WORDS)
     inside = word < UNITS * (UNIT // 4)
@@ -144,7 +142,7 @@ def _copy_words(source: Any, into: Any, start: Any, UNITS: tl.constexpr) -> None
 
 
 @triton.jit
-def copy_blocks(arena: Any, address: Any, blocks: Any, UNITS: tl.constexpr, LOAD: tl.constexpr) -> None:  # noqa: N803
+def copy_blocks(arena, address, blocks, UNITS: tl.constexpr, LOAD: tl.constexpr):
     """Copies part program_id(1) of block program_id(0) between ``blocks`` [N, 256 * UNITS] and an arena."""
     n = tl.program_id(0)
     start = tl.program_id(1) * COPY_WORDS
@@ -158,16 +156,16 @@ def copy_blocks(arena: Any, address: Any, blocks: Any, UNITS: tl.constexpr, LOAD
 
 @triton.jit(do_not_specialize=("start", "count", "heads"))
 def write_tokens(
-    arena: Any,
-    address: Any,
-    start: Any,
-    count: Any,
-    k: Any,
-    v: Any,
-    heads: Any,
-    D: tl.constexpr,  # noqa: N803
-    W: tl.constexpr,  # noqa: N803
-) -> None:
+    arena,
+    address,
+    start,
+    count,
+    k,
+    v,
+    heads,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
     """Writes k, v [H, count, D] as kept tokens from ``start`` on, one block of one head a program.
 
     ``address`` int32 [blocks, H] is of the blocks that hold them; numbers are integers as wide as the model's dtype.

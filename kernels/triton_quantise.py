@@ -5,8 +5,6 @@ K and V of a block are float32 tiles [32, W]; D channels are real, W >= D is a p
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -19,13 +17,13 @@ _ROUNDER = tl.constexpr(1.5 * 2.0**23)  # added and taken away, leaves a float32
 
 @triton.jit
 def store_integers(
-    block: Any,
-    k: Any,
-    v: Any,
-    PER_BYTE: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    W: tl.constexpr,  # noqa: N803
-) -> None:
+    block,
+    k,
+    v,
+    PER_BYTE: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
     """Writes an int8, int4 or int2 block, ``PER_BYTE`` codes to a byte."""
     row_bytes: tl.constexpr = (D + PER_BYTE - 1) // PER_BYTE
     levels: tl.constexpr = (1 << (8 // PER_BYTE)) - 1
@@ -53,7 +51,7 @@ def store_integers(
 
 
 @triton.jit
-def store_fp8(block: Any, k: Any, v: Any, D: tl.constexpr, W: tl.constexpr) -> None:  # noqa: N803
+def store_fp8(block, k, v, D: tl.constexpr, W: tl.constexpr):
     """Writes an fp8 block."""
     groups: tl.constexpr = (D + GROUP - 1) // GROUP
     channel, row = tl.arange(0, W), tl.arange(0, TOKENS)[:, None]
@@ -72,7 +70,7 @@ def store_fp8(block: Any, k: Any, v: Any, D: tl.constexpr, W: tl.constexpr) -> N
 
 
 @triton.jit
-def _finite(x: Any) -> Any:
+def _finite(x):
     """What quantised formats can hold: NaN counts as 0, and float16 scales end at +-65504."""
     x = tl.where(x == x, x, 0.0)
     x = tl.where(x > HALF_MAX, HALF_MAX, x)  # not maximum: a zero's sign stays
@@ -80,19 +78,19 @@ def _finite(x: Any) -> Any:
 
 
 @triton.jit
-def _grouped(x: Any, W: tl.constexpr) -> Any:  # noqa: N803
+def _grouped(x, W: tl.constexpr):
     """[32, W] as [32, groups, channels of a group]."""
     columns: tl.constexpr = (W + GROUP - 1) // GROUP
     return tl.reshape(x, [TOKENS, columns, W // columns])
 
 
 @triton.jit
-def _rounded(x: Any) -> Any:
+def _rounded(x):
     return (x + _ROUNDER) - _ROUNDER
 
 
 @triton.jit
-def _half_above(x: Any) -> Any:
+def _half_above(x):
     """The least float16 that is not below x >= 0."""
     half = x.to(tl.float16)
     above = (half.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
@@ -100,8 +98,9 @@ def _half_above(x: Any) -> Any:
 
 
 @triton.jit
-def _scale_and_zero(low: Any, high: Any, LEVELS: tl.constexpr) -> Any:  # noqa: N803
+def _scale_and_zero(low, high, LEVELS: tl.constexpr):
     """float16 scale and zero, rounded outwards so that codes 0..LEVELS cover the whole group."""
+    low += 0.0  # never a negative zero
     zero = low.to(tl.float16)
     bits = zero.to(tl.int16, bitcast=True).to(tl.int32)
     below = (bits + tl.where(bits < 0, 1, -1)).to(tl.int16).to(tl.float16, bitcast=True)
@@ -111,7 +110,7 @@ def _scale_and_zero(low: Any, high: Any, LEVELS: tl.constexpr) -> Any:  # noqa: 
 
 
 @triton.jit
-def _codes(x: Any, scale: Any, zero: Any, LEVELS: tl.constexpr) -> Any:  # noqa: N803
+def _codes(x, scale, zero, LEVELS: tl.constexpr):
     """int32 codes [32, W]; 0 where the scale is."""
     constant = scale == 0.0
     exact = tl.div_rn(x - zero, tl.where(constant, 1.0, scale))
@@ -120,7 +119,7 @@ def _codes(x: Any, scale: Any, zero: Any, LEVELS: tl.constexpr) -> Any:  # noqa:
 
 
 @triton.jit
-def _e4m3(x: Any, scale: Any) -> Any:
+def _e4m3(x, scale):
     """int32 codes [32, W] of the e4m3 numbers nearest to x / scale, ties to even; x itself where the scale is 0."""
     exact = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale))
     size = tl.minimum(tl.abs(exact), FP8_MAX)
@@ -132,7 +131,7 @@ def _e4m3(x: Any, scale: Any) -> Any:
 
 
 @triton.jit
-def _store_codes(into: Any, code: Any, PER_BYTE: tl.constexpr, D: tl.constexpr, W: tl.constexpr) -> None:  # noqa: N803
+def _store_codes(into, code, PER_BYTE: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """Packs codes [32, W] and writes them as uint8 [32, ceil(D / PER_BYTE)]."""
     row_bytes: tl.constexpr = (D + PER_BYTE - 1) // PER_BYTE
     row = tl.arange(0, TOKENS)[:, None]

@@ -204,6 +204,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def names() -> list[str]:
+    """All backends that can be tested here."""
+    return NAMES
+
+
+@pytest.fixture
 def make_world(name: str) -> Callable[..., World]:
     """``build`` for the backend under test."""
     return lambda *args, **kwargs: build(name, *args, **kwargs)
