@@ -292,7 +292,7 @@ def _to_host(x: torch.Tensor) -> npt.NDArray[np.float32]:
         return x.numpy().copy()
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x.contiguous(), non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
     copied.synchronize()
     return host.numpy()

@@ -73,7 +73,7 @@ class Bucket:
         pinned = device.type == "cuda"
         self._staging = torch.empty(4 * ints + kinds, dtype=torch.uint8, pin_memory=pinned)
         self._device = torch.empty_like(self._staging, device=device)
-        self._uploaded = torch.cuda.Event() if pinned else None
+        self._uploaded = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
         host: dict[str, npt.NDArray[np.int32]] = {}
         there: dict[str, torch.Tensor] = {}
