@@ -61,7 +61,7 @@ class TritonBackend:
         """Compiles all kernels for this model, or loads them from Triton's cache."""
         shape = CacheShape(1, self.shape.kv_heads, self.shape.query_heads, self.shape.head_dim, self.shape.dtype)
         size = max(shape.block_bytes(fmt) for fmt in Format) * shape.kv_heads
-        arenas = tuple(torch.zeros_like(arena[:1]).expand(size).contiguous() for arena in self.arenas)
+        arenas = tuple(torch.zeros(size, dtype=torch.uint8, device=arena.device) for arena in self.arenas)
         if self._device.type == "cuda":
             arenas = arenas[0], arenas[1].pin_memory() if arenas[1].device.type == "cpu" else arenas[1]
         backend = TritonBackend(shape, arenas, Tables.allocate(1, shape, 1))
@@ -307,5 +307,5 @@ def _check_reach(arenas: tuple[torch.Tensor, ...]) -> None:
         return
     if device.device.type != "cuda":
         raise ValueError(f"device arena on {device.device}: the triton backend needs a CUDA device")
-    if host.device != device.device and not host.is_pinned():
+    if host.device != device.device and host.numel() and not host.is_pinned():
         raise ValueError("host arena: must be pinned memory, which the GPU can read in place")
