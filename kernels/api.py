@@ -1,10 +1,22 @@
 """The interface every kernel backend implements, and the values that pass through it.
 
-Backends: ``kernels.reference`` (torch, the definition) and ``kernels.cpu`` (Numba). Both must pass the same tests.
+Backends: ``kernels.reference`` (torch, the definition), ``kernels.cpu`` (Numba) and ``kernels.triton_backend`` (Triton,
+for NVIDIA GPUs). All must pass the same tests.
 All arrays a backend sees are host numpy arrays unless said otherwise; arenas are flat uint8 torch tensors, one a tier.
 
 A *table* is (sequence slot, layer, KV head). ``Tables`` holds all of them; a backend only reads it, except for the
-masses, which decode attention adds to.
+masses and votes, which decode attention adds to.
+
+A step is ``plan``, ``decode`` for every layer, ``finish``. A backend may run ``decode`` behind the caller's back and
+keep what it adds to masses and votes to itself, so on the host
+
+- ``plan.block_mass`` is there after ``finish(plan)``, and
+- ``mass`` and ``votes`` of a slot are up to date after ``settle`` of that slot: call it before anything reads them,
+  before anything but a step's new tokens changes which kept token is where (a switch, a fork, a slot that is given
+  away), and before anything writes them, except zeros for tokens that are being appended.
+
+Addresses, formats, tiers and lengths are read by ``plan`` alone; a block may be given away or overwritten when the
+step that read it has finished.
 """
 
 from __future__ import annotations
@@ -64,7 +76,8 @@ class DecodePlan:
     """One decode step: which slots are in the batch, in row order. Made by ``Backend.plan``, read by ``decode``.
 
     ``length`` of every table already counts the step's new token, whose K and V ``decode`` writes first.
-    ``block_mass`` is an output: the share of attention each block got, mean over the head's query group.
+    ``block_mass`` is an output, to be read after ``finish``: the share of attention each block got, mean over the
+    head's query group. A plan is good for one step, and until the next one is made.
     """
 
     slots: I32  # [R] slot of each batch row
@@ -112,7 +125,25 @@ class Backend(Protocol):
             scaling: factor on the scores.
 
         Returns:
-            [R, query_heads, D] in q's dtype. Also fills ``plan.block_mass[layer]`` and adds to the tables' masses.
+            [R, query_heads, D] in q's dtype. Also fills ``plan.block_mass[layer]`` and adds to the tables' masses and
+            votes, where ``finish`` and ``settle`` make them visible.
+        """
+        ...
+
+    def finish(self, plan: DecodePlan) -> None:
+        """Makes ``plan.block_mass`` readable on the host; waits for the decode calls so far.
+
+        To be called after the last layer and before the next ``plan``, if at all: masses that nobody looks at need no
+        copy. Calling it again brings it up to date again. Nothing to do where ``decode`` runs on the host.
+        """
+        ...
+
+    def settle(self, slots: I32) -> None:
+        """Brings ``tables.mass`` and ``tables.votes`` of these slots up to date; waits for the decode calls so far.
+
+        With n steps since the last settlement, ``mass += received`` and ``votes = votes * VOTE_DECAY ** n + faded``,
+        where ``faded`` is what the steps added, fading since. A slot without steps since costs nothing. Nothing to do
+        where ``decode`` runs on the host.
         """
         ...
 

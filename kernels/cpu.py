@@ -117,6 +117,12 @@ class CpuBackend:
         )
         return output.to(q.dtype)
 
+    def finish(self, plan: DecodePlan) -> None:
+        """Nothing to do: ``decode`` has filled the masses."""
+
+    def settle(self, slots: I32) -> None:
+        """Nothing to do: ``decode`` has added to the tables."""
+
     def write(self, slot: int, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """See ``kernels.api.Backend.write``."""
         check_write(self.tables, slot, layer, start, k.shape[1])

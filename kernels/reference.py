@@ -79,6 +79,12 @@ class ReferenceBackend:
         votes[kept] = votes[kept].astype(np.float32) * np.float32(VOTE_DECAY) + received[kept]
         return (shares @ values).view(self.shape.query_heads, -1)
 
+    def finish(self, plan: DecodePlan) -> None:
+        """Nothing to do: ``decode`` has filled the masses."""
+
+    def settle(self, slots: I32) -> None:
+        """Nothing to do: ``decode`` has added to the tables."""
+
     def write(self, slot: int, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """See ``kernels.api.Backend.write``."""
         check_write(self.tables, slot, layer, start, k.shape[1])
@@ -253,6 +259,7 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
 def _scale_and_zero(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """float16 scale and zero of groups [..., n], rounded outwards so that codes 0..levels cover the whole group."""
     low, high = x.aminmax(dim=-1)
+    low = low + 0.0  # which of two zeros is the lower is undefined: never the negative one
     zero = low.half()
     zero = torch.where((zero.float() > low) & (high > low), _next_half(zero, up=False), zero)
     exact = (high - zero.float()) / LEVELS[fmt]

@@ -23,6 +23,7 @@ class KernelBackend(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     REFERENCE = "reference"
+    TRITON = "triton"
 
 
 class ModelDtype(StrEnum):

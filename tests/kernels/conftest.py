@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when kernels.triton_* are imported; no test of this process needs a GPU
 
 from kernels.api import Backend, Tables, TokenSource
 from kernels.backends import make_backend
@@ -190,10 +194,19 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+NAMES = ["reference", "cpu", *(["triton"] if importlib.util.find_spec("triton") else [])]
+
+
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     """Every kernel test runs on every backend."""
     return str(request.param)
+
+
+@pytest.fixture
+def names() -> list[str]:
+    """All backends that can be tested here."""
+    return NAMES
 
 
 @pytest.fixture

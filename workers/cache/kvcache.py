@@ -120,6 +120,7 @@ class KVCache:
 
     def close(self, seq: SequenceCache) -> None:
         """Gives back everything a request holds."""
+        self.settle(seq)  # nothing of it may reach the slot's next owner
         now = blocks_of(self.tables, seq.slot)
         for tier, arena in self._arenas.items():
             arena.release(now.on(tier))
@@ -144,6 +145,7 @@ class KVCache:
         """
         if seq.shadow:
             raise ValueError("a cache with a shadow cannot be forked")
+        self.settle(seq)
         now = blocks_of(self.tables, seq.slot)
         tail = now.valid & ~now.full
         lot = self.device.open_lot(Format.RAW)
@@ -261,6 +263,10 @@ class KVCache:
         seq.seen += tokens
         seq.reserved = max(0, seq.reserved - tokens)
 
+    def settle(self, seq: SequenceCache) -> None:
+        """Brings the request's masses and votes in the tables up to date with the steps it has taken part in."""
+        self.backend.settle(np.array([seq.slot], np.int32))
+
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
         values."""
@@ -326,6 +332,7 @@ class KVCache:
         """
         if occasion is not Occasion.PROMPT and not pipeline.is_full and seq.seen < BLOCK_TOKENS:
             return
+        self.settle(seq)
         had_shadow = seq.shadow is not None
         try:
             if seq.shadow or (pipeline.wants_shadow and not seq.lost):

@@ -217,6 +217,7 @@ class Replayer:
         both = [base] if watched is base else [base, watched]
         first = place.at_token - SIGNAL_TOKENS
         meter = SignalMeter(tokens[: first + 1])
+        self._cache.settle(watched)
         meter.note_votes(self._cache.tables, watched.slot, watched.seen)  # for later ones to be held against
         audited = pipeline.wants_shadow and _audited(tokens[first : place.at_token])
         drift: list[torch.Tensor] = []
@@ -249,6 +250,7 @@ class Replayer:
         self, replay: Replay, seq: SequenceCache, pipeline: Pipeline, at_token: int, meter: SignalMeter
     ) -> policy_pb2.RequestState:
         """The request as its report would describe it."""
+        self._cache.settle(seq)
         meter.note_votes(self._cache.tables, seq.slot, seq.seen)
         prompt_tokens = replay.prompt_end(at_token)
         return policy_pb2.RequestState(

@@ -139,6 +139,7 @@ class Reporter:
         meter = self._meters[seq.job_id]
         if seq.cache and seq.phase is Phase.DECODE:
             with self._measured():
+                self._cache.settle(seq.cache)
                 meter.note_votes(self._cache.tables, seq.cache.slot, seq.cache.seen)
         state = policy_pb2.RequestState(
             request_id=seq.job_id,

@@ -88,7 +88,9 @@ class ModelRunner:
             self._cache.advance(seq, 1)
         plan = self._cache.backend.plan(np.array([seq.slot for seq in sequences], np.int32))
         attend = DecodeAttention(self._cache, plan)
-        return self._forward([[token] for token in token_ids], [[position] for position in positions], attend), plan
+        logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
+        self._cache.backend.finish(plan)
+        return logits, plan
 
     @torch.inference_mode()
     def prefill(
