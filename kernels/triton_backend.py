@@ -236,6 +236,10 @@ class TritonBackend:
             )
         return built
 
+    def transcode(self, source: TokenSource, fmt: Format, tier: int, address: I32) -> None:
+        """See ``kernels.api.Backend.transcode``."""
+        self.store(tier, address, self.encode(source, fmt))
+
     def store(self, tier: int, address: I32, blocks: torch.Tensor) -> None:
         """See ``kernels.api.Backend.store``."""
         self._copy(tier, address, blocks.to(self._device).contiguous(), load=False)

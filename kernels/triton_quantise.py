@@ -71,9 +71,9 @@ def store_fp8(block, k, v, D: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _finite(x):
-    """What quantised formats can hold: NaN counts as 0, and float16 scales end at +-65504."""
-    x = tl.where(x == x, x, 0.0)
-    x = tl.where(x > HALF_MAX, HALF_MAX, x)  # not maximum: a zero's sign stays
+    """What quantised formats can hold: NaN and -0 count as 0, and float16 scales end at +-65504."""
+    x = tl.where((x < 0) | (x > 0), x, 0.0)
+    x = tl.where(x > HALF_MAX, HALF_MAX, x)
     return tl.where(x < -HALF_MAX, -HALF_MAX, x)
 
 

@@ -185,6 +185,21 @@ def test_encode_pads_with_zeros(make_world, unpack_block, fmt):
 
 
 @pytest.mark.parametrize("fmt", Format)
+def test_transcoding_puts_blocks_where_they_are_to_lie(make_world, fmt):
+    """What ``encode`` gives, and not a byte beside it."""
+    world = make_world(FP32, np.full((1, 1, 1), 96), (Format.RAW, Format.INT4))  # all blocks on the device
+    places = world.tables.address[0, 0, 0]
+    for tier, address in ((Tier.HOST, places[[2, 0, 1]]), (Tier.DEVICE, places[4:])):  # the last one is nobody's
+        source = world.source(0, 0, 0, list(range(7, 7 + 32 * len(address) - 5)))
+        before = world.backend.arenas[tier].clone()
+        world.backend.transcode(source, fmt, tier, address)
+        blocks = world.backend.encode(source, fmt)
+        assert torch.equal(world.backend.load(tier, address, fmt), blocks)
+        world.backend.store(tier, address, torch.full_like(blocks, 0xFF))  # as all memory was
+        assert torch.equal(world.backend.arenas[tier], before)
+
+
+@pytest.mark.parametrize("fmt", Format)
 def test_encode_to_the_same_format_changes_nothing(make_world, fmt):
     """Quantising twice does not lose twice."""
     world = make_world(FP32, np.full((1, 1, 1), 96), (fmt,), tuple(Tier))
