@@ -32,7 +32,7 @@ from bench.kernel_timing import Bandwidth, Contestant, time_in_turn
 from bench.machine import Machine, describe_machine
 from cli.errors import BadInputError, FailedError
 from kernels.api import Tables
-from kernels.backends import make_backend
+from kernels.backends import best_for, make_backend
 from kernels.layout import UNIT_BYTES, CacheShape, Format
 
 CONTEXTS = {"cpu": (2048, 8192), "cuda": (8192, 32768)}
@@ -230,7 +230,7 @@ def _check_backend(name: str, settings: Settings, device: torch.device) -> str:
         arenas = (torch.zeros(UNIT_BYTES, dtype=torch.uint8, device=device), host)
         backend = make_backend(name, shape, arenas, Tables.allocate(1, shape, 1))
         backend.warm_up()
-        return type(backend).__name__.removesuffix("Backend").lower() if name == "auto" else name
+        return best_for(arenas) if name == "auto" else name
 
     return _checked(make)
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import kernels, steer
+from bench import kernel_cache, kernels, steer
 from bench.kernel_cache import Case
 from bench.kernel_report import COPY, READ, make_row, make_switch
 from bench.kernel_timing import WARM_UP_ROUNDS, Contestant, time_in_turn
@@ -21,8 +21,7 @@ from bench.machine import describe_machine
 from bench.serve import Figures, Round, make_report, render
 from cli.errors import FailedError
 from cli.main import app
-from kernels.api import TokenSource
-from kernels.backends import BACKENDS
+from kernels.api import Backend, TokenSource
 from kernels.layout import CacheShape, Format
 from kernels.reference import ReferenceBackend
 
@@ -151,8 +150,11 @@ def test_a_refused_format_is_reported_and_a_wrong_kernel_fails(monkeypatch: pyte
         def decode(self, *args: Any) -> torch.Tensor:
             return 2 * super().decode(*args)
 
-    monkeypatch.setitem(BACKENDS, "strange", Strange)
-    monkeypatch.setitem(BACKENDS, "wrong", Wrong)
+    def make(name: str, *args: Any) -> Backend:
+        return {"strange": Strange, "wrong": Wrong}[name](*args)
+
+    for module in (kernels, kernel_cache):
+        monkeypatch.setattr(module, "make_backend", make)
     chosen = kernels.Settings(
         ("strange",), (Format.RAW, Format.INT8), (64,), batch=1, repeats=1, switch_tokens=0, walk_bytes=1
     )
