@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # OpenMP threads that spin while they wait slow everything down where tests share their cores with servers they started.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+# Triton decides as it is imported, which transformers does, whether kernels are interpreted: here they are, on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("kvpilot", derandomize=True, database=None, deadline=None)
 settings.load_profile("kvpilot")  # the same examples at every run

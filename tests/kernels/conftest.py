@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when kernels.triton_* are imported; no test of this process needs a GPU
 
 from kernels.api import Backend, Tables, TokenSource
 from kernels.backends import make_backend
