@@ -249,8 +249,7 @@ def score_tile(
             with _loop(builder, quads) as quad:
                 token = builder.mul(quad, _long(TILE_TOKENS))
                 first = _add(builder, keys, builder.mul(token, key_stride))
-                if kind > BF16:
-                    _prefetch(builder, _add(builder, ahead, builder.mul(token, key_stride)), quad_bytes)
+                _prefetch(builder, _add(builder, ahead, builder.mul(token, key_stride)), quad_bytes)
                 rows = [_add(builder, first, builder.mul(key_stride, _long(t))) for t in range(TILE_TOKENS)]
                 sums = _Sums(builder, [ir.Constant(VECTOR, [0.0] * LANES)] * (queries * TILE_TOKENS))
                 with _loop(builder, rounds) as i:
@@ -325,8 +324,7 @@ def weigh_tile(
             groups = [builder.mul(builder.sdiv(c, _long(32)), _long(4)) for c in channels]
             with _loop(builder, tokens) as t:
                 row = _add(builder, first, builder.mul(t, value_stride))
-                if kind > BF16:
-                    _prefetch(builder, _add(builder, ahead, builder.mul(t, value_stride)), value_stride)
+                _prefetch(builder, _add(builder, ahead, builder.mul(t, value_stride)), value_stride)
                 numbers = [
                     vector
                     for i in range(loads)
