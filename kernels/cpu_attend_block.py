@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.cpu_blocks import codes_bytes, codes_per_byte, load_key, load_raw, load_value, value_scales
+from kernels.cpu_blocks import codes_bytes, codes_per_byte, load_key, load_value, value_scales
 from kernels.cpu_jit import Array, Float, fast_jit, jit
-from kernels.cpu_memory import BF16, F16, F32, FP8, float_of
-from kernels.cpu_tiles import CHANNELS, LANES, TILE_QUERIES, TILE_TOKENS, WIDE_CHANNELS, score_tile, weigh_tile
+from kernels.cpu_memory import BF16, F32, FP8, float_of, load_f16, load_f32, store_f32
+from kernels.cpu_tiles import (
+    CHANNELS,
+    FOLDED_GROUPS,
+    FP8_STEP,
+    LANES,
+    TILE_QUERIES,
+    TILE_TOKENS,
+    WIDE_CHANNELS,
+    fold_tile,
+    score_tile,
+    weigh_tile,
+)
 from kernels.layout import BLOCK_TOKENS, GROUP
 
 SPLIT_BLOCKS = 16
@@ -82,32 +93,61 @@ def weigh_block(
     groups = (d + GROUP - 1) // GROUP
     stride = codes_bytes(kind, d)
     values = block + BLOCK_TOKENS * stride
-    unpacked = scratch.ctypes.data
+    scales = values + BLOCK_TOKENS * stride + value_scales(kind, d)
     if not _tiled(kind, d):
         values = _unpack(kind, block, tokens, d, True, scratch)
         kind, stride = F32, 4 * width
-    elif kind > BF16:
-        constants = BLOCK_TOKENS * groups * (1 if kind == FP8 else 2)
-        load_raw(F16, values + BLOCK_TOKENS * stride + value_scales(kind, d), constants, unpacked)
     channels = WIDE_CHANNELS if width % WIDE_CHANNELS == 0 else CHANNELS
+    folded, folded_stride = scratch.ctypes.data, 4 * (BLOCK_TOKENS * groups + max(LANES, groups))
     for g in range(0, group, TILE_QUERIES):
+        queries = min(TILE_QUERIES, group - g)
+        weight, weight_stride = weights.ctypes.data + 4 * (g * SPLIT_TOKENS + at), 4 * SPLIT_TOKENS
+        if kind > BF16:
+            _fold(kind, queries, groups, scales, weight, weight_stride, folded, folded_stride)
+            weight, weight_stride = folded, folded_stride
         for tile in range(width // channels):
             weigh_tile(
                 kind,
-                min(TILE_QUERIES, group - g),
+                queries,
                 values,
                 stride,
                 tokens,
                 width,
                 tile * channels // codes_per_byte(kind),
-                unpacked,
-                unpacked + 4 * BLOCK_TOKENS * groups,
-                weights.ctypes.data + 4 * (g * SPLIT_TOKENS + at),
-                4 * SPLIT_TOKENS,
+                weight,
+                weight_stride,
                 sums.ctypes.data + 4 * g * width,
                 4 * width,
                 ahead if g == 0 and tile == 0 else values,
             )
+
+
+@jit
+def _fold(
+    kind: int,
+    queries: int,
+    groups: int,
+    scales: int,
+    weights: int,
+    weight_stride: int,
+    folded: int,
+    folded_stride: int,
+) -> None:
+    """``fold_tile`` for any number of value groups."""
+    if groups in FOLDED_GROUPS:
+        fold_tile(kind, queries, groups, scales, weights, weight_stride, folded, folded_stride)
+        return
+    step = np.float32(FP8_STEP if kind == FP8 else 1.0)
+    for g in range(queries):
+        row, into = weights + g * weight_stride, folded + g * folded_stride
+        for group in range(groups):
+            base = np.float32(0.0)
+            for t in range(BLOCK_TOKENS):
+                at = t * groups + group
+                store_f32(into, at, load_f32(row, t) * load_f16(scales, at) * step)
+                if kind != FP8:
+                    base += load_f32(row, t) * load_f16(scales, BLOCK_TOKENS * groups + at)
+            store_f32(into, BLOCK_TOKENS * groups + group, base)
 
 
 @fast_jit

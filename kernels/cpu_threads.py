@@ -25,6 +25,7 @@ from kernels.cpu_jit import intrinsic
 log = structlog.get_logger(__name__)
 _cgutils: Any = cgutils
 LONG, INT = ir.IntType(64), ir.IntType(32)
+SHARES = 2  # a thread takes one part in this many of what each has left to do
 
 
 @cache
@@ -49,8 +50,9 @@ def team() -> tuple[int, int]:
 def parallel_for(typing: Any, team: Any, work: Any, count: Any, arguments: Any) -> Any:
     """``parallel_for(team, work, count, arguments)``: ``work(i, *arguments)`` for i in 0 .. count - 1, in any order.
 
-    Each thread takes the next index when it is done with one, so uneven work is shared evenly. ``work`` is a jitted
-    function without a result. Its errors go unnoticed; code here raises none.
+    A thread takes several adjacent indexes at once, fewer and fewer towards the end, so that it can reckon with
+    what comes next, and uneven work is still shared evenly. ``work`` is a jitted function without a result. Its errors
+    go unnoticed; code here raises none.
     """
     call = work.get_call_type(typing, (types.int64, *arguments.types), {})
 
@@ -59,12 +61,13 @@ def parallel_for(typing: Any, team: Any, work: Any, count: Any, arguments: Any) 
         compiled = work.dispatcher.get_compile_result(call)
         context.active_code_library.add_linking_library(compiled.library)
         unpacked = _cgutils.unpack_tuple(builder, arguments)
-        shared = _cgutils.alloca_once(builder, ir.LiteralStructType([LONG, LONG, *(value.type for value in unpacked)]))
-        for field, value in enumerate([ir.Constant(LONG, 0), count, *unpacked]):  # next index, count, arguments
+        start, threads = _cgutils.unpack_tuple(builder, team)
+        fields = [ir.Constant(LONG, 0), count, threads, *unpacked]  # the first is the next index
+        shared = _cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in fields]))
+        for field, value in enumerate(fields):
             builder.store(value, _field(builder, shared, field))
         body = _thread_body(context, builder.module, compiled.fndesc, call, shared.type)
 
-        start, threads = _cgutils.unpack_tuple(builder, team)
         several = builder.and_(*(builder.icmp_signed(">", n, ir.Constant(LONG, 1)) for n in (threads, count)))
         with builder.if_else(several) as (together, alone):
             with together:
@@ -90,17 +93,32 @@ def _thread_body(context: Any, module: ir.Module, work: Any, call: Any, shared_t
     body.linkage = "internal"
     builder = ir.IRBuilder(body.append_basic_block("entry"))
     [shared] = body.args
-    count, *arguments = (
+    count, threads, *arguments = (
         builder.load(_field(builder, shared, field)) for field in range(1, len(shared_type.pointee.elements))
     )
-    take, run, end = (body.append_basic_block(label) for label in ("take", "run", "end"))
+    one, next_index = ir.Constant(LONG, 1), _field(builder, shared, 0)
+    take, claim, run, end = (body.append_basic_block(label) for label in ("take", "claim", "run", "end"))
     builder.branch(take)
+
     builder.position_at_end(take)
-    index = builder.atomic_rmw("add", _field(builder, shared, 0), ir.Constant(LONG, 1), "monotonic")
-    builder.cbranch(builder.icmp_signed("<", index, count), run, end)
+    first = builder.load_atomic(next_index, "monotonic", 8)
+    left = builder.sub(count, first)
+    builder.cbranch(builder.icmp_signed(">", left, ir.Constant(LONG, 0)), claim, end)
+
+    builder.position_at_end(claim)
+    fair = builder.sdiv(left, builder.mul(threads, ir.Constant(LONG, SHARES)))
+    stop = builder.add(first, builder.select(builder.icmp_signed(">", fair, one), fair, one))
+    claimed = builder.cmpxchg(next_index, first, stop, "monotonic")
+    builder.cbranch(builder.extract_value(claimed, 1), run, take)
+
     builder.position_at_end(run)
+    index = builder.phi(LONG)
+    index.add_incoming(first, claim)
     context.call_internal_no_propagate(builder, work, call, [index, *arguments])
-    builder.branch(take)
+    following = builder.add(index, one)
+    index.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, stop), run, take)
+
     builder.position_at_end(end)
     builder.ret_void()
     return body

@@ -36,7 +36,9 @@ VECTOR = ir.VectorType(FLOAT, LANES)
 KINDS = (F32, F16, BF16, INT8, INT4, INT2, FP8)
 VECTOR_BYTES = {F32: 64, F16: 32, BF16: 32, INT8: 16, INT4: 16, INT2: 16, FP8: 16}  # bytes that hold PARTS vectors
 PARTS = dict.fromkeys(KINDS, 1) | {INT4: 2, INT2: 4}
+CODES = (INT8, INT4, INT2, FP8)
 ZEROS = (INT8, INT4, INT2)  # kinds whose groups have a zero beside their scale
+FOLDED_GROUPS = (1, 2, 4, 8)  # numbers of value groups that fold_tile does
 FP8_STEP = 256.0  # an e4m3 is this times the float16 with its exponent and mantissa bits
 
 
@@ -277,6 +279,62 @@ def score_tile(
 
 
 @intrinsic
+def fold_tile(
+    typing: Any,
+    kind: Any,
+    queries: Any,
+    groups: Any,
+    scales: Any,
+    weights: Any,
+    weight_stride: Any,
+    folded: Any,
+    folded_stride: Any,
+) -> Any:
+    """Multiplies a block's constants into its tokens' weights, so that values can be weighed as the codes they are.
+
+    sum over t of weights[t] * (code[t] * scale[t] + zero[t]) is that of folded[t] * code[t], and a base. Reads float32
+    weights[g, 32] and the values' constants at ``scales`` as the block has them, with so many value groups (one of
+    FOLDED_GROUPS); stores float32 folded[g, 32, groups], and after those of each query a base for each group.
+    """
+
+    def generate(builder: ir.IRBuilder, kind: Any, queries: Any, groups: Any, *rest: Any) -> None:
+        scales, weights, weight_stride, folded, folded_stride = rest
+
+        def variant(kind: int, queries: int, groups: int) -> None:
+            tokens = LANES // groups
+            repeat = ir.Constant(ir.VectorType(INT, LANES), [lane // groups for lane in range(LANES)])
+            zeros = _add(builder, scales, 2 * BLOCK_TOKENS * groups)
+            sums = _Sums(builder, [ir.Constant(VECTOR, [0.0] * LANES)] * queries)
+            with _loop(builder, _long(BLOCK_TOKENS // tokens)) as i:
+                constants = builder.mul(i, _long(2 * LANES))
+                [scale] = _load_numbers(builder, F16, _add(builder, scales, constants))
+                if kind == FP8:
+                    scale = builder.fmul(scale, ir.Constant(VECTOR, [FP8_STEP] * LANES))
+                for g in range(queries):
+                    row = _add(builder, weights, builder.mul(weight_stride, _long(g)))
+                    few = _load(builder, _add(builder, row, builder.mul(i, _long(4 * tokens))), FLOAT, tokens)
+                    weight = builder.shuffle_vector(few, few, repeat)
+                    into = _add(builder, folded, builder.mul(folded_stride, _long(g)), builder.mul(i, _long(4 * LANES)))
+                    _store(builder, builder.fmul(weight, scale), into)
+                    if kind in ZEROS:
+                        [zero] = _load_numbers(builder, F16, _add(builder, zeros, constants))
+                        sums.add_product(g, weight, zero)
+            for g, base in enumerate(sums.vectors()):
+                distance = LANES // 2
+                while distance >= groups:  # lanes of the same group are so far apart
+                    turned = [(lane + distance) % LANES for lane in range(LANES)]
+                    turn = ir.Constant(ir.VectorType(INT, LANES), turned)
+                    base = builder.fadd(base, builder.shuffle_vector(base, base, turn))
+                    distance //= 2
+                after = builder.add(builder.mul(folded_stride, _long(g)), _long(4 * BLOCK_TOKENS * groups))
+                _store(builder, base, _add(builder, folded, after))
+
+        _for_each_variant(builder, variant, (kind, CODES), (queries, QUERIES), (groups, FOLDED_GROUPS))
+
+    return _intrinsic(8, generate)
+
+
+@intrinsic
 def weigh_tile(
     typing: Any,
     kind: Any,
@@ -286,8 +344,6 @@ def weigh_tile(
     tokens: Any,
     d: Any,
     channel: Any,
-    scales: Any,
-    zeros: Any,
     weights: Any,
     weight_stride: Any,
     sums: Any,
@@ -298,12 +354,12 @@ def weigh_tile(
 
     Covers WIDE_CHANNELS channels from ``channel`` on where D is a multiple of that, else CHANNELS. Of INT4 these are
     half of them from ``channel`` and half from ``channel + D / 2`` on, of INT2 a quarter from each
-    ``channel + i D / 4``. Codes are dequantised with float32 ``scales`` and ``zeros`` [tokens, value groups].
-    Meanwhile as many rows at ``ahead`` are fetched into cache.
+    ``channel + i D / 4``. Codes are weighed as such, with what ``fold_tile`` made of all 32 tokens' weights. Meanwhile
+    as many rows at ``ahead`` are fetched into cache.
     """
 
     def generate(builder: ir.IRBuilder, kind: Any, queries: Any, *rest: Any) -> None:
-        values, value_stride, tokens, d, channel, scales, zeros, weights, weight_stride, sums, sum_stride, ahead = rest
+        values, value_stride, tokens, d, channel, weights, weight_stride, sums, sum_stride, ahead = rest
         group_stride = builder.mul(builder.sdiv(builder.add(d, _long(31)), _long(32)), _long(4))
 
         def variant(kind: int, queries: int, wide: int) -> None:
@@ -320,8 +376,23 @@ def weigh_tile(
                 for g in range(queries)
                 for c in channels
             ]
-            totals = _Sums(builder, [_load(builder, address, FLOAT) for address in into])
-            groups = [builder.mul(builder.sdiv(c, _long(32)), _long(4)) for c in channels]
+            initial = [_load(builder, address, FLOAT) for address in into]
+            of_group = [_long(0)]
+            if kind in CODES:
+                of_group = [builder.mul(builder.sdiv(c, _long(32)), _long(4)) for c in channels]
+                if parts == 1:  # neighbours share a group
+                    of_group = of_group[::2]
+            each = len(channels) // len(of_group)  # adjacent channels that a weight is for
+            if kind in ZEROS:
+                bases = _add(builder, weights, builder.mul(group_stride, _long(BLOCK_TOKENS)))
+                for g in range(queries):
+                    for i, group in enumerate(of_group):
+                        at = _add(builder, bases, builder.mul(weight_stride, _long(g)), group)
+                        base = _splat(builder, _scalar(builder, at))
+                        for n in range(i * each, (i + 1) * each):
+                            total = g * len(channels) + n
+                            initial[total] = builder.fadd(initial[total], base)
+            totals = _Sums(builder, initial)
             with _loop(builder, tokens) as t:
                 row = _add(builder, first, builder.mul(t, value_stride))
                 _prefetch(builder, _add(builder, ahead, builder.mul(t, value_stride)), value_stride)
@@ -330,23 +401,13 @@ def weigh_tile(
                     for i in range(loads)
                     for vector in _load_numbers(builder, kind, _add(builder, row, i * VECTOR_BYTES[kind]))
                 ]
-                if kind > BF16:
-                    of_token = builder.mul(t, group_stride)
-                    for i, group in enumerate(groups):
-                        number = _scalar(builder, _add(builder, scales, of_token, group))
-                        if kind == FP8:
-                            number = builder.fmul(number, ir.Constant(FLOAT, FP8_STEP))
-                        scale = _splat(builder, number)
-                        if kind in ZEROS:
-                            zero = _splat(builder, _scalar(builder, _add(builder, zeros, of_token, group)))
-                            numbers[i] = _multiply_add(builder, numbers[i], scale, zero)
-                        else:
-                            numbers[i] = builder.fmul(numbers[i], scale)
-                at = _add(builder, weights, builder.mul(t, _long(4)))
+                of_token = builder.mul(t, group_stride if kind in CODES else _long(4))
                 for g in range(queries):
-                    weight = _splat(builder, _scalar(builder, _add(builder, at, builder.mul(weight_stride, _long(g)))))
-                    for i, number in enumerate(numbers):
-                        totals.add_product(g * len(numbers) + i, weight, number)
+                    for i, group in enumerate(of_group):
+                        at = _add(builder, weights, builder.mul(weight_stride, _long(g)), of_token, group)
+                        weight = _splat(builder, _scalar(builder, at))
+                        for n in range(i * each, (i + 1) * each):
+                            totals.add_product(g * len(numbers) + n, weight, numbers[n])
             for vector, address in zip(totals.vectors(), into, strict=True):
                 _store(builder, vector, address)
 
@@ -354,7 +415,7 @@ def weigh_tile(
         wide = builder.zext(builder.icmp_signed("==", rest_of_d, _long(0)), LONG)
         _for_each_variant(builder, variant, (kind, KINDS), (queries, QUERIES), (wide, (0, 1)))
 
-    return _intrinsic(14, generate)
+    return _intrinsic(12, generate)
 
 
 @intrinsic
