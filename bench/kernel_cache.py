@@ -197,10 +197,10 @@ class BlockCache:
         return self.backend.decode(self._plan, layer, q, k, v, self.case.scaling)
 
     def transcode(self, fmt: Format) -> None:
-        """Builds all full blocks anew in another format and puts them elsewhere, as a switch does."""
-        blocks = self.backend.encode(self._source(slice(None), self.case.full_blocks), fmt)
+        """Builds all full blocks anew in another format where there is room beside them, as a switch does."""
         places = self._spare + self._grid.reshape(-1) * self.case.shape.block_units(fmt)
-        self.backend.store(Tier.DEVICE, places.astype(np.int32), blocks)
+        source = self._source(slice(None), self.case.full_blocks)
+        self.backend.transcode(source, fmt, Tier.DEVICE, places.astype(np.int32))
 
     def difference(self) -> float:
         """Relative difference of the first layer's attention from torch's over the raw numbers: what the format costs.
