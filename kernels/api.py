@@ -7,8 +7,12 @@ All arrays a backend sees are host numpy arrays unless said otherwise; arenas ar
 A *table* is (sequence slot, layer, KV head). ``Tables`` holds all of them; a backend only reads it, except for the
 masses and votes, which decode attention adds to.
 
-A step is ``plan``, ``decode`` for every layer, ``finish``. A backend may run ``decode`` behind the caller's back and
-keep what it adds to masses and votes to itself, so on the host
+A step is ``plan``, ``decode`` for every layer, ``finish``. ``decode`` merges, as ``kernels.partials``, what its queries
+found elsewhere: in a state of fixed size, or in blocks that the plan leaves out, and that another backend's ``attend``
+goes over beside their memory.
+
+A backend may run ``decode`` behind the caller's back and keep what it adds to masses and votes to itself, so on the
+host
 
 - ``plan.block_mass`` is there after ``finish(plan)``, and
 - ``mass`` and ``votes`` of a slot are up to date after ``settle`` of that slot: call it before anything reads them,
@@ -21,6 +25,7 @@ step that read it has finished.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,7 +33,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.partials import Partial
 
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
@@ -75,12 +81,15 @@ VOTE_DECAY = 1.0 - 1.0 / 64.0
 class DecodePlan:
     """One decode step: which slots are in the batch, in row order. Made by ``Backend.plan``, read by ``decode``.
 
-    ``length`` of every table already counts the step's new token, whose K and V ``decode`` writes first.
+    ``length`` of every table already counts the step's new token, whose K and V ``decode`` writes first. A plan that
+    appends nothing is for ``attend``: every token that it reads is there.
     ``block_mass`` is an output, to be read after ``finish``: the share of attention each block got, mean over the
     head's query group. A plan is good for one step, and until the next one is made.
     """
 
     slots: I32  # [R] slot of each batch row
+    tiers: tuple[Tier, ...] = tuple(Tier)  # whose blocks are read; others count as if they were not there
+    appends: bool = True
     block_mass: F32 = field(
         default_factory=lambda: np.zeros((0, 0, 0, 0), np.float32)
     )  # [L, R, H, B'] B' = most blocks
@@ -110,12 +119,26 @@ class Backend(Protocol):
         """Does what would make first calls slow, such as compiling."""
         ...
 
-    def plan(self, slots: I32) -> DecodePlan:
-        """Makes the host-side decisions of one decode step over these slots."""
+    def plan(self, slots: I32, tiers: Collection[Tier] = tuple(Tier), *, appends: bool = True) -> DecodePlan:
+        """Makes the host-side decisions of one decode step over these slots.
+
+        Args:
+            slots: of the batch's rows, each at most once.
+            tiers: whose blocks the step reads. The tokens of other blocks get no mass (their votes fade all the same).
+            appends: whether the plan is for ``decode``, and every table has a raw block on the device, which is one of
+                the tiers, for the new token. Otherwise it is for ``attend``, and tables may be empty.
+        """
         ...
 
     def decode(
-        self, plan: DecodePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        self,
+        plan: DecodePlan,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        partials: Sequence[Partial] = (),
     ) -> torch.Tensor:
         """Writes the step's K and V to each row's tail block, then attends over all kept tokens of the row's slot.
 
@@ -123,10 +146,23 @@ class Backend(Protocol):
             q: [R, query_heads, D] after rotary embedding; query head i reads KV head i // queries_per_kv_head.
             k, v: [R, kv_heads, D] of the new token, which becomes the last kept token of every table of its row.
             scaling: factor on the scores.
+            partials: what the same queries found elsewhere, on any device. The output is that over everything; masses,
+                votes and block masses are shares of everything too, and sum to less than 1 a query by what is in here.
 
         Returns:
             [R, query_heads, D] in q's dtype. Also fills ``plan.block_mass[layer]`` and adds to the tables' masses and
             votes, where ``finish`` and ``settle`` make them visible.
+        """
+        ...
+
+    def attend(self, plan: DecodePlan, layer: int, q: torch.Tensor, scaling: float) -> Partial:
+        """Attends over what a plan that appends nothing reads; writes no token and adds to no mass.
+
+        Where the blocks of some tiers lie in another processor's memory, a backend on that processor may attend over
+        them, with the same tables, for ``decode`` here.
+
+        Args:
+            q, scaling: as ``decode`` has them.
         """
         ...
 

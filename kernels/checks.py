@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 import torch
 
-from kernels.api import I32, Tables
+from kernels.api import I32, DecodePlan, Tables
 from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.partials import Partial
 
 
 def check_arenas(shape: CacheShape, arenas: tuple[torch.Tensor, ...]) -> None:
@@ -20,20 +23,45 @@ def check_arenas(shape: CacheShape, arenas: tuple[torch.Tensor, ...]) -> None:
             raise ValueError(f"{tier.name.lower()} arena: {arena.numel()} bytes, must be a multiple of {UNIT_BYTES}")
 
 
-def check_plan(tables: Tables, slots: I32) -> None:
-    """Raises ValueError for a repeated slot, an empty table, or a tail block that cannot take the new token."""
+def check_plan(tables: Tables, slots: I32, tiers: Collection[Tier], appends: bool) -> None:
+    """Raises ValueError for a repeated slot or lengths that no table has, and, where the plan is to append, for an
+    empty table or a tail block that cannot take the new token or is not read."""
     if len(np.unique(slots)) != len(slots):
         raise ValueError(f"slots {slots.tolist()}: a slot can be in a batch once")
+    for tier in tiers:
+        if tier not in tuple(Tier):
+            raise ValueError(f"tiers: got {tier!r}, must be of {[tier.name for tier in Tier]}")
     length = tables.length[slots]  # [R, L, H]
-    if length.min(initial=1) < 1:
-        raise ValueError("length 0: every table must count the step's new token")
     if length.max(initial=0) > tables.mass.shape[-1]:
         raise ValueError(f"length {length.max()}: tables hold at most {tables.mass.shape[-1]} tokens")
+    if not appends:
+        return
+    if Tier.DEVICE not in tiers:
+        raise ValueError(
+            f"tiers {[Tier(tier).name for tier in tiers]}: a step that appends must read DEVICE, where it does"
+        )
+    if length.min(initial=1) < 1:
+        raise ValueError("length 0: every table must count the step's new token")
     tail = ((length - 1) // BLOCK_TOKENS)[..., None]
     formats = np.take_along_axis(tables.format[slots], tail, -1)
     tiers = np.take_along_axis(tables.tier[slots], tail, -1)
     if (formats != Format.RAW).any() or (tiers != Tier.DEVICE).any():
         raise ValueError("tail block: must be raw and on the device to take the step's new token")
+
+
+def check_decode(plan: DecodePlan, q: torch.Tensor, partials: Sequence[Partial]) -> None:
+    """Raises ValueError for a plan that is not for ``decode``, or partials that are not of these queries."""
+    if not plan.appends:
+        raise ValueError("plan: appends nothing, decode needs one that does; attend takes this one")
+    for part in partials:
+        if part.output.shape != q.shape:
+            raise ValueError(f"partials: output of shape {tuple(part.output.shape)}, must be q's {tuple(q.shape)}")
+
+
+def check_attend(plan: DecodePlan) -> None:
+    """Raises ValueError for a plan that is not for ``attend``."""
+    if plan.appends:
+        raise ValueError("plan: appends a token that is not there yet, attend needs one made with appends=False")
 
 
 def check_write(tables: Tables, slot: int, layer: int, start: int, tokens: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,16 +12,20 @@ import torch
 
 from kernels import cpu_memory
 from kernels.api import F32, I32, U8, VOTE_DECAY, DecodePlan, Tables, TokenSource
-from kernels.checks import check_arenas, check_plan, check_write
+from kernels.checks import check_arenas, check_attend, check_decode, check_plan, check_write
 from kernels.cpu_attend import attend
 from kernels.cpu_attend_block import SPLIT_BLOCKS, SPLIT_TOKENS
 from kernels.cpu_convert import encode_blocks, load_blocks, read_tokens, store_blocks, write_tokens
 from kernels.cpu_threads import team
 from kernels.cpu_tiles import CHANNELS
-from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format
+from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.partials import Partial, stack
 
 I64 = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 LOG2_E = math.log2(math.e)
+_NO_TOKENS = np.empty((0, 0, 0), np.uint8)
+_NO_PARTIALS = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0), np.float32)
 RAW_KINDS = {torch.float32: cpu_memory.F32, torch.float16: cpu_memory.F16, torch.bfloat16: cpu_memory.BF16}
 
 
@@ -29,6 +34,7 @@ class CpuPlan(DecodePlan):
     """A decode step with its work items: splits of tables."""
 
     items: list[I32] = field(default_factory=list)  # a layer: [I, 4] row, head, split, number of the table's first item
+    reads: Mask = field(default_factory=lambda: np.ones(len(Tier), np.bool_))  # [tiers]
 
 
 class CpuBackend:
@@ -62,9 +68,9 @@ class CpuBackend:
         backend.store(0, source.address[0, :1], backend.encode(source, Format.RAW))
         backend.load(0, source.address[0, :1], Format.RAW)
 
-    def plan(self, slots: I32) -> CpuPlan:
+    def plan(self, slots: I32, tiers: Collection[Tier] = tuple(Tier), *, appends: bool = True) -> CpuPlan:
         """See ``kernels.api.Backend.plan``."""
-        check_plan(self.tables, slots)
+        check_plan(self.tables, slots, tiers, appends)
         length = self.tables.length[slots].swapaxes(0, 1)  # [L, R, H]
         layers, rows, heads = length.shape
         blocks = -(-int(length.max(initial=0)) // BLOCK_TOKENS)
@@ -78,18 +84,55 @@ class CpuBackend:
         self._workspace.reserve(int(end[:, -1].max()))
         return CpuPlan(
             slots=np.ascontiguousarray(slots, np.int32),
+            tiers=tuple(tiers),
+            appends=appends,
             block_mass=np.zeros((layers, rows, heads, blocks), np.float32),
             items=np.split(items, layer_end[:-1]),
+            reads=np.array([tier in tiers for tier in Tier]),
         )
 
     def decode(
-        self, plan: DecodePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        self,
+        plan: DecodePlan,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        partials: Sequence[Partial] = (),
     ) -> torch.Tensor:
         """See ``kernels.api.Backend.decode``."""
+        check_decode(plan, q, partials)
+        output, lse = torch.empty(q.shape), np.empty(q.shape[:2], np.float32)
+        self._attend(plan, layer, q, self._bytes(k), self._bytes(v), scaling, partials, output, lse)
+        return output.to(q.dtype)
+
+    def attend(self, plan: DecodePlan, layer: int, q: torch.Tensor, scaling: float) -> Partial:
+        """See ``kernels.api.Backend.attend``. The arena of a tier that the plan does not read may be of no bytes."""
+        check_attend(plan)
+        output, lse = torch.zeros(q.shape), np.full(q.shape[:2], -np.inf, np.float32)
+        self._attend(plan, layer, q, _NO_TOKENS, _NO_TOKENS, scaling, (), output, lse)
+        return Partial(output, torch.from_numpy(lse))
+
+    def _attend(
+        self,
+        plan: DecodePlan,
+        layer: int,
+        q: torch.Tensor,
+        k: U8,
+        v: U8,
+        scaling: float,
+        partials: Sequence[Partial],
+        output: torch.Tensor,
+        lse: F32,
+    ) -> None:
+        """Fills output and lse where the plan reads anything, and does what an appending plan does to the tables."""
         if not isinstance(plan, CpuPlan):
             raise TypeError(f"plan: got {type(plan).__name__}, must come from this backend's plan()")
         tables, work = self.tables, self._workspace
-        output = torch.empty(q.shape)
+        outputs, lses = _NO_PARTIALS
+        if partials:
+            outputs, lses = (x.numpy() for x in stack(partials, output.device))
         attend(
             team(),
             self._bases,
@@ -97,6 +140,8 @@ class CpuBackend:
             layer,
             np.float32(scaling * LOG2_E),
             np.float32(VOTE_DECAY),
+            plan.reads,
+            plan.appends,
             tables.address,
             tables.format,
             tables.tier,
@@ -106,16 +151,18 @@ class CpuBackend:
             plan.slots,
             plan.items[layer],
             q.to(torch.float32).contiguous().numpy(),
-            self._bytes(k),
-            self._bytes(v),
+            k,
+            v,
+            outputs,
+            lses,
             output.numpy(),
+            lse,
             plan.block_mass[layer],
             work.scores,
             work.highest,
             work.total,
             work.sums,
         )
-        return output.to(q.dtype)
 
     def finish(self, plan: DecodePlan) -> None:
         """Nothing to do: ``decode`` has filled the masses."""

@@ -5,14 +5,17 @@ Where this file and a faster backend disagree, the faster backend is wrong. Arit
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from kernels.api import I32, VOTE_DECAY, DecodePlan, Tables, TokenSource
-from kernels.checks import check_arenas, check_plan, check_write
-from kernels.layout import BLOCK_TOKENS, GROUP, UNIT_BYTES, CacheShape, Format
+from kernels.api import F32, I32, VOTE_DECAY, DecodePlan, Tables, TokenSource
+from kernels.checks import check_arenas, check_attend, check_decode, check_plan, check_write
+from kernels.layout import BLOCK_TOKENS, GROUP, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.partials import Partial, merge, stack, weights
 
 Mask = npt.NDArray[np.bool_]
 
@@ -34,50 +37,78 @@ class ReferenceBackend:
     def warm_up(self) -> None:
         """Nothing to compile."""
 
-    def plan(self, slots: I32) -> DecodePlan:
+    def plan(self, slots: I32, tiers: Collection[Tier] = tuple(Tier), *, appends: bool = True) -> DecodePlan:
         """See ``kernels.api.Backend.plan``."""
-        check_plan(self.tables, slots)
+        check_plan(self.tables, slots, tiers, appends)
         length = self.tables.length[slots]  # [R, L, H]
         rows, layers, heads = length.shape
         blocks = -(-int(length.max(initial=0)) // BLOCK_TOKENS)
-        return DecodePlan(slots, np.zeros((layers, rows, heads, blocks), np.float32))
+        return DecodePlan(slots, tuple(tiers), appends, np.zeros((layers, rows, heads, blocks), np.float32))
 
     def decode(
-        self, plan: DecodePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        self,
+        plan: DecodePlan,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        partials: Sequence[Partial] = (),
     ) -> torch.Tensor:
         """See ``kernels.api.Backend.decode``."""
+        check_decode(plan, q, partials)
         tables, slots = self.tables, plan.slots
         for row, slot in enumerate(slots):
             for head in range(self.shape.kv_heads):
                 last = int(tables.length[slot, layer, head]) - 1
                 self._write_row(slot, layer, head, last, k[row, head, None], v[row, head, None])
 
-        scaled = (q.to(torch.float32) * scaling).contiguous()
-        return torch.stack([self._attend(plan, layer, row, scaled[row]) for row in range(len(slots))]).to(q.dtype)
+        outputs = []
+        for row, queries in enumerate(q):  # each alone, to be the same in any batch
+            here, shares = self._attend(plan, layer, row, queries, scaling)
+            parts = [here, *(Partial(part.output[row, None], part.lse[row, None]) for part in partials)]
+            of_here = weights(stack(parts, q.device)[1])[0].view(self.shape.kv_heads, -1, 1)  # [H, G, 1]
+            self._add_masses(plan, layer, row, (shares * of_here).sum(1).cpu().numpy())
+            outputs.append(merge(parts).output)
+        return torch.cat(outputs).to(q.dtype)
 
-    def _attend(self, plan: DecodePlan, layer: int, row: int, q: torch.Tensor) -> torch.Tensor:
-        """One row's output [query_heads, D] in float32. A row is computed alone, to be the same in any batch."""
+    def attend(self, plan: DecodePlan, layer: int, q: torch.Tensor, scaling: float) -> Partial:
+        """See ``kernels.api.Backend.attend``."""
+        check_attend(plan)
+        parts = [self._attend(plan, layer, row, queries, scaling)[0] for row, queries in enumerate(q)]
+        return Partial(torch.cat([part.output for part in parts]), torch.cat([part.lse for part in parts]))
+
+    def _attend(
+        self, plan: DecodePlan, layer: int, row: int, q: torch.Tensor, scaling: float
+    ) -> tuple[Partial, torch.Tensor]:
+        """Attention of one row's q [query_heads, D] over what the plan reads, and each token's shares [H, G, T]."""
         slot = plan.slots[row]
         length = self.tables.length[slot, layer]  # [H]
         heads, group = len(length), self.shape.queries_per_kv_head
         blocks = -(-int(length.max()) // BLOCK_TOKENS)
-        kept = np.arange(blocks * BLOCK_TOKENS) < length[:, None]  # [H, T]
-        keys, values = self._gather(self._whole_blocks(slot, layer, kept), torch.float32)
-        keys = keys.view(heads, -1, self.shape.head_dim)  # [H, T, D]
+        read = np.arange(blocks * BLOCK_TOKENS) < length[:, None]  # [H, T]
+        read &= np.isin(self.tables.tier[slot, layer, :, :blocks], plan.tiers).repeat(BLOCK_TOKENS, -1)
+        keys, values = self._gather(self._whole_blocks(slot, layer, read), torch.float32)
+        keys = keys.view(heads, blocks * BLOCK_TOKENS, self.shape.head_dim)  # [H, T, D]
         values = values.view_as(keys)
 
-        queries = q.reshape(heads, group, -1)  # [H, G, D]
+        queries = (q.to(torch.float32) * scaling).contiguous().view(heads, group, -1)  # [H, G, D]
         scores = queries @ keys.mT  # [H, G, T]
-        scores.masked_fill_(~torch.from_numpy(kept)[:, None].to(scores.device), -torch.inf)
-        shares = scores.softmax(-1)
+        unread = ~torch.from_numpy(read)[:, None].to(scores.device)
+        scores.masked_fill_(unread, -torch.inf)
+        shares = scores.softmax(-1).masked_fill_(unread, 0.0)  # where nothing is read, softmax makes NaN
+        output, lse = (shares @ values).view(1, self.shape.query_heads, -1), scores.logsumexp(-1).view(1, -1)
+        return Partial(output, lse), shares
 
-        received = shares.sum(1).cpu().numpy()  # [H, T]
-        plan.block_mass[layer, row, :, :blocks] = received.reshape(heads, blocks, -1).sum(-1) / group
-        mass = self.tables.mass[slot, layer, :, : kept.shape[1]]
-        mass += received
-        votes = self.tables.votes[slot, layer, :, : kept.shape[1]]
+    def _add_masses(self, plan: DecodePlan, layer: int, row: int, received: F32) -> None:
+        """Adds what one row's tokens received, float32 [H, T] with zeros past the last, to block masses and tables."""
+        slot, (heads, tokens) = plan.slots[row], received.shape
+        of_blocks = received.reshape(heads, -1, BLOCK_TOKENS).sum(-1) / self.shape.queries_per_kv_head
+        plan.block_mass[layer, row, :, : of_blocks.shape[1]] = of_blocks
+        self.tables.mass[slot, layer, :, :tokens] += received
+        kept = np.arange(tokens) < self.tables.length[slot, layer, :, None]
+        votes = self.tables.votes[slot, layer, :, :tokens]
         votes[kept] = votes[kept].astype(np.float32) * np.float32(VOTE_DECAY) + received[kept]
-        return (shares @ values).view(self.shape.query_heads, -1)
 
     def finish(self, plan: DecodePlan) -> None:
         """Nothing to do: ``decode`` has filled the masses."""
@@ -151,7 +182,7 @@ class ReferenceBackend:
         arena[index + BLOCK_TOKENS * d] = v.to(arena)
 
     def _whole_blocks(self, slot: int, layer: int, kept: Mask) -> TokenSource:
-        """The kept tokens [H, T] of a slot's tables of a layer, as T / 32 blocks a table."""
+        """These tokens [H, T] of a slot's tables of a layer, as T / 32 blocks a table."""
         kept = kept.reshape(-1, BLOCK_TOKENS)  # [N, 32]
         blocks = len(kept) // self.shape.kv_heads
         address = self.tables.address[slot, layer, :, :blocks].reshape(-1, 1)

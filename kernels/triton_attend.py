@@ -3,11 +3,13 @@
 A program of ``attend_splits`` walks over the blocks of one split of one table with a running maximum, for all query
 heads that read the table (flash decoding). It leaves every token's score, and the split's maximum, total and weighted
 values. ``merge_splits`` knows the whole table: some of its programs turn scores into probabilities and add them to
-the masses, the others merge outputs. Scores are in base 2.
+the masses, the others merge outputs. Partial results from elsewhere are merged like further splits. Scores are in
+base 2.
 
 N stands for a table's number in the batch, row * H + head. What a step's plan holds (``kernels.triton_plan``), a layer:
 items int32 [I, 4] (N, first block, blocks, place of the first block among the layer's entries), spans int32 [N, 2]
-(first item, items), length int32 [N], address int32 [E] and kind uint8 [E] (format + 16 * tier) of each block.
+(first item, items), length int32 [N], address int32 [E] and kind uint8 [E] of each block (format + 16 * tier; or
+UNREAD).
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ import triton
 import triton.language as tl
 
 from kernels.triton_blocks import TOKENS, block_base, block_tokens, narrow
+from kernels.triton_plan import UNREAD_KIND
 
+UNREAD = tl.constexpr(UNREAD_KIND)
+NOTHING = tl.constexpr(-1e30)  # the highest score where there is none; finite, as -inf would make NaN of a difference
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 MERGE_BLOCKS = tl.constexpr(4)  # blocks whose masses are worked out at once
 MERGE_SPLITS = tl.constexpr(16)  # splits that are merged at once
 
@@ -49,11 +55,12 @@ def attend_splits(
     M: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
+    ALL: tl.constexpr,
 ):
     """The first pass over one split. If it holds the table's last token, that token's K and V are written first.
 
     Args:
-        q: [R, H * G, D]; k, v: [R, H, D] in DTYPE. Rows are ``*_row`` numbers apart.
+        q: [R, H * G, D]; k, v: [R, H, D] in DTYPE, or None to write nothing. Rows are ``*_row`` numbers apart.
         scaling: factor on the scores, times log2(e).
         device, host: the arenas' first bytes.
         items, length, address, kind: the layer's part of the plan.
@@ -62,6 +69,7 @@ def attend_splits(
         sums: float32 [I, G, D].
         DTYPE: of raw blocks. DOT: what products are taken in.
         H, G, D: KV heads, query heads a KV head, head_dim. M >= G, W >= D: rounded up to powers of two.
+        ALL: whether no block is UNREAD.
     """
     item = tl.program_id(0)
     table = tl.load(items + 4 * item)
@@ -72,41 +80,45 @@ def attend_splits(
     row, head = table // H, table % H
     channel, query, token = tl.arange(0, W), tl.arange(0, M), tl.arange(0, TOKENS)
 
-    last = kept - 1
-    if first + count == last // TOKENS + 1:
-        kind_of_tail = tl.load(kind + at + count - 1)
-        tail = block_base(tl.load(address + at + count - 1), kind_of_tail // 16, device, host)
-        into = tail.to(tl.pointer_type(DTYPE)) + last % TOKENS * D + channel
-        inside = channel < D
-        tl.store(into, tl.load(k + row.to(tl.int64) * k_row + head * D + channel, mask=inside), mask=inside)
-        tl.store(
-            into + TOKENS * D, tl.load(v + row.to(tl.int64) * v_row + head * D + channel, mask=inside), mask=inside
-        )
-        tl.debug_barrier()  # other threads of this program read it below
+    if k is not None:
+        last = kept - 1
+        if first + count == last // TOKENS + 1:
+            kind_of_tail = tl.load(kind + at + count - 1)
+            tail = block_base(tl.load(address + at + count - 1), kind_of_tail // 16, device, host)
+            into = tail.to(tl.pointer_type(DTYPE)) + last % TOKENS * D + channel
+            inside = channel < D
+            new = row.to(tl.int64)
+            tl.store(into, tl.load(k + new * k_row + head * D + channel, mask=inside), mask=inside)
+            tl.store(into + TOKENS * D, tl.load(v + new * v_row + head * D + channel, mask=inside), mask=inside)
+            tl.debug_barrier()  # other threads of this program read it below
 
     real = query < G
     queries = q + row.to(tl.int64) * q_row + (head * G + query[:, None]) * D + channel[None, :]
     queries = tl.load(queries, mask=real[:, None] & (channel < D)[None, :], other=0).to(DOT)  # [M, W]
-    most = tl.full([M], float("-inf"), tl.float32)
+    most = tl.full([M], NOTHING, tl.float32)
     whole = tl.zeros([M], tl.float32)
     weighted = tl.zeros([M, W], tl.float32)
     where, what = tl.load(address + at), tl.load(kind + at)
     for i in range(count):
-        base, fmt = block_base(where, what // 16, device, host), what % 16
+        base, is_read, fmt = block_base(where, what // 16, device, host), ALL or what != UNREAD, what % 16
         following = at + tl.minimum(i + 1, count - 1)  # known before it is needed
         where, what = tl.load(address + following), tl.load(kind + following)
-        tokens = kept - (first + i) * TOKENS
-        keys, values = block_tokens(base, fmt, tokens, DTYPE, DOT, D, W)
-        score = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling  # [M, 32]
-        score = tl.where(token[None, :] < tokens, score, float("-inf"))
-        into = scores + (at + i).to(tl.int64) * (G * TOKENS) + query[:, None] * TOKENS + token[None, :]
-        tl.store(into, score, mask=real[:, None])
-        raised = tl.maximum(most, tl.max(score, 1))
-        powers = tl.exp2(score - raised[:, None])
-        shrink = tl.exp2(most - raised)
-        whole = whole * shrink + tl.sum(powers, 1)
-        weighted = weighted * shrink[:, None] + tl.dot(powers.to(DOT), values, input_precision="ieee")
-        most = raised
+        if is_read:
+            tokens = kept - (first + i) * TOKENS
+            keys, values = block_tokens(base, fmt, tokens, DTYPE, DOT, D, W)
+            score = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling  # [M, 32]
+            score = tl.where(token[None, :] < tokens, score, float("-inf"))
+            into = scores + (at + i).to(tl.int64) * (G * TOKENS) + query[:, None] * TOKENS + token[None, :]
+            tl.store(into, score, mask=real[:, None])
+            raised = tl.maximum(most, tl.max(score, 1))
+            powers = tl.exp2(score - raised[:, None])
+            shrink = tl.exp2(most - raised)
+            whole = whole * shrink + tl.sum(powers, 1)
+            weighted = weighted * shrink[:, None] + tl.dot(powers.to(DOT), values, input_precision="ieee")
+            most = raised
+        else:
+            into = scores + (at + i).to(tl.int64) * (G * TOKENS) + query[:, None] * TOKENS + token[None, :]
+            tl.store(into, tl.full([M, TOKENS], float("-inf"), tl.float32), mask=real[:, None])
 
     tl.store(highest + item * G + query, most, mask=real)
     tl.store(total + item * G + query, whole, mask=real)
@@ -114,9 +126,15 @@ def attend_splits(
     tl.store(into, weighted, mask=real[:, None] & (channel < D)[None, :])
 
 
-@triton.jit(do_not_specialize_on_alignment=(*_PLAN, "slots"), do_not_specialize=("decay", "layer", "item_programs"))
+@triton.jit(
+    do_not_specialize_on_alignment=(*_PLAN, "slots"), do_not_specialize=("decay", "layer", "item_programs", "rows")
+)
 def merge_splits(
     output,
+    lse,
+    outputs,
+    lses,
+    rows,
     block_mass,
     received,
     voted,
@@ -140,11 +158,15 @@ def merge_splits(
     D: tl.constexpr,
     W: tl.constexpr,
     T: tl.constexpr,
+    P: tl.constexpr,
 ):
     """The second pass: a program for each split's masses (``item_programs``), then one for each row's query heads.
 
     Args:
         output: [R, H * G, D] in DTYPE.
+        lse: float32 [R, H * G], or None if nobody wants it.
+        outputs, lses: float32 [P, R, H * G, D] and [P, R, H * G], partial results to merge; None if P is 0.
+        rows: R.
         block_mass: float32 [E], each block's share of attention, mean over the query group.
         received, voted: float32 [S, L, H, T], to which each token's share is added; ``voted`` fades by ``decay``.
         steps: int32 [S, L, H], counted up.
@@ -168,14 +190,18 @@ def merge_splits(
                 scores,
                 highest,
                 total,
+                lses,
+                rows,
                 L,
                 H,
                 G,
                 M,
                 T,
+                P,
             )
     else:
-        _merge_output(program - item_programs, output, spans, highest, total, sums, DTYPE, H, G, D, W)
+        at = program - item_programs
+        _merge_output(at, output, lse, outputs, lses, rows, spans, highest, total, sums, DTYPE, H, G, D, W, P)
 
 
 @triton.jit
@@ -193,16 +219,19 @@ def _spread_masses(
     scores,
     highest,
     total,
+    lses,
+    rows,
     L: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
     T: tl.constexpr,
+    P: tl.constexpr,
 ):
     """Adds the shares of one split's tokens to the masses."""
     table, first, count, at = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     query = tl.arange(0, M)
-    most, whole = _table_totals(spans + 2 * table, highest, total, query, G, M)  # [M]
+    most, whole = _totals(table, query, spans, highest, total, lses, rows, H, G, M, P)  # [M]
     slot = tl.load(slots + table // H).to(tl.int64)
     kept = tl.load(length + table)
     place = (slot * L + layer) * H + table % H
@@ -230,6 +259,10 @@ def _spread_masses(
 def _merge_output(
     at,
     output,
+    lse,
+    outputs,
+    lses,
+    rows,
     spans,
     highest,
     total,
@@ -239,12 +272,16 @@ def _merge_output(
     G: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
+    P: tl.constexpr,
 ):
-    """The output of one query head of one row, ``at`` = row * H * G + query head; zeros for a row without items."""
-    span = spans + 2 * (at // G)  # a table's query heads are adjacent
-    query = at % G
-    most, whole = _table_totals(span, highest, total, query + tl.arange(0, 1), G, 1)  # [1]
-    start, splits = tl.load(span), tl.load(span + 1)
+    """The output of one query head of one row, ``at`` = row * H * G + query head; zeros where there are no tokens."""
+    table, query = at // G, at % G  # a table's query heads are adjacent
+    most, whole = _totals(table, query + tl.arange(0, 1), spans, highest, total, lses, rows, H, G, 1, P)  # [1]
+    is_empty = whole == 0.0
+    whole = tl.where(is_empty, 1.0, whole)
+    if lse is not None:
+        tl.store(lse + at + tl.arange(0, 1), tl.where(is_empty, float("-inf"), (most + tl.log2(whole)) * LN_2))
+    start, splits = tl.load(spans + 2 * table), tl.load(spans + 2 * table + 1)
     channel, split = tl.arange(0, W), tl.arange(0, MERGE_SPLITS)
     merged = tl.zeros([W], tl.float32)
     for s in range(0, splits, MERGE_SPLITS):
@@ -255,15 +292,31 @@ def _merge_output(
         part = sums + (number.to(tl.int64) * G + query)[:, None] * D + channel[None, :]
         part = tl.load(part, mask=here[:, None] & (channel < D)[None, :], other=0.0)  # [splits, W]
         merged += tl.sum(factor[:, None] * part, 0)
+    for p in tl.static_range(P):
+        place = p * rows.to(tl.int64) * (H * G) + at
+        factor = tl.exp2(tl.load(lses + place) * LOG2_E - most) / whole
+        merged += factor * tl.load(outputs + place * D + channel, mask=channel < D, other=0.0)
     tl.store(output + at.to(tl.int64) * D + channel, narrow(merged, DTYPE), mask=channel < D)
 
 
 @triton.jit
-def _table_totals(span, highest, total, query, G: tl.constexpr, M: tl.constexpr):
-    """Maximum and total [M] of a table's scores for these of its query heads, over all its splits."""
-    start, splits = tl.load(span), tl.load(span + 1)
+def _totals(
+    table,
+    query,
+    spans,
+    highest,
+    total,
+    lses,
+    rows,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Maximum and total [M] of the scores of these of a table's query heads, over all its splits and the partials."""
+    start, splits = tl.load(spans + 2 * table), tl.load(spans + 2 * table + 1)
     split, real = tl.arange(0, MERGE_SPLITS), query < G
-    most = tl.full([M], float("-inf"), tl.float32)
+    most = tl.full([M], NOTHING, tl.float32)
     whole = tl.zeros([M], tl.float32)
     for s in range(0, splits, MERGE_SPLITS):
         here = (s + split < splits)[:, None] & real[None, :]
@@ -273,5 +326,11 @@ def _table_totals(span, highest, total, query, G: tl.constexpr, M: tl.constexpr)
         raised = tl.where(real, tl.maximum(most, tl.max(high, 0)), 0.0)
         amount = tl.where(here, amount * tl.exp2(high - raised[None, :]), 0.0)
         whole = whole * tl.exp2(most - raised) + tl.sum(amount, 0)
+        most = raised
+    for p in tl.static_range(P):
+        place = (p * rows.to(tl.int64) * H + table) * G + query
+        high = tl.load(lses + place, mask=real, other=float("-inf")) * LOG2_E
+        raised = tl.maximum(most, high)
+        whole = whole * tl.exp2(most - raised) + tl.exp2(high - raised)
         most = raised
     return most, tl.where(real, whole, 1.0)

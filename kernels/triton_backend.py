@@ -6,6 +6,7 @@ With ``TRITON_INTERPRET=1`` set before these modules are imported, the same kern
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,9 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.api import I32, VOTE_DECAY, DecodePlan, Tables, TokenSource
-from kernels.checks import check_arenas, check_plan, check_write
-from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format
+from kernels.checks import check_arenas, check_attend, check_decode, check_plan, check_write
+from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.partials import Partial, stack
 from kernels.triton_attend import attend_splits, merge_splits
 from kernels.triton_convert import COPY_WORDS, copy_blocks, encode_blocks, read_tokens, write_tokens
 from kernels.triton_plan import Bucket, BucketKey, TritonPlan, Work
@@ -78,20 +80,23 @@ class TritonBackend:
             backend.store(0, source.address[0, :1], backend.encode(source, fmt))
             backend.load(0, source.address[0, :1], fmt)
 
-    def plan(self, slots: I32) -> TritonPlan:
+    def plan(self, slots: I32, tiers: Collection[Tier] = tuple(Tier), *, appends: bool = True) -> TritonPlan:
         """See ``kernels.api.Backend.plan``. Plans with equal ``plan.bucket.key`` share buffers and grids."""
-        check_plan(self.tables, slots)
+        check_plan(self.tables, slots, tiers, appends)
         length = self.tables.length[slots].swapaxes(0, 1)  # [L, R, H]
         work = Work.of(length, self._multiprocessors)
-        key = work.key()
+        key = work.key(tiers)
         if key not in self._buckets:
             self._buckets[key] = Bucket(key, self.shape, self._device)
         bucket = self._buckets[key]
-        bucket.upload(self.tables, slots, work)
-        self._counted[slots] = np.maximum(self._counted[slots], self.tables.length[slots])
+        bucket.upload(self.tables, slots, tiers, work)
+        if appends:
+            self._counted[slots] = np.maximum(self._counted[slots], self.tables.length[slots])
         most = int(work.blocks.max(initial=0))
         return TritonPlan(
             slots=np.ascontiguousarray(slots, np.int32),
+            tiers=tuple(tiers),
+            appends=appends,
             block_mass=np.zeros((*work.blocks.shape, most), np.float32),
             bucket=bucket,
             serial=bucket.serial,
@@ -99,16 +104,51 @@ class TritonBackend:
         )
 
     def decode(
-        self, plan: DecodePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        self,
+        plan: DecodePlan,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        partials: Sequence[Partial] = (),
     ) -> torch.Tensor:
         """See ``kernels.api.Backend.decode``. Only launches; q, k and v may have rows beyond the plan's, up to its
-        bucket's, as a captured graph needs them: what they give is zeros.
+        bucket's, as a captured graph needs them: what they give is zeros, or what the partials say, which have as many.
         """
+        check_decode(plan, q, partials)
+        output = torch.empty(q.shape, dtype=q.dtype, device=self._device)
+        new = _rows(k.to(self.shape.dtype)), _rows(v.to(self.shape.dtype))
+        self._attend(plan, layer, q, new, scaling, partials, output, None)
+        return output
+
+    def attend(self, plan: DecodePlan, layer: int, q: torch.Tensor, scaling: float) -> Partial:
+        """See ``kernels.api.Backend.attend``. Only launches; q may have rows beyond the plan's, as for ``decode``."""
+        check_attend(plan)
+        output = torch.empty(q.shape, dtype=torch.float32, device=self._device)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=self._device)
+        self._attend(plan, layer, q, None, scaling, (), output, lse)
+        return Partial(output, lse)
+
+    def _attend(
+        self,
+        plan: DecodePlan,
+        layer: int,
+        q: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor] | None,
+        scaling: float,
+        partials: Sequence[Partial],
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Fills output and lse; the plan's tables get the new K and V and their masses, if there are any."""
         bucket = self._bucket(plan)
         shape, key, group = self.shape, bucket.key, self.shape.queries_per_kv_head
         if not len(plan.slots) <= len(q) <= key.rows:
             raise ValueError(f"q: {len(q)} rows, must be {len(plan.slots)}, or more up to the bucket's {key.rows}")
-        q, k, v = _rows(q), _rows(k.to(shape.dtype)), _rows(v.to(shape.dtype))
+        q = _rows(q)
+        k, v = new or (None, None)
+        outputs, lses = stack(partials, self._device) if partials else (None, None)
         half = shape.dtype is not torch.float32 and not INTERPRETED
         sizes = {
             "DTYPE": self._dtype,
@@ -123,8 +163,8 @@ class TritonBackend:
             k,
             v,
             q.stride(0),
-            k.stride(0),
-            v.stride(0),
+            0 if k is None else k.stride(0),
+            0 if v is None else v.stride(0),
             scaling * LOG2_E,
             *self.arenas,
             bucket.items[layer],
@@ -138,18 +178,23 @@ class TritonBackend:
             **sizes,
             DOT=self._dtype if half else tl.float32,
             M=max(16, queries) if half else queries,
+            ALL=key.all_tiers,
             num_warps=ATTEND_WARPS,
         )
-        output = torch.empty(q.shape, dtype=q.dtype, device=self._device)
-        merge_splits[(key.items + q.shape[0] * shape.query_heads,)](
+        item_programs = key.items if new else 0  # they add to the masses
+        merge_splits[(item_programs + q.shape[0] * shape.query_heads,)](
             output,
+            lse,
+            outputs,
+            lses,
+            q.shape[0],
             bucket.block_mass[layer],
             self._received,
             self._voted,
             self._steps,
             VOTE_DECAY,
             layer,
-            key.items,
+            item_programs,
             bucket.slots,
             bucket.items[layer],
             bucket.spans[layer],
@@ -158,17 +203,19 @@ class TritonBackend:
             bucket.highest,
             bucket.total,
             bucket.sums,
-            **{**sizes, "DTYPE": DTYPES[q.dtype]},
+            **{**sizes, "DTYPE": DTYPES[output.dtype]},
             L=shape.layers,
             M=queries,
             T=self.tables.mass.shape[-1],
+            P=len(partials),
         )
-        return output
 
     def finish(self, plan: DecodePlan) -> None:
         """See ``kernels.api.Backend.finish``."""
         bucket = self._bucket(plan)
         assert isinstance(plan, TritonPlan)
+        if not plan.appends:
+            return
         layers, _, _, most = plan.block_mass.shape
         counts = plan.blocks.reshape(layers, -1).sum(1)  # [L]
         used = int(counts.max(initial=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,10 +10,13 @@ import numpy.typing as npt
 import torch
 
 from kernels.api import I32, DecodePlan, Tables
-from kernels.layout import BLOCK_TOKENS, CacheShape
+from kernels.layout import BLOCK_TOKENS, CacheShape, Tier
 
 LEAST_SPLIT_BLOCKS = 8
 """Shortest split, except a table's last: 256 tokens, against whose bytes a split's partial results weigh little."""
+
+UNREAD_KIND = 0xFF
+"""Kind of a block on a tier that the step does not read."""
 
 WAVES = 2
 """Programs per multiprocessor that a lone, long request should give."""
@@ -40,6 +44,7 @@ class BucketKey:
     rows: int
     items: int  # of the layer with most
     entries: int  # blocks of the layer with most
+    all_tiers: bool  # whether all blocks are read
 
 
 @dataclass(eq=False)
@@ -102,7 +107,7 @@ class Bucket:
         self.total = work(key.items, group)
         self.sums = work(key.items, group, shape.head_dim)
 
-    def upload(self, tables: Tables, slots: I32, work: Work) -> None:
+    def upload(self, tables: Tables, slots: I32, tiers: Collection[Tier], work: Work) -> None:
         """Fills the staging buffer and starts its copy to the device."""
         if self._uploaded is not None:
             self._uploaded.synchronize()  # the copy of the plan before
@@ -119,7 +124,10 @@ class Bucket:
         real = np.arange(most) < work.blocks[..., None]  # [L, R, H, B']
         used = np.arange(self.key.entries) < work.blocks.reshape(layers, -1).sum(1)[:, None]  # [L, E]
         host["address"][used] = tables.address[slots, :, :, :most].swapaxes(0, 1)[real]
-        kind = tables.format[slots, :, :, :most] + 16 * tables.tier[slots, :, :, :most]
+        tier = tables.tier[slots, :, :, :most]
+        kind = tables.format[slots, :, :, :most] + 16 * tier
+        for unread in set(Tier) - set(tiers):
+            kind[tier == unread] = UNREAD_KIND
         self._host_kind[used] = kind.swapaxes(0, 1)[real]
         self._device.copy_(self._staging, non_blocking=True)
         if self._uploaded is not None:
@@ -164,11 +172,12 @@ class Work:
             items=np.stack([table, first, count, each(entry) + first], 1),
         )
 
-    def key(self) -> BucketKey:
-        """The bucket that these fit."""
+    def key(self, tiers: Collection[Tier] = tuple(Tier)) -> BucketKey:
+        """The bucket that these fit, with these tiers read."""
         rows = self.blocks.shape[1]
         return BucketKey(
             rows=1 << max(0, rows - 1).bit_length(),
             items=bucket_size(int(self.spans[..., 1].sum(1).max(initial=0))),
             entries=bucket_size(int(self.blocks.sum((1, 2)).max(initial=0))),
+            all_tiers=set(tiers) == set(Tier),
         )

@@ -17,6 +17,14 @@ from kernels.layout import BLOCK_TOKENS, GROUP, UNIT_BYTES, CacheShape, Format, 
 POISON = 0xFF  # as float32, float16, bfloat16 and e4m3 alike, a NaN
 
 
+def poison(size: int, dtype: torch.dtype, number: float) -> torch.Tensor:
+    """Bytes that read as NaN, or as infinity in this dtype: nothing may make a number of what nobody wrote."""
+    if np.isnan(number):
+        return torch.full((size,), POISON, dtype=torch.uint8)
+    one = torch.tensor([number]).to(dtype).view(torch.uint8)
+    return one.repeat(size // len(one))
+
+
 def _e4m3(code: int) -> float:
     """The number of an e4m3 code, by the table of arXiv 2209.05433."""
     sign, exponent, mantissa = -1.0 if code & 128 else 1.0, code >> 3 & 15, code & 7
@@ -116,17 +124,18 @@ def build(
     formats: tuple[Format, ...] = (Format.RAW,),
     tiers: tuple[Tier, ...] = (Tier.DEVICE,),
     seed: int = 0,
+    unwritten: float = float("nan"),
 ) -> World:
     """Tables whose full blocks get formats and tiers at random; tail blocks are raw, on the device, with room for one.
 
-    ``length`` counts the token that the next step will bring.
+    ``length`` counts the token that the next step will bring. Memory that nobody wrote reads as ``unwritten``.
     """
     rng = np.random.default_rng(seed)
     slots = len(kept)
     tables = Tables.allocate(slots, shape, int(kept.max()) + 1)
     largest = max(shape.block_units(fmt) for fmt in Format)
     places = rng.permutation(tables.address.size)  # blocks lie in no order
-    arenas = tuple(torch.full((tables.address.size * largest * UNIT_BYTES,), POISON, dtype=torch.uint8) for _ in Tier)
+    arenas = tuple(poison(tables.address.size * largest * UNIT_BYTES, shape.dtype, unwritten) for _ in Tier)
     tables.address[:] = (places * largest).reshape(tables.address.shape)
     tables.length[:] = kept + 1
     world = World(make_backend(name, shape, arenas, tables), {})
@@ -140,7 +149,8 @@ def build(
                 channel = torch.randn(shape.head_dim, generator=g)
                 k, v = (numbers + channel).to(shape.dtype)
                 world.kv[slot, layer, head] = k.double(), v.double()
-                _fill(world, (slot, layer, head), k, v, formats, tiers, np.random.default_rng(slot + seed))
+                choice = np.random.default_rng(slot + seed)
+                _fill(world, (slot, layer, head), k, v, formats, tiers, choice, unwritten)
     return world
 
 
@@ -152,6 +162,7 @@ def _fill(
     formats: tuple[Format, ...],
     tiers: tuple[Tier, ...],
     rng: np.random.Generator,
+    unwritten: float,
 ) -> None:
     """Lays out K, V [kept, D] as raw blocks without the backend's help, then converts and moves the full ones."""
     backend, tables, shape = world.backend, world.tables, world.shape
@@ -171,7 +182,8 @@ def _fill(
         tokens = (chosen[:, None] * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)).flatten().tolist()
         encoded[fmt] = chosen, backend.encode(world.source(*table, tokens), fmt)
     for b in range(full):
-        backend.arenas[0][first[b] :][: shape.block_bytes(Format.RAW)] = POISON
+        size = shape.block_bytes(Format.RAW)
+        backend.arenas[0][first[b] :][:size] = poison(size, shape.dtype, unwritten)
     for fmt, (chosen, blocks) in encoded.items():
         for tier in tiers:
             here = wanted_tier[chosen] == tier

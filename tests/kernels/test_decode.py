@@ -11,6 +11,7 @@ from kernels.cpu_attend_block import SPLIT_TOKENS
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 
 ALL_FORMATS, ALL_TIERS = tuple(Format), tuple(Tier)
+UNWRITTEN = pytest.mark.parametrize("unwritten", [float("nan"), float("inf")], ids=str)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # the output's own rounding
 
 
@@ -46,15 +47,17 @@ def check_step(world, slots, seed=0):
         assert not plan.block_mass[layer, row, head, len(blocks) :].any()
 
 
+@UNWRITTEN
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 @pytest.mark.parametrize(("kv_heads", "query_heads"), [(2, 2), (2, 6), (1, 7), (2, 16)])
-def test_mixed_formats_and_tiers(name, make_world, dtype, head_dim, kv_heads, query_heads):
-    if name == "triton" and (head_dim // 16 + query_heads + dtype.itemsize) % 3:
-        pytest.skip("the interpreter is slow: a third will do")
+def test_mixed_formats_and_tiers(name, make_world, unwritten, dtype, head_dim, kv_heads, query_heads):
+    case = head_dim // 16 + query_heads + dtype.itemsize + 3 * (unwritten == np.inf)
+    if name == "triton" and case % 6:
+        pytest.skip("the interpreter is slow: a sixth will do")
     shape = CacheShape(2, kv_heads, query_heads, head_dim, dtype)
     kept = np.random.default_rng(head_dim).integers(0, 180, (3, 2, kv_heads))
-    check_step(make_world(shape, kept, ALL_FORMATS, ALL_TIERS), [2, 0])
+    check_step(make_world(shape, kept, ALL_FORMATS, ALL_TIERS, unwritten=unwritten), [2, 0])
 
 
 @pytest.mark.parametrize("kept", [0, 1, 30, 31, 32, 33, SPLIT_TOKENS - 1, SPLIT_TOKENS, 2 * SPLIT_TOKENS + 65])
@@ -63,12 +66,21 @@ def test_lengths(make_world, kept):
     check_step(make_world(shape, np.full((1, 1, 1), kept), ALL_FORMATS, ALL_TIERS), [0])
 
 
+@UNWRITTEN
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_heads_of_any_length(make_world, unwritten, dtype):
+    """Evictors leave heads of one layer of their own lengths, down to the new token alone; some tails hold just it."""
+    kept = np.array([[[0, 64, 31, 77]], [[32, 0, 1, 0]]])
+    check_step(make_world(CacheShape(1, 4, 12, 32, dtype), kept, ALL_FORMATS, ALL_TIERS, unwritten=unwritten), [0, 1])
+
+
 @pytest.mark.parametrize("head_dim", [2, 6, 36, 48, 96])
 def test_odd_head_dims(make_world, head_dim):
     shape = CacheShape(1, 2, 6, head_dim, torch.float32)
     check_step(make_world(shape, np.array([[[97, 40]]]), ALL_FORMATS, ALL_TIERS), [0])
 
 
+@UNWRITTEN
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kv_heads=st.integers(1, 3),
@@ -80,10 +92,10 @@ def test_odd_head_dims(make_world, head_dim):
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=3),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(make_world, kv_heads, group, head_dim, dtype, formats, tiers, lengths, seed):
+def test_any_shape(make_world, unwritten, kv_heads, group, head_dim, dtype, formats, tiers, lengths, seed):
     shape = CacheShape(1, kv_heads, kv_heads * group, head_dim, dtype)
     spread = np.random.default_rng(seed).integers(0, 70, (len(lengths), 1, kv_heads))
-    world = make_world(shape, np.array(lengths)[:, None, None] + spread, formats, tiers, seed)
+    world = make_world(shape, np.array(lengths)[:, None, None] + spread, formats, tiers, seed, unwritten)
     check_step(world, list(range(len(lengths))), seed)
 
 

@@ -80,6 +80,23 @@ def test_rows_that_pad_a_batch(make_any_world):
         run(2)
 
 
+def test_rows_that_pad_a_batch_with_partials(make_any_world):
+    """Partials have the padded rows too, in buffers that a captured graph reads."""
+
+    def run(padding):
+        world = make_any_world("triton", SHAPE, np.full((3, 2, 2), 70), tiers=tuple(Tier))
+        q, k, v = (torch.cat([x, torch.full((padding, *x.shape[1:]), torch.nan)]) for x in world.step([0, 1, 2]))
+        slots = np.arange(3, dtype=np.int32)
+        part = world.backend.attend(world.backend.plan(slots, (Tier.HOST,), appends=False), 1, q, 0.25)
+        return part, world.backend.decode(world.backend.plan(slots, (Tier.DEVICE,)), 1, q, k, v, 0.25, [part])
+
+    (part, output), (part_alone, alone) = run(1), run(0)
+    assert torch.equal(part.output[:3], part_alone.output)
+    assert torch.equal(part.lse[:3], part_alone.lse)
+    assert torch.equal(output[:3], alone)
+    assert not output[3:].any()
+
+
 def test_a_plan_is_good_until_the_next(make_any_world):
     world = make_any_world("triton", SHAPE, np.full((2, 2, 2), 40))
     plan = world.backend.plan(np.array([0], np.int32))

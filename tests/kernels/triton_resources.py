@@ -38,9 +38,9 @@ SHAPES = [  # kv heads, query heads, head_dim, dtype
 ]
 
 INTS = {"slots", "items", "spans", "length", "address", "source", "steps"}
-FLOATS = {"scores", "highest", "total", "sums", "block_mass", "received", "voted"}
+FLOATS = {"scores", "highest", "total", "sums", "block_mass", "received", "voted", "lse", "outputs", "lses"}
 BYTES = {"device", "host", "arena", "kind", "into", "blocks"}
-COUNTS = {"q_row", "k_row", "v_row", "layer", "item_programs", "start", "count", "heads"}
+COUNTS = {"q_row", "k_row", "v_row", "layer", "item_programs", "rows", "start", "count", "heads"}
 
 
 def variants() -> Iterator[tuple[str, object, dict[str, object], dict[str, str], int]]:
@@ -54,9 +54,17 @@ def variants() -> Iterator[tuple[str, object, dict[str, object], dict[str, str],
         group, queries = shape.queries_per_kv_head, triton.next_power_of_2(shape.queries_per_kv_head)
         sizes = {"DTYPE": dtype, "H": shape.kv_heads, "G": group, "D": d, "W": width}
         rows = queries if dtype is tl.float32 else max(16, queries)
-        yield f"attend_splits {label}", attend.attend_splits, sizes | {"DOT": dtype, "M": rows}, numbers, ATTEND_WARPS
-        merge = sizes | {"L": 32, "M": queries, "T": 1024 * BLOCK_TOKENS}
-        yield f"merge_splits {label}", attend.merge_splits, merge, numbers, 4
+        split = sizes | {"DOT": dtype, "M": rows, "ALL": True}
+        yield f"attend_splits {label}", attend.attend_splits, split, numbers, ATTEND_WARPS
+        yield f"attend_splits one tier {label}", attend.attend_splits, split | {"ALL": False}, numbers, ATTEND_WARPS
+        no_token = split | {"ALL": False, "k": None, "v": None}
+        yield f"attend_splits no token {label}", attend.attend_splits, no_token, numbers, ATTEND_WARPS
+        merge = sizes | {"L": 32, "M": queries, "T": 1024 * BLOCK_TOKENS, "P": 0}
+        no_partials = {"lse": None, "outputs": None, "lses": None}
+        yield f"merge_splits {label}", attend.merge_splits, merge | no_partials, numbers, 4
+        yield f"merge_splits a partial {label}", attend.merge_splits, merge | {"lse": None, "P": 1}, numbers, 4
+        to_partial = merge | {"DTYPE": tl.float32, "outputs": None, "lses": None}
+        yield f"merge_splits to a partial {label}", attend.merge_splits, to_partial, numbers | {"output": "*fp32"}, 4
         conversion = {"DTYPE": dtype, "BITS": bits, "D": d, "W": width}
         yield f"read_tokens {label}", convert.read_tokens, conversion, integers, 4
         for fmt in Format:
