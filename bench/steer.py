@@ -40,7 +40,7 @@ from kvpilot.client import AsyncClient
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
 from kvpilot.v1.operator_pb2 import Mode
 
-REQUESTS, WINDOW_TOKENS, PROMPT_TOKENS, ROUNDS = 8, 8, 256, 48
+REQUESTS, WINDOW_TOKENS, PROMPT_TOKENS = 8, 8, 256
 _SETTLING_TOKENS = 2
 """Of each request after a change of mode, not counted: what was planned before it is still under way."""
 

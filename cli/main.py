@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.errors import BadInputError, reported
-from cli.models import models_app
+from cli.models import STEERING_ROUNDS, models_app
 
 if TYPE_CHECKING:
     from cli.settings import CliSettings
@@ -431,7 +431,9 @@ def bench_steer(
     requests: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at once.")] = 8,
     window_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each between two changes.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each prompt, about.")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of each mode; medians are given.")] = 48,
+    rounds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Windows of each mode; medians are given.")
+    ] = STEERING_ROUNDS,
     threads: Threads = None,
 ) -> None:
     """What steering costs: planning is on (advisory) and off in turn while the same requests are decoded.

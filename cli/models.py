@@ -13,6 +13,9 @@ from cli.errors import reported
 if TYPE_CHECKING:
     from cli.settings import CliSettings
 
+STEERING_ROUNDS = 48
+"""Windows in which planning is on, and as many in which it is off: fewer tell noise rather than a cost."""
+
 models_app = typer.Typer(
     no_args_is_help=True,
     help=(
@@ -111,7 +114,7 @@ def evaluate(
             help="Rounds in which to measure what steering costs, as `kvpilot bench steer` does, a few seconds each "
             "on two cores; 0: leave it out.",
         ),
-    ] = 48,
+    ] = STEERING_ROUNDS,
     steering_overhead: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="Share of tokens/s that steering costs, measured before, to report."),

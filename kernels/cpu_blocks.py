@@ -169,8 +169,7 @@ def _ceil_half(x: np.float32) -> Float:
 
 @jit
 def _scale_and_zero(low: np.float32, high: np.float32, levels: int) -> tuple[np.float32, np.float32]:
-    """Rounded outwards, so that codes 0..levels cover the whole group; a constant group has scale 0."""
-    low += np.float32(0.0)  # never a negative zero
+    """Rounded outwards, so that codes 0..levels cover the whole group; a constant group has scale 0. low is not -0."""
     if high > low:
         zero = _floor_half(low)
         return _ceil_half((high - zero) / np.float32(levels)), zero

@@ -288,9 +288,11 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_and_zero(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """float16 scale and zero of groups [..., n], rounded outwards so that codes 0..levels cover the whole group."""
+    """float16 scale and zero of groups [..., n], rounded outwards so that codes 0..levels cover the whole group.
+
+    x comes from ``_finite``: with a negative zero in it, which zero is the lower would be undefined.
+    """
     low, high = x.aminmax(dim=-1)
-    low = low + 0.0  # which of two zeros is the lower is undefined: never the negative one
     zero = low.half()
     zero = torch.where((zero.float() > low) & (high > low), _next_half(zero, up=False), zero)
     exact = (high - zero.float()) / LEVELS[fmt]

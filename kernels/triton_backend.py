@@ -268,24 +268,30 @@ class TritonBackend:
 
         A block whose tokens are one block of the wanted format, in order, is copied byte for byte.
         """
+        size = len(source.address), self.shape.block_bytes(fmt)
+        built = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._encode(source, fmt, built, None)
+        return built
+
+    def transcode(self, source: TokenSource, fmt: Format, tier: int, address: I32) -> None:
+        """See ``kernels.api.Backend.transcode``."""
+        self._encode(source, fmt, self.arenas[tier], self._upload(address))
+
+    def _encode(self, source: TokenSource, fmt: Format, into: torch.Tensor, places: torch.Tensor | None) -> None:
+        """Builds blocks one after the other from ``into`` on, or at unit offsets of it."""
         blocks = len(source.address)
-        built = torch.empty((blocks, self.shape.block_bytes(fmt)), dtype=torch.uint8, device=self._device)
         if blocks:
             encode_blocks[(blocks,)](
                 self._upload_source(source),
                 blocks,
                 *self.arenas,
-                built,
+                into,
+                places,
                 FMT=int(fmt),
                 PAYLOAD=self.shape.payload_bytes(fmt),
                 UNITS=self.shape.block_units(fmt),
                 **self._conversion(),
             )
-        return built
-
-    def transcode(self, source: TokenSource, fmt: Format, tier: int, address: I32) -> None:
-        """See ``kernels.api.Backend.transcode``."""
-        self.store(tier, address, self.encode(source, fmt))
 
     def store(self, tier: int, address: I32, blocks: torch.Tensor) -> None:
         """See ``kernels.api.Backend.store``."""

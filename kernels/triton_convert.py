@@ -91,6 +91,7 @@ def encode_blocks(
     device,
     host,
     into,
+    places,
     FMT: tl.constexpr,
     PAYLOAD: tl.constexpr,
     UNITS: tl.constexpr,
@@ -99,13 +100,17 @@ def encode_blocks(
     D: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Builds blocks of FMT, of PAYLOAD bytes and zeros up to whole UNITS: ``into`` uint8 [N, 256 * UNITS].
+    """Builds blocks of FMT, of PAYLOAD bytes and zeros up to whole UNITS.
 
+    They go to ``into`` uint8 [N, 256 * UNITS]; with ``places`` int32 [N], to those unit offsets of an arena ``into``.
     A block whose tokens are one block of that format, in order, is copied byte for byte.
     """
     n = tl.program_id(0)
     base, row, fmt, ok, whole = _source(source, n, blocks, device, host)
-    block = into + n.to(tl.int64) * (UNITS * UNIT)
+    if places is None:
+        block = into + n.to(tl.int64) * (UNITS * UNIT)
+    else:
+        block = into + tl.load(places + n).to(tl.int64) * UNIT
     what = tl.load(source + (blocks + n) * TOKENS)
     if (whole == 1) & ((what & 255) == FMT):
         from_block = block_base(tl.load(source + n * TOKENS), what >> 8, device, host)

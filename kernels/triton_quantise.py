@@ -99,8 +99,7 @@ def _half_above(x):
 
 @triton.jit
 def _scale_and_zero(low, high, LEVELS: tl.constexpr):
-    """float16 scale and zero, rounded outwards so that codes 0..LEVELS cover the whole group."""
-    low += 0.0  # never a negative zero
+    """float16 scale and zero, rounded outwards so that codes 0..LEVELS cover the whole group. low is not -0."""
     zero = low.to(tl.float16)
     bits = zero.to(tl.int16, bitcast=True).to(tl.int32)
     below = (bits + tl.where(bits < 0, 1, -1)).to(tl.int16).to(tl.float16, bitcast=True)

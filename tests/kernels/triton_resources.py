@@ -37,7 +37,7 @@ SHAPES = [  # kv heads, query heads, head_dim, dtype
     CacheShape(1, 3, 9, 64, next(d for d in DTYPES if DTYPES[d] is tl.float32)),
 ]
 
-INTS = {"slots", "items", "spans", "length", "address", "source", "steps"}
+INTS = {"slots", "places", "items", "spans", "length", "address", "source", "steps"}
 FLOATS = {"scores", "highest", "total", "sums", "block_mass", "received", "voted", "lse", "outputs", "lses"}
 BYTES = {"device", "host", "arena", "kind", "into", "blocks"}
 COUNTS = {"q_row", "k_row", "v_row", "layer", "item_programs", "rows", "start", "count", "heads"}
@@ -70,7 +70,9 @@ def variants() -> Iterator[tuple[str, object, dict[str, object], dict[str, str],
         for fmt in Format:
             block = {"FMT": int(fmt), "PAYLOAD": shape.payload_bytes(fmt), "UNITS": shape.block_units(fmt)}
             name = f"encode_blocks {fmt.name.lower()} {label}"
-            yield name, convert.encode_blocks, conversion | block, integers, 4
+            yield name, convert.encode_blocks, conversion | block | {"places": None}, integers, 4
+            if fmt is Format.INT4:
+                yield f"{name} in place", convert.encode_blocks, conversion | block, integers, 4
         yield f"write_tokens {label}", convert.write_tokens, {"D": d, "W": width}, integers, 4
     for load in (True, False):
         name = f"copy_blocks {'load' if load else 'store'}"
