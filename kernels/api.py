@@ -209,9 +209,9 @@ class Backend(Protocol):
         ...
 
     def store(self, tier: int, address: I32, blocks: torch.Tensor) -> None:
-        """Copies built blocks uint8 [N, block_bytes] to unit offsets ``address`` [N] of a tier's arena."""
+        """Unpacks built or packed blocks uint8 [N, block_bytes] to unit offsets ``address`` [N] of a tier's arena."""
         ...
 
     def load(self, tier: int, address: I32, fmt: Format) -> torch.Tensor:
-        """Copies blocks out of a tier's arena: uint8 [N, block_bytes(fmt)]."""
+        """Packs blocks of a tier's arena into one piece, for a single large copy: uint8 [N, block_bytes(fmt)]."""
         ...

@@ -107,10 +107,8 @@ def encode_blocks(
     """
     n = tl.program_id(0)
     base, row, fmt, ok, whole = _source(source, n, blocks, device, host)
-    if places is None:
-        block = into + n.to(tl.int64) * (UNITS * UNIT)
-    else:
-        block = into + tl.load(places + n).to(tl.int64) * UNIT
+    unit = n * UNITS if places is None else tl.load(places + n)
+    block = into + unit.to(tl.int64) * UNIT
     what = tl.load(source + (blocks + n) * TOKENS)
     if (whole == 1) & ((what & 255) == FMT):
         from_block = block_base(tl.load(source + n * TOKENS), what >> 8, device, host)
