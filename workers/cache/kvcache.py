@@ -422,7 +422,11 @@ class KVCache:
         blocks = len(piece.layer)
         self._prefer_exact(seq, piece.source, piece.position, piece.layer, piece.head)
         addresses = self._allocate_ahead(self._lot(seq, *kind), piece.tier, blocks)
-        self.backend.transcode(piece.source, piece.format, piece.tier, addresses)
+        try:
+            self.backend.transcode(piece.source, piece.format, piece.tier, addresses)
+        except Exception:
+            self._arenas[piece.tier].release(addresses)
+            raise
         preparation.add(addresses)
         self._note_peak(seq)
         return Slice(piece.tier, piece.format, blocks)
