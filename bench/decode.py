@@ -19,6 +19,7 @@ import queue
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from rich.table import Table
 
 from bench.machine import busy_note, describe_machine
 from cli.errors import BadInputError
-from kernels.layout import Format
+from kernels.layout import BLOCK_TOKENS, Format
+from kvpilot.log import LogFormat, LogLevel, configure_logging
 from kvpilot.v1 import generation_pb2, job_pb2, policy_pb2
 from models import store
 from workers.engine.api import Event
@@ -43,7 +45,8 @@ QUIET_TOKENS = 24
 """Tokens before the first switch, and behind every one before the next."""
 PATIENCE_S = 600.0
 """For the next token of a request, the first one's prompt included."""
-_ROOM_BLOCK = 32
+_SPARE_ROWS = 64
+"""Room for what is generated, in rows of blocks."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +154,14 @@ def bench(
     threads: int | None,
 ) -> None:
     """Runs the benchmark, prints it, and writes it to ``file``."""
-    console = Console(highlight=False)
     names = [name.strip() for name in pipelines.split(";") if name.strip()]
     try:
         lengths = [int(length) for length in contexts.split(",")]
     except ValueError:
         raise BadInputError(f"--contexts: {contexts!r}; numbers of tokens, separated by commas") from None
+    configure_logging(LogLevel.WARNING, LogFormat.AUTO)
+    import_module("transformers.utils.logging").disable_progress_bar()
+    console = Console(highlight=False)
     report = measure(model or "smollm2-135m-instruct", names, lengths, tokens, rounds, switches, threads, console)
     console.print(render(report))
     if switches:
@@ -219,7 +224,7 @@ def _engine(loaded: LoadedModel, contexts: list[int], threads: int) -> Engine:
     """An engine with room for every prompt and for two requests beside them, raw; nothing is audited."""
     shape = cache_shape(loaded.model.config, torch.float32)
     row_bytes = shape.layers * shape.kv_heads * shape.block_bytes(Format.RAW)
-    prompts, longest = (-(-length // _ROOM_BLOCK) + 64 for length in (sum(contexts), max(contexts)))
+    prompts, longest = (-(-length // BLOCK_TOKENS) + _SPARE_ROWS for length in (sum(contexts), max(contexts)))
     settings = WorkerSettings(
         name="bench",
         model=Path(loaded.name),

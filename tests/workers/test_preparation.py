@@ -43,11 +43,8 @@ PREPARED = (
 
 
 def order(drive: Drive, pipeline: str, epoch: int = 1, name: str = "job", **directive) -> Future[policy_pb2.Ack]:
-    """A directive whose preparation has begun, if it needs one."""
-    message = policy_pb2.Directive(nonce=f"n{epoch}", epoch=epoch, request_id=name, pipeline=pipeline, **directive)
-    answer = drive.engine.direct(message)
-    drive.engine._drain_commands()
-    return answer
+    """A directive for a request, whose preparation has begun if it needs one."""
+    return drive.order(name, pipeline, epoch, **directive)
 
 
 def refusal(answer: Future[policy_pb2.Ack]) -> int:
