@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-fast lint bench-serve bench-kernels protos fmt clean
+.PHONY: help setup model demo test test-fast lint bench-serve bench-decode bench-kernels protos fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -50,6 +50,9 @@ lint: $(READY) ## style, types, and whether the checked-in stubs are fresh
 
 bench-serve: model ## eight requests at once through kvpilot against the same eight one after another in transformers
 	$(BIN)/kvpilot bench serve
+
+bench-decode: model ## tokens/s with a long context, raw and at 4 bits, and how long a live switch keeps a request waiting
+	$(BIN)/kvpilot bench decode
 
 bench-kernels: $(READY) ## decode attention of every block format, beside the memory's bandwidth and torch's attention
 	$(BIN)/kvpilot bench kernels

@@ -468,6 +468,33 @@ def bench_serve(
         command.bench(json, model, requests, max_tokens, prompt_tokens, rounds, threads)
 
 
+@bench_app.command("decode")
+def bench_decode(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    model: ModelOption = None,
+    pipelines: Annotated[
+        str, typer.Option(metavar="LIST", help="Separated by semicolons; the first is what others are held against.")
+    ] = "full; kivi(bits=4)",
+    contexts: Annotated[
+        str, typer.Option(metavar="LIST", help="Tokens of prompts; at the first one switches are measured.")
+    ] = "4096,8000",
+    tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a window.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of each pipeline; medians are given.")] = 7,
+    switches: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Times to the last pipeline and back, live; 0: none.")
+    ] = 5,
+    threads: Threads = None,
+) -> None:
+    """Decoding with a long context: tokens/s of pipelines in turn, and how long a live switch keeps a request waiting.
+
+    One engine in this process, one request at a time. Computing the prompts takes minutes on few cores.
+    """
+    with reported():
+        from bench import decode as command
+
+        command.bench(json, model, pipelines, contexts, tokens, rounds, switches, threads)
+
+
 @bench_app.command("kernels")
 def bench_kernels(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,

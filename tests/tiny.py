@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,11 +149,16 @@ class Drive:
         return self.outcomes
 
     def direct(self, name: str, pipeline: str, epoch: int = 1, **directive) -> policy_pb2.Ack:
+        """The answer to a directive that is carried out at once."""
+        return self.order(name, pipeline, epoch, **directive).result(timeout=0)
+
+    def order(self, name: str, pipeline: str, epoch: int = 1, **directive) -> Future[policy_pb2.Ack]:
+        """A directive that is carried out, or whose preparation has begun."""
         answer = self.engine.direct(
             policy_pb2.Directive(nonce=f"n{epoch}", epoch=epoch, request_id=name, pipeline=pipeline, **directive)
         )
         self.engine._drain_commands()
-        return answer.result(timeout=0)
+        return answer
 
 
 def run(engine: Engine, jobs: dict[str, list[int]], max_tokens: int = 16, **request) -> dict[str, Outcome]:

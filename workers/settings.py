@@ -76,6 +76,12 @@ class WorkerSettings(FileSettings):
     audit_budget: float = Field(
         0.01, ge=0, description="most time that audits may take, as a share of decoding; beyond it they are skipped"
     )
+    switch_step_share: float = Field(
+        0.25, ge=0, description="longest slice of a switch between two decode steps, as a share of a step's time"
+    )
+    switch_least_blocks: int = Field(
+        256, ge=1, description="blocks that a slice of a switch may build however long they take"
+    )
     threads: int = Field(0, ge=0, description="CPU threads of torch and the kernels; 0: one per core")
     lease_s: float = Field(
         10.0, ge=1, description="a worker that is silent for this long loses its jobs to another; the same everywhere"

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from bench import steer
+from bench import decode, steer
 from cli import bundles, tether
+from cli.main import app
 
 pytestmark = pytest.mark.skipif(not tether.SUPPORTED, reason="needs Linux")
 
@@ -40,3 +42,25 @@ def test_evaluate_measures_it_with_the_bundles_model_if_that_is_here(
     assert measured == [("tiny", 5)]
     assert bundles._measure_steering(["elsewhere"], 5) is None
     assert "not measured: elsewhere not in the store" in capsys.readouterr().err
+
+
+def test_decoding_and_live_switches_are_measured_in_one_process(tiny_folder: Path) -> None:
+    said = io.StringIO()
+    report = decode.measure(str(tiny_folder), ["full", "int8"], [96, 200], 4, 2, 1, 1, Console(file=said))
+    assert [row["context_tokens"] for row in report["decode"]] == [96, 200]
+    for row in report["decode"]:
+        assert row["ratio"]["full"] == 1
+        assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in row["windows"].values())
+    assert [stall["to_pipeline"] for stall in report["switches"]] == ["int8", "full"]
+    for stall in report["switches"]:
+        assert stall["step_ms"] > 0
+        assert stall["pause_ms"] > 0
+        assert stall["steps"] >= 0
+    Console(file=said, width=200).print(decode.render(report), decode.render_switches(report))
+    assert "Switching while decoding at 96 tokens" in said.getvalue()
+
+
+def test_the_command_refuses_contexts_that_are_no_numbers(tiny_folder: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "decode", "--model", str(tiny_folder), "--contexts", "long"])
+    assert result.exit_code == 2
+    assert "--contexts: 'long'" in result.output

@@ -49,6 +49,17 @@ class CacheUse:
             + blocks * (shape.block_bytes_16bit(Format.RAW) + TABLE_BYTES_PER_BLOCK),
         )
 
+    def plus_built_ahead(self, shape: CacheShape, format_: U8, tier: U8) -> CacheUse:
+        """These figures with blocks [N] that no table refers to yet, as a switch is being prepared."""
+        device, host = (np.bincount(format_[tier == which], minlength=len(Format)) for which in Tier)
+        sizes, sizes_16bit = _block_sizes(shape)
+        return replace(
+            self,
+            device_bytes=self.device_bytes + int(device @ sizes),
+            host_bytes=self.host_bytes + int(host @ sizes),
+            device_bytes_16bit=self.device_bytes_16bit + int(device @ sizes_16bit),
+        )
+
     def to_proto(self) -> common_pb2.CacheBytes:
         """The API's form."""
         return common_pb2.CacheBytes(
@@ -63,6 +74,14 @@ class CacheUse:
         )
 
 
+def _block_sizes(shape: CacheShape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """[formats] bytes of a block, and as if raw ones held a 16-bit dtype."""
+    return (
+        np.array([shape.block_bytes(fmt) for fmt in Format]),
+        np.array([shape.block_bytes_16bit(fmt) for fmt in Format]),
+    )
+
+
 def measure(
     shape: CacheShape, valid: npt.NDArray[np.bool_], format_: U8, tier: U8, seen: int, shadow_bytes: int
 ) -> CacheUse:
@@ -70,8 +89,7 @@ def measure(
     blocks = np.bincount(tier[valid].astype(int) * len(Format) + format_[valid], minlength=2 * len(Format))
     on_device, on_host = blocks[: len(Format)], blocks[len(Format) :]
     tables = int(blocks.sum()) * TABLE_BYTES_PER_BLOCK
-    sizes = np.array([shape.block_bytes(fmt) for fmt in Format])
-    sizes_16bit = np.array([shape.block_bytes_16bit(fmt) for fmt in Format])
+    sizes, sizes_16bit = _block_sizes(shape)
     rows = -(-seen // BLOCK_TOKENS) * shape.layers * shape.kv_heads
     return CacheUse(
         device_bytes=int(on_device @ sizes) + tables,

@@ -103,6 +103,11 @@ class Arrangement:
     moved: Tokens | None = None  # the kept tokens [valid, packed to the left] where they changed; None: the same tokens
 
 
+def pick(source: TokenSource, index: npt.NDArray[np.integer]) -> TokenSource:
+    """The sources of some of the blocks, copied."""
+    return TokenSource(source.address[index], source.format[index], source.tier[index], source.row[index])
+
+
 def restyle(now: Blocks, position: I32, residual: int | None, fmt: Format, device_tokens: int | None) -> Arrangement:
     """The same tokens in other formats and tiers.
 

@@ -6,7 +6,8 @@ nothing that a reader could see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -27,11 +28,13 @@ from workers.cache.arrangement import (
     Tokens,
     block_count,
     blocks_of,
+    pick,
     regroup,
     restyle,
     tokens_of,
 )
 from workers.cache.prefix import PrefixIndex, PrefixRow
+from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.selection import choose
 from workers.cache.shadow import Shadow
 from workers.stages.base import LossClass, Pipeline
@@ -68,6 +71,8 @@ class SequenceCache:
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
     as often, would depend on where the prompt is cut."""
     peak: CacheUse = field(default_factory=CacheUse)
+    preparation: Preparation | None = None
+    """The switch that is being prepared."""
     origin: SequenceCache | None = None
     """The cache it is a fork of."""
     forks: int = 0
@@ -121,6 +126,7 @@ class KVCache:
     def close(self, seq: SequenceCache) -> None:
         """Gives back everything a request holds."""
         self.settle(seq)  # nothing of it may reach the slot's next owner
+        self.abandon(seq)
         now = blocks_of(self.tables, seq.slot)
         for tier, arena in self._arenas.items():
             arena.release(now.on(tier))
@@ -141,8 +147,10 @@ class KVCache:
 
         Raises:
             TierFullError: there is no room for the copied blocks.
-            ValueError: the original has an exact copy of its own, which two cannot share.
+            ValueError: the original has an exact copy of its own, which two cannot share, or is about to be switched.
         """
+        if seq.preparation:
+            raise ValueError("a cache that is being prepared for another pipeline cannot be forked")
         if seq.shadow:
             raise ValueError("a cache with a shadow cannot be forked")
         self.settle(seq)
@@ -311,6 +319,7 @@ class KVCache:
 
         Without it, the device would hold the whole raw prompt before a pipeline that compresses it takes effect.
         """
+        self.abandon(seq)
         away = seq.shadow.rows if seq.shadow else 0
         self._extend_shadow(seq, at_most=self.host.free_bytes // self.worst_bytes(1))
         assert seq.shadow is not None
@@ -325,22 +334,23 @@ class KVCache:
         """Brings a request's blocks to where ``pipeline`` wants them: one transaction.
 
         Reserve, build the new blocks beside the old, then free the old, place the new and swap the tables. Tokens and
-        blocks that are already right stay untouched.
+        blocks that are already right stay untouched; those that :meth:`prepare` has built for a switch to this pipeline
+        are taken over. A preparation for anything else is abandoned.
 
         Raises:
-            TierFullError: a tier lacks room for the result; the request is as it was.
+            TierFullError: a tier lacks room for the result; the request is as it was, and before it was prepared.
+            ValueError: the pipeline's evictor does not work; likewise.
         """
+        if seq.preparation and (occasion is not Occasion.SWITCH or seq.preparation.pipeline != pipeline):
+            self.abandon(seq)
         if occasion is not Occasion.PROMPT and not pipeline.is_full and seq.seen < BLOCK_TOKENS:
+            self.abandon(seq)
             return
         self.settle(seq)
-        had_shadow = seq.shadow is not None
+        seq.preparation = seq.preparation or Preparation(pipeline, seq.shadow.rows if seq.shadow else None)
         try:
-            if seq.shadow or (pipeline.wants_shadow and not seq.lost):
-                try:
-                    self._extend_shadow(seq)
-                except TierFullError:
-                    if pipeline.loss_class is not LossClass.PERMANENT:  # else the shadow is about to be given up
-                        raise
+            if self._to_be_copied(seq, pipeline):
+                self._copy_rows(seq, pipeline)
             while True:
                 try:
                     self._commit(seq, self._arrange(seq, pipeline, occasion))
@@ -349,19 +359,101 @@ class KVCache:
                     missing_bytes = full.needed_bytes - full.free_bytes
                     if full.tier is not Tier.DEVICE or not (self.prefixes.drop(missing_bytes) or self._take_back(seq)):
                         raise
-        except TierFullError:
-            if not had_shadow:
-                self._drop_shadow(seq)
+        except (TierFullError, ValueError):
+            self.abandon(seq)
             raise
+        seq.preparation = None
         self._after(seq, pipeline)
 
+    def begin(self, seq: SequenceCache, pipeline: Pipeline) -> Preparation:
+        """Plans what :meth:`prepare` is to build ahead of a switch; nothing is built yet.
+
+        What an evictor keeps is chosen at the switch, so only the exact copy can be made ahead of it, and nothing ahead
+        of one that brings evicted tokens back. A preparation for another pipeline is abandoned.
+        """
+        if seq.preparation and seq.preparation.pipeline == pipeline:
+            return seq.preparation
+        self.abandon(seq)
+        seq.preparation = Preparation(pipeline, seq.shadow.rows if seq.shadow else None)
+        copied = self._to_be_copied(seq, pipeline)
+        if copied:
+            seq.preparation.copied_rows = seq.seen // BLOCK_TOKENS
+        if not (pipeline.evictor or (seq.evicted and seq.shadow)):
+            target = restyle(blocks_of(self.tables, seq.slot), self._positions(seq), *_style(pipeline))
+            seq.preparation.plan(target, by_shadow=copied and not seq.evicted)
+        return seq.preparation
+
+    def left_to_prepare(self, seq: SequenceCache) -> Counter[tuple[Tier, Format]]:
+        """Blocks that :meth:`prepare` has yet to build, by tier and format."""
+        assert seq.preparation is not None
+        left = seq.preparation.left()
+        rows = seq.preparation.copied_rows - (seq.shadow.rows if seq.shadow else 0)
+        if rows > 0:
+            left[Tier.HOST, Format.RAW] += rows * self._row_blocks
+        return left
+
+    def prepare(self, seq: SequenceCache, most: Callable[[Tier, Format], int]) -> Slice | None:
+        """Builds a slice of what :meth:`begin` has planned: first the exact copy, then the blocks.
+
+        Args:
+            seq: the request.
+            most: how many blocks of a tier and format a slice may have; of the exact copy it has one row at least.
+
+        Returns:
+            What was built. None: all is there, and :meth:`apply` has little left to do.
+
+        Raises:
+            TierFullError: a tier lacks room for it beside the blocks in force. What was built before stays.
+        """
+        preparation = seq.preparation
+        assert preparation is not None
+        rows = seq.shadow.rows if seq.shadow else 0
+        if rows < preparation.copied_rows:
+            at_most = max(1, most(Tier.HOST, Format.RAW) // self._row_blocks)
+            self._copy_rows(seq, preparation.pipeline, min(at_most, preparation.copied_rows - rows))
+            assert seq.shadow is not None
+            if seq.shadow.rows == rows:  # no room for a copy that is about to be given up
+                preparation.copied_rows = rows
+            return Slice(Tier.HOST, Format.RAW, (seq.shadow.rows - rows) * self._row_blocks)
+        kind = preparation.next_kind
+        if kind is None:
+            return None
+        piece = preparation.next_piece(max(1, most(*kind)))
+        blocks = len(piece.layer)
+        self._prefer_exact(seq, piece.source, piece.position, piece.layer, piece.head)
+        addresses = self._allocate_ahead(self._lot(seq, *kind), piece.tier, blocks)
+        try:
+            self.backend.transcode(piece.source, piece.format, piece.tier, addresses)
+        except Exception:
+            self._arenas[piece.tier].release(addresses)
+            raise
+        preparation.add(addresses)
+        self._note_peak(seq)
+        return Slice(piece.tier, piece.format, blocks)
+
+    def abandon(self, seq: SequenceCache) -> None:
+        """Gives back what was built ahead of a switch: the request is as if there had been none."""
+        preparation, seq.preparation = seq.preparation, None
+        if preparation is None:
+            return
+        for tier, arena in self._arenas.items():
+            arena.release(preparation.on(tier))
+        if preparation.shadow_rows is None:
+            self._drop_shadow(seq)
+        elif seq.shadow:
+            seq.shadow.cut(preparation.shadow_rows)
+
+    def _allocate_ahead(self, lot: Lot, tier: Tier, blocks: int) -> I32:
+        """Memory for blocks beside those in force, at the cost of prefixes that nobody uses."""
+        while True:
+            try:
+                return self._arenas[tier].allocate(lot, blocks)
+            except TierFullError as full:
+                if tier is not Tier.DEVICE or not self.prefixes.drop(full.needed_bytes - full.free_bytes):
+                    raise
+
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
-        codec, placer, evictor = pipeline.codec, pipeline.placer, pipeline.evictor
-        style = (
-            BLOCK_TOKENS if codec else None,
-            codec.format if codec else Format.RAW,
-            placer.device_tokens() if placer else None,
-        )
+        evictor, style = pipeline.evictor, _style(pipeline)
         settle = occasion is Occasion.SETTLE
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
@@ -377,13 +469,15 @@ class KVCache:
     def _commit(self, seq: SequenceCache, target: Arrangement) -> None:
         now, new = blocks_of(self.tables, seq.slot), target.blocks
         self._refer_to_shadow(seq, target)
+        vain = seq.preparation.place(now, target) if seq.preparation else dict.fromkeys(Tier, _NOTHING)
         build = new.valid & (new.address == BUILD)
-        self._prefer_exact(seq, target, build)
+        layer, head, _ = np.nonzero(build)
+        self._prefer_exact(seq, target.source, target.source_position, layer, head)
         groups: dict[tuple[Tier, Format], Mask] = {}
         for code in np.unique(new.tier[build].astype(int) * len(Format) + new.format[build]):
             tier, fmt = Tier(int(code) // len(Format)), Format(int(code) % len(Format))
             groups[tier, fmt] = build & (new.tier == tier) & (new.format == fmt)
-        released = {tier: np.setdiff1d(now.on(tier), new.on(tier)).astype(np.int32) for tier in Tier}
+        released = {tier: np.concatenate([_without(now.on(tier), new.on(tier)), vain[tier]]) for tier in Tier}
         wanted = {key: int(mask.sum()) for key, mask in groups.items()}
         raw_device, beyond = (Tier.DEVICE, Format.RAW), self._beyond(seq, new.length)
         if target.moved is not None and seq.reserved:  # other ends of tables: the room behind them moves along
@@ -399,7 +493,7 @@ class KVCache:
         of_build = np.cumsum(build.reshape(-1)) - 1  # place of each block to build among the sources
         built = {}
         for (tier, fmt), mask in groups.items():
-            source = _take(target.source, of_build[mask.reshape(-1)])
+            source = pick(target.source, of_build[mask.reshape(-1)])
             if direct[tier]:
                 addresses = self._arenas[tier].allocate(self._lot(seq, tier, fmt), int(mask.sum()))
                 self.backend.transcode(source, fmt, tier, addresses)
@@ -457,6 +551,18 @@ class KVCache:
 
     # -- exact copies --------------------------------------------------------------------------------------------------
 
+    def _to_be_copied(self, seq: SequenceCache, pipeline: Pipeline) -> bool:
+        """Whether a switch to ``pipeline`` begins with bringing the exact copy up to date."""
+        return seq.shadow is not None or (pipeline.wants_shadow and not seq.lost)
+
+    def _copy_rows(self, seq: SequenceCache, pipeline: Pipeline, at_most: int | None = None) -> None:
+        """Extends the exact copy ahead of a switch; lack of room is none if the switch gives the copy up."""
+        try:
+            self._extend_shadow(seq, at_most)
+        except TierFullError:
+            if pipeline.loss_class is not LossClass.PERMANENT:
+                raise
+
     def _extend_shadow(self, seq: SequenceCache, at_most: int | None = None) -> None:
         """Brings the shadow up to the last whole row, or ``at_most`` rows further."""
         shadow = seq.shadow or Shadow(self.host, seq.max_tokens)
@@ -509,21 +615,25 @@ class KVCache:
             getattr(everything, name)[place] = getattr(now, name)[layers, head_, index]
         return everything
 
-    def _prefer_exact(self, seq: SequenceCache, target: Arrangement, build: Mask) -> None:
-        """Lets blocks be built from the shadow's exact tokens instead of rounded ones."""
+    def _prefer_exact(self, seq: SequenceCache, source: TokenSource, position: I32, layer: I64, head: I64) -> None:
+        """Lets blocks be built from the shadow's exact tokens instead of rounded ones.
+
+        Args:
+            seq: the request.
+            source: of N blocks; changed in place.
+            position: [N, 32] original positions of the source's tokens, -1 beyond the end.
+            layer, head: [N] whose blocks they are.
+        """
         if seq.shadow is None:
             return
-        source, position = target.source, target.source_position
         rounded = (source.format != Format.RAW) & (position >= 0) & (position < seq.shadow.rows * BLOCK_TOKENS)
         if not rounded.any():
             return
-        layer, head, _ = np.nonzero(build)
-        block, _ = np.nonzero(rounded)
-        exact = position[rounded]
-        source.address[rounded] = seq.shadow.address[exact // BLOCK_TOKENS, layer[block], head[block]]
-        source.format[rounded] = Format.RAW
-        source.tier[rounded] = Tier.HOST
-        source.row[rounded] = exact % BLOCK_TOKENS
+        row = np.where(rounded, position // BLOCK_TOKENS, 0)  # [N, 32]
+        np.copyto(source.address, seq.shadow.address[row, layer[:, None], head[:, None]], where=rounded)
+        np.copyto(source.format, np.uint8(Format.RAW), where=rounded)
+        np.copyto(source.tier, np.uint8(Tier.HOST), where=rounded)
+        np.copyto(source.row, (position % BLOCK_TOKENS).astype(np.uint8), where=rounded)
 
     def _refer_to_shadow(self, seq: SequenceCache, target: Arrangement) -> None:
         """Where a raw host block is wanted and the shadow has that very row, the table refers to it: no copy."""
@@ -537,7 +647,7 @@ class KVCache:
         build = blocks.valid & (blocks.address == BUILD)
         blocks.address[layer, head, index] = seq.shadow.address[index, layer, head]
         still = (blocks.valid & (blocks.address == BUILD))[build]
-        target.source = _take(target.source, np.flatnonzero(still).astype(np.int32))
+        target.source = pick(target.source, np.flatnonzero(still).astype(np.int32))
         target.source_position = target.source_position[still]
 
     def _drop_shadow(self, seq: SequenceCache) -> None:
@@ -583,7 +693,11 @@ class KVCache:
         own = len(self.host.owned(now.on(Tier.HOST)))
         referred = len(now.on(Tier.HOST)) - own
         shadow_bytes = seq.shadow.nbytes - referred * self.shape.block_bytes(Format.RAW) if seq.shadow else 0
-        return measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
+        use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
+        ahead = seq.preparation
+        return (
+            use.plus_built_ahead(self.shape, ahead.format[: ahead.built], ahead.tier[: ahead.built]) if ahead else use
+        )
 
     def _note_peak(self, seq: SequenceCache, extra_rows: I32 | None = None) -> None:
         now = self._measure(seq)
@@ -630,6 +744,22 @@ class KVCache:
 _NOTHING = np.zeros(0, np.int32)
 
 
+def _style(pipeline: Pipeline) -> tuple[int | None, Format, int | None]:
+    """How many last tokens stay raw, the format of older blocks, how many last tokens stay on the device."""
+    codec, placer = pipeline.codec, pipeline.placer
+    return (
+        BLOCK_TOKENS if codec else None,
+        codec.format if codec else Format.RAW,
+        placer.device_tokens() if placer else None,
+    )
+
+
+def _without(addresses: I32, others: I32) -> I32:
+    """Those of the addresses that are not among the others."""
+    # By sorting: numpy's choice for integers is a table over the whole range, and an arena's is wide.
+    return addresses[np.isin(addresses, others, invert=True, kind="sort")]
+
+
 class CacheContext:
     """Keys and values that a request keeps, wherever and however its blocks are stored."""
 
@@ -673,7 +803,3 @@ class TokenContext:
         k, v = self._backend.read(source)  # [heads * blocks, 32, D]
         whole = (heads, width, -1)
         return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]
-
-
-def _take(source: TokenSource, index: I32) -> TokenSource:
-    return TokenSource(source.address[index], source.format[index], source.tier[index], source.row[index])

@@ -62,9 +62,13 @@ class Shadow:
         kept = self.rows
         while kept and not np.isin(self.address[kept - 1], referred).any():
             kept -= 1
-        given_back = self.address[kept : self.rows].reshape(-1).copy()
-        self.address[kept : self.rows] = -1
-        self.rows = kept
+        self.cut(kept)
+
+    def cut(self, rows: int) -> None:
+        """Gives back all rows behind the first ``rows``, to which no table may refer."""
+        given_back = self.address[rows : self.rows].reshape(-1).copy()
+        self.address[rows : self.rows] = -1
+        self.rows = min(rows, self.rows)
         self.lot.borrowed = False
         self._arena.release(given_back)
         self.lot.borrowed = True

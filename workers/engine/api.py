@@ -50,7 +50,10 @@ class EngineApi(Protocol):
         ...
 
     def direct(self, directive: policy_pb2.Directive) -> Future[policy_pb2.Ack]:
-        """Carries a directive out between two steps. The future fails with ProblemError where it is refused."""
+        """Carries a directive out between two steps, or over several where it would keep one waiting for long.
+
+        The future is set when it is done, and fails with ProblemError where it is refused.
+        """
         ...
 
     def free_slots(self) -> int:

@@ -24,6 +24,7 @@ from workers.engine.attention import cache_shape
 from workers.engine.audit import Auditor
 from workers.engine.intake import Intake, Limits
 from workers.engine.memory import EngineMemory
+from workers.engine.pace import Pace
 from workers.engine.replay import SLOTS as REPLAY_SLOTS
 from workers.engine.replay import Replay, Replayer
 from workers.engine.reports import Reporter
@@ -31,18 +32,16 @@ from workers.engine.runner import LoadedModel, ModelRunner, load_model
 from workers.engine.sampler import Choice, SampleRequest, sample
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Phase, Sequence
+from workers.engine.switching import Switching
 from workers.errors import (
-    DEADLINE_EXCEEDED,
     FAILED_PRECONDITION,
-    INVALID_ARGUMENT,
-    NOT_FOUND,
     RESOURCE_EXHAUSTED,
     ProblemError,
 )
 from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
-from workers.stages.base import LossClass, Pipeline
+from workers.stages.base import Pipeline
 from workers.stages.registry import build, describe
 
 VERSION = "0.1.0"
@@ -92,12 +91,16 @@ class Engine:
         self._memory = EngineMemory(
             self.cache,
             lambda: list(self._scheduler.running),
-            self._switch_for_pressure,
-            lambda: self._replayer.give_way(),
+            lambda seq, pipeline, reason: self._switching.for_pressure(seq, pipeline, reason),
+            lambda: self._replayer.give_way() or self._switching.hurry(),
         )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
         self._bandwidths = _measure_bandwidths(self.cache)
         self._reporter = Reporter(self.cache, settings.report_interval_tokens)
+        self._pace = Pace(settings.switch_step_share, settings.switch_least_blocks, self.shape.block_bytes(Format.RAW))
+        self._switching = Switching(
+            self.cache, self._reporter, self._pace, lambda seq, switch: self._emit(seq, switch=switch)
+        )
         self._auditor = Auditor(
             self.cache,
             self._runner,
@@ -188,8 +191,10 @@ class Engine:
         answer: Future[policy_pb2.Ack] = Future()
 
         def carry_out() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # nobody waits for it any more: the stream it came by is lost
             try:
-                answer.set_result(self._direct(directive))
+                self._switching.direct(directive, self._live.get(directive.request_id), answer)
             except Exception as error:
                 answer.set_exception(error)
 
@@ -273,8 +278,9 @@ class Engine:
                     continue
 
     def step(self) -> bool:
-        """Carries out waiting commands and one step. False: there was nothing to compute."""
+        """Carries out waiting commands, a slice of a switch and one step. False: there was nothing to compute."""
         self._drain_commands()
+        self._switching.advance()
         began = time.monotonic()
         step = self._scheduler.schedule()
         for seq in step.stuck:
@@ -321,6 +327,7 @@ class Engine:
         logits, plan = self._runner.decode(caches, [seq.token_ids[-1] for seq in sequences])
         decode_ms = (time.monotonic() - began) * 1e3
         self._reporter.decode_ms += decode_ms
+        self._pace.stepped(decode_ms)
         self._auditor.decoded(sequences, logits, decode_ms)
         for row, seq in enumerate(sequences):
             seq.computed += 1
@@ -328,7 +335,7 @@ class Engine:
         for seq, choice in zip(sequences, self._sample(logits, sequences), strict=True):
             self._take_token(seq, choice)
         for seq in sequences:
-            if seq.cache and (seq.cache.seen % BLOCK_TOKENS == 0):
+            if seq.cache and seq.cache.seen % BLOCK_TOKENS == 0 and not self._switching.prepares(seq):
                 self._settle(seq)
 
     def _prefill(self, seq: Sequence, count: int) -> None:
@@ -393,7 +400,7 @@ class Engine:
         assert seq.cache is not None
         home = seq.pinned.without_shadow() if seq.pinned and seq.cache.lost else seq.pinned
         if home and seq.pipeline != home and self._roomy(seq):
-            self._switch_for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
+            self._switching.for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
         elif not seq.settled:
             seq.settled = self._try_apply(seq, Occasion.SWITCH)
         elif not seq.pipeline.is_full:
@@ -413,94 +420,6 @@ class Engine:
             write = log.warning if seq.settled else log.debug  # once, not at every attempt
             write("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
             return False
-
-    def _switch_for_pressure(self, seq: Sequence, pipeline: Pipeline, reason: str) -> bool:
-        try:
-            self._switch(seq, pipeline, reason, common_pb2.ORDERER_WORKER)
-            return True
-        except TierFullError:
-            return False
-
-    def _switch(self, seq: Sequence, pipeline: Pipeline, reason: str, orderer: common_pb2.Orderer) -> common_pb2.Switch:
-        """Moves a decoding request to another pipeline, now. TierFullError: there is no room, and nothing changed."""
-        assert seq.cache is not None
-        before = self._reporter.cache_bytes(seq)
-        began = time.monotonic()
-        self.cache.apply(seq.cache, pipeline, Occasion.SWITCH)
-        switch = common_pb2.Switch(
-            at_token=seq.generated,
-            from_pipeline=seq.pipeline.text,
-            to_pipeline=pipeline.text,
-            reason=reason,
-            ordered_by=orderer,
-            before=before,
-            after=self._reporter.cache_bytes(seq),
-            stall_ms=(time.monotonic() - began) * 1e3,
-        )
-        seq.pipeline, seq.settled = pipeline, True
-        seq.switches.append(switch)
-        self._emit(seq, switch=switch)
-        self._reporter.changed(seq)
-        log.info(
-            "switched",
-            job=seq.job_id,
-            at_token=switch.at_token,
-            from_pipeline=switch.from_pipeline,
-            to_pipeline=switch.to_pipeline,
-            reason=reason,
-            stall_ms=round(switch.stall_ms, 1),
-        )
-        return switch
-
-    def _direct(self, directive: policy_pb2.Directive) -> policy_pb2.Ack:
-        seq = self._live.get(directive.request_id)
-        if seq is None:
-            raise ProblemError(NOT_FOUND, f"request {directive.request_id!r} is not live on this worker")
-        if directive.epoch <= seq.epoch:
-            raise ProblemError(
-                FAILED_PRECONDITION, f"epoch {directive.epoch} is stale; the request is at epoch {seq.epoch}"
-            )
-        if directive.deadline_token and seq.generated > directive.deadline_token:
-            raise ProblemError(
-                DEADLINE_EXCEEDED, f"deadline was token {directive.deadline_token}; the request is at {seq.generated}"
-            )
-        by_operator = directive.ordered_by == common_pb2.ORDERER_OPERATOR
-        pipeline = self._directed_pipeline(seq, directive.pipeline, by_operator)
-        orderer = directive.ordered_by or common_pb2.ORDERER_CONTROLLER
-        if seq.phase is Phase.DECODE:
-            try:
-                switch = self._switch(seq, pipeline, directive.reason, orderer)
-            except TierFullError as full:
-                raise ProblemError(RESOURCE_EXHAUSTED, f"no room for {pipeline.text!r}: {full}") from None
-        else:  # takes effect when the prompt is complete
-            switch = common_pb2.Switch(
-                from_pipeline=seq.pipeline.text,
-                to_pipeline=pipeline.text,
-                reason=directive.reason,
-                ordered_by=orderer,
-                at_token=seq.generated,
-            )
-            seq.pipeline = pipeline
-            seq.switches.append(switch)
-            self._emit(seq, switch=switch)
-        if by_operator and seq.pinned:
-            seq.pinned = pipeline
-        seq.epoch = directive.epoch
-        return policy_pb2.Ack(nonce=directive.nonce, request_id=seq.job_id, applied=switch, epoch=seq.epoch)
-
-    def _directed_pipeline(self, seq: Sequence, text: str, by_operator: bool) -> Pipeline:
-        try:
-            pipeline = build(text, self.shape)
-        except PipelineError as error:
-            raise ProblemError(INVALID_ARGUMENT, str(error), {"pipeline": str(error)}) from None
-        if not by_operator and seq.pinned:
-            raise ProblemError(FAILED_PRECONDITION, f"the client pinned this request to {seq.pinned.text!r}")
-        if not by_operator and seq.objective.max_divergence == 0 and pipeline.loss_class is not LossClass.EXACT:
-            raise ProblemError(
-                FAILED_PRECONDITION,
-                f"{pipeline.text!r} is {pipeline.loss_class.name.lower()}; this request is exact only",
-            )
-        return pipeline
 
     # -- life of a request ---------------------------------------------------------------------------------------------
 
@@ -534,6 +453,7 @@ class Engine:
         self._finish(seq, generation_pb2.FINISH_REASON_FAILED)
 
     def _finish(self, seq: Sequence, reason: generation_pb2.FinishReason) -> None:
+        self._switching.ended(seq)
         cache_bytes = self._reporter.cache_bytes(seq)
         if seq.cache:
             self.cache.publish(seq.cache, seq.token_ids[: seq.computed])

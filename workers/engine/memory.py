@@ -1,8 +1,9 @@
 """How a worker makes room: the order in which pressure is relieved before a request is preempted.
 
-Drop published prefixes that nobody uses; interrupt a replay; without a controller, compress requests whose objective
-allows it (the static rule); move older blocks to the host tier, which changes no logits, as far as there is room; where
-the host is full too, give up the exact copies of requests that are lossy already. Only then does the scheduler preempt.
+Drop published prefixes that nobody uses; interrupt a replay, or do the rest of a switch that is being prepared at once,
+since it holds blocks twice; without a controller, compress requests whose objective allows it (the static rule); move
+older blocks to the host tier, which changes no logits, as far as there is room; where the host is full too, give up the
+exact copies of requests that are lossy already. Only then does the scheduler preempt.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class EngineMemory:
         cache: the worker's cache.
         running: the requests that hold cache now.
         switch: carries out a pipeline change, for pressure's sake.
-        interrupt: makes work that can wait give its memory back; False where there is none.
+        interrupt: ends work that holds memory it could do without; False where there is none.
     """
 
     def __init__(
