@@ -200,7 +200,7 @@ def _merge_split(
 
 @jit
 def attend(
-    team: tuple[int, int],
+    team: tuple[int, int, int],
     bases: Array,
     raw_kind: int,
     layer: int,

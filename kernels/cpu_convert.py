@@ -50,7 +50,7 @@ def _read_block(
 
 @jit
 def read_tokens(
-    team: tuple[int, int],
+    team: tuple[int, int, int],
     bases: Array,
     raw_kind: int,
     d: int,
@@ -116,7 +116,7 @@ def _encode_block(
 
 @jit
 def encode_blocks(
-    team: tuple[int, int],
+    team: tuple[int, int, int],
     bases: Array,
     raw_kind: int,
     d: int,
@@ -144,7 +144,7 @@ def _write_block(item: int, base: int, address: Array, start: int, keys: Array, 
 
 
 @jit
-def write_tokens(team: tuple[int, int], base: int, address: Array, start: int, keys: Array, values: Array) -> None:
+def write_tokens(team: tuple[int, int, int], base: int, address: Array, start: int, keys: Array, values: Array) -> None:
     """keys, values uint8 [H, N, row bytes] into raw blocks: token start + i of table h's blocks address [H, B]."""
     heads, count = keys.shape[:2]
     blocks = (start + count + BLOCK_TOKENS - 1) // BLOCK_TOKENS - start // BLOCK_TOKENS
@@ -157,7 +157,7 @@ def _store_block(n: int, base: int, address: Array, blocks: Array) -> None:
 
 
 @jit
-def store_blocks(team: tuple[int, int], base: int, address: Array, blocks: Array) -> None:
+def store_blocks(team: tuple[int, int, int], base: int, address: Array, blocks: Array) -> None:
     """Copies blocks uint8 [N, block bytes] to their unit offsets [N]."""
     parallel_for(team, _store_block, len(address), (base, address, blocks))
 
@@ -168,6 +168,6 @@ def _load_block(n: int, base: int, address: Array, blocks: Array) -> None:
 
 
 @jit
-def load_blocks(team: tuple[int, int], base: int, address: Array, blocks: Array) -> None:
+def load_blocks(team: tuple[int, int, int], base: int, address: Array, blocks: Array) -> None:
     """Copies blocks at unit offsets [N] into uint8 [N, block bytes]."""
     parallel_for(team, _load_block, len(address), (base, address, blocks))

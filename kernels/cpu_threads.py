@@ -54,8 +54,8 @@ def team() -> tuple[int, int, int]:
 def parallel_for(typing: Any, team: Any, work: Any, count: Any, arguments: Any) -> Any:
     """``parallel_for(team, work, count, arguments)``: ``work(i, *arguments)`` for i in 0 .. count - 1, in any order.
 
-    Each thread has a range of its own, of equal size and always the same, so that in the next loop it finds in its cache
-    what it left there in the last: cores far apart read each other's caches slower than memory. It takes several
+    Each thread has a range of its own, of equal size and always the same, so that in the next loop it finds in its
+    cache what it left there in the last: cores far apart read each other's caches slower than memory. It takes several
     adjacent indexes at once, fewer and fewer, and when it is through, some of what others have left. ``work`` is a
     jitted function without a result. Its errors go unnoticed; code here raises none.
     """
@@ -94,13 +94,13 @@ def parallel_for(typing: Any, team: Any, work: Any, count: Any, arguments: Any) 
     return types.void(team, work, types.int64, arguments), generate
 
 
-def _borrowed(context: Any, builder: ir.IRBuilder, kind: Any, value: ir.Value) -> ir.Value:
+def _borrowed(context: Any, builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Any:
     """An argument with its arrays, at any depth of tuples, no longer counted: the caller holds them.
 
     Numba counts references at every slice of an array, atomically; threads that share an array would do so in turn.
     """
-    if isinstance(kind, types.BaseTuple):
-        parts = zip(kind.types, _cgutils.unpack_tuple(builder, value), strict=True)
+    if isinstance(kind, types.Tuple | types.UniTuple):
+        parts = zip(tuple(kind), _cgutils.unpack_tuple(builder, value), strict=True)
         return context.make_tuple(builder, kind, [_borrowed(context, builder, *part) for part in parts])
     if isinstance(kind, types.Array):
         array = context.make_array(kind)(context, builder, value)
