@@ -44,7 +44,7 @@ def make_plan(positions: Positions, seed: int = 0) -> DecodePlan:
         blocks = math.ceil(len(kept) / BLOCK_TOKENS)
         shares = rng.dirichlet(np.full(blocks, 0.5))
         mass[layer, ROW, head] = [*shares, *[0.0] * (width - blocks)]
-    return DecodePlan(np.array([5, 0, SLOT], np.int32), mass)
+    return DecodePlan(np.array([5, 0, SLOT], np.int32), block_mass=mass)
 
 
 def look(meter: SignalMeter, positions: Positions, seed: int = 0, times: int = SAMPLE_EVERY) -> DecodePlan:
@@ -215,7 +215,7 @@ def test_far_mass_is_told_of_each_quarter_of_the_layers(quarters: list[int]) -> 
     for _ in range(3):
         mass = rng.dirichlet(np.full(blocks, 0.5), (layers, 1, SHAPE.kv_heads)).astype(np.float32)
         for _ in range(SAMPLE_EVERY):
-            meter.note_attention(DecodePlan(np.array([0], np.int32), mass), row, tables)
+            meter.note_attention(DecodePlan(np.array([0], np.int32), block_mass=mass), row, tables)
         for layer, quarter in enumerate(quarters):
             for head in range(SHAPE.kv_heads):
                 by_block = mass[layer, row, head]
