@@ -465,7 +465,8 @@ class KVCache:
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
-            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, partial(self.recent.read, seq.slot))
+            queries, device = partial(self.recent.read, seq.slot), self.device.data.device
+            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device)
             if restore or not keep[tokens.valid].all():
                 return regroup(tokens, keep, *style)
         elif restore:

@@ -17,14 +17,13 @@ class _Ring:
     """One request's queries; that of position p lies at p % RECENT_QUERIES."""
 
     queries: torch.Tensor  # [layers, query_heads, RECENT_QUERIES, D] in the model's dtype
-    position: torch.Tensor  # int64 [RECENT_QUERIES] on the CPU, -1 where there is none
+    position: torch.Tensor  # int64 [RECENT_QUERIES], -1 where there is none
 
     @staticmethod
     def empty(shape: CacheShape, device: torch.device) -> _Ring:
         size = (shape.layers, shape.query_heads, RECENT_QUERIES, shape.head_dim)
-        return _Ring(
-            torch.zeros(size, dtype=shape.dtype, device=device), torch.full((RECENT_QUERIES,), -1, dtype=torch.int64)
-        )
+        nowhere = torch.full((RECENT_QUERIES,), -1, dtype=torch.int64, device=device)
+        return _Ring(torch.zeros(size, dtype=shape.dtype, device=device), nowhere)
 
 
 class RecentQueries:
@@ -44,16 +43,17 @@ class RecentQueries:
         if ring is None:
             ring = self._rings[slot] = _Ring.empty(self._shape, self._device)
         count = min(queries.shape[2], RECENT_QUERIES)
-        position = torch.arange(start + queries.shape[2] - count, start + queries.shape[2])
+        position = torch.arange(start + queries.shape[2] - count, start + queries.shape[2], device=self._device)
         ring.queries[:, :, position % RECENT_QUERIES] = queries[:, :, queries.shape[2] - count :].to(ring.queries)
         ring.position[position % RECENT_QUERIES] = position
 
     def read(self, slot: int, layer: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last queries, at most so many: float32 [query_heads, n, D] and their positions int64 [n], rising."""
-        ring = self._rings.get(slot)
-        if ring is None:
-            nothing = torch.zeros(self._shape.query_heads, 0, self._shape.head_dim, device=self._device)
-            return nothing, torch.zeros(0, dtype=torch.int64)
+        """The last queries, at most so many: float32 [query_heads, n, D] and their positions int64 [n], rising.
+
+        Raises:
+            KeyError: none was noted. A request computes at least the last token of its prompt itself.
+        """
+        ring = self._rings[slot]
         order = ring.position.argsort()
         order = order[ring.position[order] >= 0]
         order = order[max(0, len(order) - most) :]

@@ -19,7 +19,15 @@ Queries = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 """Of a layer, at most so many: see ``workers.cache.recent.RecentQueries.read``."""
 
 
-def choose(evictor: Evictor, tokens: Tokens, seen: int, scaling: float, backend: Backend, queries: Queries) -> Mask:
+def choose(
+    evictor: Evictor,
+    tokens: Tokens,
+    seen: int,
+    scaling: float,
+    backend: Backend,
+    queries: Queries,
+    device: torch.device,
+) -> Mask:
     """Marks the tokens [L, H, T] that stay. Ties go to the more recent token.
 
     Raises:
@@ -32,18 +40,20 @@ def choose(evictor: Evictor, tokens: Tokens, seen: int, scaling: float, backend:
     layers = len(tokens.valid)
     keep = np.zeros(tokens.valid.shape, bool)
     for layer in range(layers):
-        view = _view(tokens, layer, seen, scaling, backend, queries)
+        view = _view(tokens, layer, seen, scaling, backend, queries, device)
         score = evictor.score(view)
         valid, position = tokens.valid[layer], tokens.position[layer]
         if score.shape != valid.shape or not bool(torch.isfinite(score[view.valid]).all()):
             raise ValueError(f"stage {evictor.name!r}: scores must be finite and of shape {valid.shape}")
         protected = (position < sinks) | (position >= seen - recent)
-        here = free_tokens(evictor.rule, layer, layers, free)
+        here = free_tokens(evictor.rule, layer, layers, free, seen - sinks - recent)
         keep[layer] = best(evictor.rule, score.double().cpu().numpy(), protected, valid, sinks + recent, here)
     return keep
 
 
-def _view(tokens: Tokens, layer: int, seen: int, scaling: float, backend: Backend, queries: Queries) -> LayerView:
+def _view(
+    tokens: Tokens, layer: int, seen: int, scaling: float, backend: Backend, queries: Queries, device: torch.device
+) -> LayerView:
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         heads, count = tokens.position.shape[1:]
         padded = -(-count // BLOCK_TOKENS) * BLOCK_TOKENS
@@ -65,10 +75,10 @@ def _view(tokens: Tokens, layer: int, seen: int, scaling: float, backend: Backen
     return LayerView(
         index=layer,
         layers=len(tokens.position),
-        position=torch.from_numpy(tokens.position[layer]),
-        valid=torch.from_numpy(tokens.valid[layer]),
-        mass=torch.from_numpy(tokens.mass[layer]),
-        votes=torch.from_numpy(tokens.votes[layer].astype(np.float32)),
+        position=torch.from_numpy(tokens.position[layer]).to(device),
+        valid=torch.from_numpy(tokens.valid[layer]).to(device),
+        mass=torch.from_numpy(tokens.mass[layer]).to(device),
+        votes=torch.from_numpy(tokens.votes[layer].astype(np.float32)).to(device),
         seen=seen,
         scaling=scaling,
         read=read,

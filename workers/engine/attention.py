@@ -109,7 +109,7 @@ class PromptAttention:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """See :class:`Attend`; B is 1, S the chunk's length."""
         self._cache.backend.write(self._slot, layer, self._start, k[0], v[0])
-        self._last_queries.append(q[0, :, -RECENT_QUERIES:])
+        self._last_queries.append(q[0, :, -RECENT_QUERIES:].clone())  # a view would keep the whole chunk's in memory
         self._cache.scaling = scaling
         if self._start:
             k, v = (part[None] for part in self._context.read(layer))  # [1, kv_heads, T, D]

@@ -39,7 +39,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class LayerView:
-    """What an evictor may look at: the tokens one layer keeps now. H KV heads, T tokens."""
+    """What an evictor may look at: the tokens one layer keeps now. H KV heads, T tokens; all on the model's device."""
 
     index: int  # which layer
     layers: int  # how many there are
@@ -51,7 +51,7 @@ class LayerView:
     scaling: float  # the model's factor on attention scores
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # K and V, each [H, T, D], dequantised where need be
     queries: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
-    """The last queries, at most so many (there are up to 32): [query heads, n, D] and their positions [n], rising."""
+    """The last queries, at most so many: [query heads, n, D] and their positions [n], rising. There are 1 to 32."""
 
     def attention(self, last: int) -> torch.Tensor:
         """What the last queries, at most ``last``, pay to the tokens that are kept now: float32 [H, G, n, T].
@@ -64,9 +64,12 @@ class LayerView:
         grouped = queries.reshape(heads, -1, dim)  # [H, G * n, D]
         scores = grouped @ keys.float().mT * self.scaling
         scores = scores.view(heads, -1, len(asked_at), tokens)
-        visible = (self.position[:, None] <= asked_at[:, None]) & self.valid[:, None]  # [H, n, T]
-        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+        scores = scores.masked_fill(~self.visible(asked_at)[:, None], -torch.inf)
         return scores.softmax(-1).nan_to_num(0.0)  # nothing that a query may see: no shares
+
+    def visible(self, asked_at: torch.Tensor) -> torch.Tensor:
+        """Which of the tokens that are kept now queries at these positions [n] may see: bool [H, n, T]."""
+        return (self.position[:, None] <= asked_at[:, None]) & self.valid[:, None]
 
 
 def parameter(default: Any, bounds: Bounds = ANY, of: str = "", minor: bool = False) -> Any:

@@ -5,7 +5,7 @@ Protected tokens (first and last) stay everywhere; a rule shares out the rest, n
 ========  ===========================================================================================================
 uniform   n for each head
 pyramid   less from layer to layer: a layer's heads have from 2 n - n / 20 in the first to n / 20 in the last, linearly
-          (PyramidKV, arXiv 2406.02069, beta 20)
+          (PyramidKV, arXiv 2406.02069, beta 20); less steeply where the first would have more than there are
 ada       the H n best of a layer, whichever head has them; each head keeps at least the best n / 5 of its own
           (Ada-KV, arXiv 2407.11550)
 ========  ===========================================================================================================
@@ -24,17 +24,26 @@ Scores = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 
-def free_tokens(rule: str, layer: int, layers: int, free: int) -> int:
-    """Tokens beyond the protected ones that each head of a layer keeps, in the mean, where ``free`` is that of all."""
-    if rule != PYRAMID or layers == 1:
+def free_tokens(rule: str, layer: int, layers: int, free: int, most: int) -> int:
+    """Tokens beyond the protected ones that each head of a layer keeps, in the mean.
+
+    Args:
+        rule: one of RULES.
+        layer, layers: which layer of how many.
+        free: the mean over all layers.
+        most: tokens of the request that are not protected, of which no head can keep more.
+    """
+    if rule != PYRAMID or layers == 1 or free >= most:
         return free
-    last = free / PYRAMID_BETA
-    first = 2 * free - last
+    first = min(2 * free - free / PYRAMID_BETA, most)
+    last = 2 * free - first
     return round(first - (first - last) * layer / (layers - 1))
 
 
 def best(rule: str, score: Scores, protected: Mask, valid: Mask, fixed: int, free: int) -> Mask:
-    """Which tokens [H, T] of a layer stay: ``fixed`` + ``free`` a head, those protected first. Ties go to later tokens.
+    """Which tokens [H, T] of a layer stay: ``fixed`` + ``free`` a head, those protected first.
+
+    Ties go to later tokens of a head, and between heads to what stands further back in its table.
 
     Args:
         rule: one of RULES.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from workers.stages.base import Evictor, LayerView, shadow, whole_blocks
@@ -29,15 +27,19 @@ class Dilated(Evictor):
     recent: int = whole_blocks(256)
     shadow: bool = shadow()
 
-    def _kept(self, position: npt.NDArray[np.int64], seen: int) -> npt.NDArray[np.bool_]:
+    def _kept(self, position: torch.Tensor, seen: int) -> torch.Tensor:
         """Which positions stay."""
         age = seen - 1 - position
-        doublings = np.floor(np.log2(np.maximum(age, self.recent) / self.recent)).astype(np.int64)
-        return np.asarray((age < self.recent) | (position % (1 << doublings + 1) == 0))
+        distance, interval = self.recent, 2  # of the doubling that is looked at
+        kept = age < distance
+        while distance < seen:
+            kept |= (age >= distance) & (age < 2 * distance) & (position % interval == 0)
+            distance, interval = 2 * distance, 2 * interval
+        return kept
 
     def budget(self, seen: int) -> int:
         """As many as the rule keeps of ``seen``."""
-        return int(self._kept(np.arange(seen), seen).sum())
+        return int(self._kept(torch.arange(seen), seen).sum())
 
     def protected(self, seen: int) -> tuple[int, int]:
         """The last ``recent``."""
@@ -45,4 +47,4 @@ class Dilated(Evictor):
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """1 for what the rule keeps; 0 for what it drops."""
-        return torch.from_numpy(self._kept(layer.position.numpy().astype(np.int64), layer.seen)).float()
+        return self._kept(layer.position, layer.seen).float()

@@ -17,8 +17,9 @@ from workers.stages.base import Evictor, LayerView, budgets, parameter, shadow, 
 class HashEvict(Evictor):
     """Drops the keys whose SimHash is furthest from the current query's, before any attention is computed.
 
-    A hash is the signs of ``bits`` random projections, the same for keys and queries and for all heads; the distance is
-    the number of unlike signs, in the mean over the query group. Evicts once per 32 generated tokens.
+    A hash is the signs of ``bits`` random projections, the same for keys and queries and for all heads of a layer; the
+    distance is the number of unlike signs, in the mean over the query group. The paper protects the first tokens too;
+    here they must earn their place. Evicts once per 32 generated tokens.
 
     Source: Liu et al., HashEvict: A Pre-Attention KV Cache Eviction Strategy using Locality-Sensitive Hashing, arXiv
     2412.16187. Query-aware.
@@ -42,11 +43,9 @@ class HashEvict(Evictor):
     def score(self, layer: LayerView) -> torch.Tensor:
         """Minus the Hamming distance."""
         keys, _ = layer.read()
-        heads, tokens, dim = keys.shape
+        heads, _, dim = keys.shape
         planes = torch.randn(dim, self.bits, generator=torch.Generator().manual_seed(layer.index)).to(keys.device)
         queries, _ = layer.queries(1)
-        if not queries.shape[1]:  # all of its prompt came from a prefix
-            return torch.zeros(heads, tokens)
         asked = (queries[:, -1] @ planes > 0).view(heads, -1, 1, self.bits)  # [H, G, 1, bits]
         stored = (keys.float() @ planes > 0)[:, None]  # [H, 1, T, bits]
         return -(asked != stored).float().sum(dim=-1).mean(dim=1)

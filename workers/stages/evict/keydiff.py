@@ -17,7 +17,8 @@ from workers.stages.base import Evictor, LayerView, budgets, shadow, share
 class KeyDiff(Evictor):
     """The tokens whose keys point away from the mean direction of the head's keys. Query-agnostic.
 
-    The mean is that of the keys that are there, each of length 1: it moves as tokens come and go.
+    The mean is that of the keys that are there, each of length 1: it moves as tokens come and go. The paper's window of
+    recent tokens is the last block.
 
     Source: Park et al., KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference, arXiv
     2504.15364.

@@ -19,9 +19,10 @@ CERTAIN = 1e3  # above every score of a token that is drawn
 class NaCL(Evictor):
     """Once, after the prompt or at a switch: the tokens that the prompt's last 32 look at, and others by lot.
 
-    The last queries are the proxy tokens that stand for what a generation will ask. Of what stays, the share ``drawn``
-    is drawn without replacement, with the proxies' attention as odds, so that no bias of the proxies costs a token
-    every chance; lots depend on ``seed``, layer and head alone.
+    The last queries are the proxy tokens that stand for what a generation will ask. A token's score is the attention
+    they pay it, summed over them, the mean over the query group. Of what stays beside the proxies, the share ``drawn``
+    is drawn without replacement with the softmax of the scores as odds, so that no bias of the proxies costs a token
+    every chance; lots depend on ``seed``, layer, head and position alone.
 
     Source: Chen et al., NACL: A General and Effective KV Cache Eviction Framework for LLMs at Inference Time, arXiv
     2408.03675. Query-aware.
@@ -44,13 +45,14 @@ class NaCL(Evictor):
         return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
-        """The proxies' attention plus CERTAIN for the best; log odds plus Gumbel noise for the others."""
-        odds = layer.attention(BLOCK_TOKENS).sum(dim=(1, 2)).cpu()  # [H, T]
+        """The proxies' attention plus CERTAIN for the best; the same plus Gumbel noise for the others."""
+        score = layer.attention(BLOCK_TOKENS).mean(dim=1).sum(dim=1)  # [H, T]
         old = layer.valid & (layer.position < layer.seen - BLOCK_TOKENS)
-        ranked = odds.masked_fill(~old, -1.0)
+        ranked = score.masked_fill(~old, -1.0)
         certain = round((1 - self.drawn) * (self.budget(layer.seen) - BLOCK_TOKENS))
         best = ranked.argsort(dim=1, descending=True, stable=True)[:, :certain]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index)
-        uniform = torch.rand(odds.shape, generator=generator).clamp(min=1e-12)
-        lot = (odds + 1e-12).log() - (-uniform.log()).log()  # the largest ones are a draw without replacement
-        return lot.scatter(1, best, CERTAIN + ranked.gather(1, best))
+        uniform = torch.rand(layer.seen, len(score), generator=generator).clamp(min=1e-12).to(score.device)
+        noise = -(-uniform.log()).log().mT.gather(1, layer.position.long().clamp(0, layer.seen - 1))
+        # The largest sums of log odds and Gumbel noise are a draw without replacement.
+        return (score + noise).scatter(1, best, CERTAIN + ranked.gather(1, best))

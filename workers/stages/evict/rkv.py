@@ -14,6 +14,7 @@ from workers.stages.base import Evictor, LayerView, parameter, shadow, size
 
 INTERVAL_TOKENS = 4 * BLOCK_TOKENS
 OBSERVED_QUERIES = 8
+SIMILAR = 0.5
 ROWS_AT_ONCE = 512
 
 
@@ -22,9 +23,11 @@ class RKV(Evictor):
     """Every 128 tokens the ``size`` best by importance minus redundancy; for the long thoughts of reasoning models.
 
     Importance is the attention of the last 8 queries, the greatest within the query group and the mean over queries.
-    Redundancy is how much a key resembles the head's other keys: the mean cosine, softmaxed over tokens; the latest of
-    each set of near duplicates (cosine over 0.8) is not counted against itself. The score is ``weight`` * importance -
-    (1 - ``weight``) * redundancy. Comparing all keys takes time quadratic in the prompt, once.
+    Redundancy is how much a head's other keys resemble a key: the mean of their cosines, softmaxed over tokens. No key
+    counts its likeness to the latest one that is like it (cosine over 0.5), so that of a set of near duplicates the
+    latest is spared. The score is ``weight`` * importance - (1 - ``weight``) * redundancy. Comparing all keys takes
+    time quadratic in the prompt, once. The threshold is that of the authors' code, which takes the greatest within the
+    group before the softmax, and for each token the greatest importance among its neighbours; here they do not count.
 
     Source: Cai et al., R-KV: Redundancy-aware KV Cache Compression for Reasoning Models, arXiv 2505.24133. Query-aware.
     """
@@ -53,24 +56,18 @@ class RKV(Evictor):
         return self.weight * importance - (1 - self.weight) * redundancy
 
 
-SIMILAR = 0.8
-
-
 def _redundancy(keys: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     """Of one head's n keys [n, D]: float32 [T], 0 where there is no token."""
     direction = F.normalize(keys.float(), dim=-1)
-    count = len(direction)
-    mean = torch.empty(count)
-    later = torch.arange(count)
-    for start in range(0, count, ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        cosine = direction[rows] @ direction.T  # [rows, n]
-        cosine[torch.arange(len(cosine)), later[rows]] = 0.0
-        alike = cosine > SIMILAR
-        latest = torch.where(alike, later, -1).amax(dim=1)
-        found = latest >= 0
-        cosine[found, latest[found]] = 0.0
-        mean[rows] = cosine.mean(dim=1)
-    redundancy = torch.zeros(there.shape)
-    redundancy[there] = mean.softmax(dim=0)
+    index = torch.arange(len(direction), device=keys.device)
+    likeness = direction.new_zeros(len(direction))
+    for start in range(0, len(index), ROWS_AT_ONCE):
+        own = index[start : start + ROWS_AT_ONCE]
+        cosine = direction[own] @ direction.T  # [rows, n]
+        cosine.scatter_(1, own[:, None], 0.0)
+        latest = torch.where(cosine > SIMILAR, index, -1).amax(dim=1, keepdim=True)
+        spared = cosine.gather(1, latest.clamp(min=0)).where(latest < 0, 0.0)  # what stays of that cosine
+        likeness += cosine.scatter(1, latest.clamp(min=0), spared).sum(dim=0)
+    redundancy = likeness.new_zeros(there.shape)
+    redundancy[there] = (likeness / len(direction)).softmax(dim=0)
     return redundancy

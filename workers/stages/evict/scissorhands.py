@@ -16,9 +16,9 @@ from workers.stages.base import Evictor, LayerView, shadow, share
 class Scissorhands(Evictor):
     """Drops the tokens that most of the last 32 queries paid less than an even share.
 
-    A query pays a token little if it pays it less than 1 / t of its attention, t being the tokens that it sees; heads
-    of a query group count together. The paper's history window is longer, its rule the same: what was of no importance
-    lately stays so. Evicts once per 32 generated tokens.
+    A query pays a token little if it pays it less than 1 / t of its attention, t being the kept tokens that it sees;
+    heads of a query group count together. The paper's history window is longer, its rule the same: what was of no
+    importance lately stays so. Evicts once per 32 generated tokens.
 
     Source: Liu et al., Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression
     at Test Time, arXiv 2305.17118. Query-aware.
@@ -40,6 +40,6 @@ class Scissorhands(Evictor):
     def score(self, layer: LayerView) -> torch.Tensor:
         """Minus the number of queries, of all heads of the group, that paid little."""
         shares = layer.attention(BLOCK_TOKENS)  # [H, G, n, T]
-        visible = shares > 0
-        even = 1 / visible.sum(dim=-1, keepdim=True).clamp(min=1)
-        return -(shares < even).float().sum(dim=(1, 2))
+        _, asked_at = layer.queries(BLOCK_TOKENS)
+        seen = layer.visible(asked_at).sum(dim=-1)[:, None, :, None]  # [H, 1, n, 1] tokens
+        return -(shares * seen < 1).float().sum(dim=(1, 2))
