@@ -227,6 +227,21 @@ def rkv(of: Reference, head: int) -> list[float]:
     return (0.1 * importance - 0.9 * likeness / likeness.sum()).tolist()
 
 
+def nacl(of: Reference, head: int, layer: int) -> list[float]:
+    scores = of.received(head, of.last(32)).mean(axis=0).sum(axis=0)
+    certain = round(0.7 * (math.ceil(of.seen / 2) - 32))
+    old = [place for place, token in enumerate(of.kept[head]) if token < of.seen - 32]
+    best = sorted(old, key=lambda place: -scores[place])[:certain]
+    uniform = torch.rand(of.seen, HEADS, generator=torch.Generator().manual_seed(layer)).double().numpy()
+    gumbel = -np.log(-np.log(uniform[:, head]))
+    return [
+        score + (1000 if place in best else gumbel[token])
+        for place, (token, score) in enumerate(zip(of.kept[head], scores, strict=True))
+    ]
+
+
+BY_LAYER = {"hashevict", "nacl"}
+"""Those whose random numbers depend on the layer."""
 SCORES: dict[str, Callable[..., list[float]]] = {
     "knorm": knorm,
     "keydiff": keydiff,
@@ -236,6 +251,7 @@ SCORES: dict[str, Callable[..., list[float]]] = {
     "morphkv(size=64, fuse=max)": morphkv_max,
     "scissorhands": scissorhands,
     "hashevict": hashevict,
+    "nacl": nacl,
     "rkv(size=64)": rkv,
     "h2o": lambda of, head: of.received(head, range(of.seen)).sum(axis=(0, 1)).tolist(),
     "window(recent=64)": lambda of, head: [float(token) for token in of.kept[head]],
@@ -266,6 +282,32 @@ def test_so_are_those_over_heads_that_kept_different_tokens(asked, text: str) ->
     check_scores(asked, cache, seq, text)
 
 
+def test_snapkv_pools_what_the_last_64_queries_of_the_prompt_pay(asked) -> None:
+    cache = make_cache()
+    seq = serve(cache, chunk=27, steps=0)
+    for layer in range(LAYERS):
+        got = build("snapkv", cache.shape).evictor.score(view(cache, seq, layer))
+        of = reference_of(asked, cache, seq, layer)
+        for head in range(HEADS):
+            votes = of.received(head, of.last(64)).sum(axis=(0, 1))
+            wanted = [votes[max(0, token - 2) : token + 3].mean() for token in range(PROMPT)]
+            np.testing.assert_allclose(got[head].numpy(), wanted, atol=1e-4, rtol=2**-10)  # votes are float16
+
+
+def test_nacl_draws_by_the_softmax_of_the_scores(asked) -> None:
+    """Over many seeds, one draw falls on each token as often as its odds say."""
+    cache = make_cache()
+    seq = serve(cache, steps=0)
+    of, seen = reference_of(asked, cache, seq, 0), view(cache, seq, 0)
+    odds = np.exp(of.received(0, of.last(32)).mean(axis=0).sum(axis=0)[: PROMPT - 32])
+    odds /= odds.sum()
+    found, draws = np.zeros(PROMPT - 32), 4000
+    for seed in range(draws):
+        score = build(f"nacl(drawn=1, seed={seed})", cache.shape).evictor.score(seen)
+        found[int(score[0, : PROMPT - 32].argmax())] += 1
+    assert (np.abs(found - draws * odds) <= 4.5 * np.sqrt(draws * odds * (1 - odds)) + 1).all()
+
+
 def check_scores(asked, cache: KVCache, seq: SequenceCache, text: str) -> None:
     evictor = build(text, cache.shape).evictor
     sinks, recent = evictor.protected(seq.seen)
@@ -275,7 +317,7 @@ def check_scores(asked, cache: KVCache, seq: SequenceCache, text: str) -> None:
         got = evictor.score(view(cache, seq, layer)).double()
         for head in range(HEADS):
             kept = of.kept[head]
-            wanted = SCORES[text](of, head, layer) if text == "hashevict" else SCORES[text](of, head)
+            wanted = SCORES[text](of, head, layer) if text in BY_LAYER else SCORES[text](of, head)
             torch.testing.assert_close(
                 got[head, : len(kept)], torch.tensor(wanted, dtype=torch.float64), atol=1e-4, rtol=1e-4
             )
