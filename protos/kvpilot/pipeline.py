@@ -4,7 +4,8 @@ A pipeline is stages joined by ``|``; a stage is a name with optional parameters
 
     snapkv(keep=0.5) | kivi(bits=4) | host(recent=256)
 
-Values are integers, floats, ``true``/``false``, or quoted strings. This module knows the grammar only; which stages and
+Values are integers, floats, ``true``/``false``, or strings, which need quotes unless they are one word that is none of
+the others. This module knows the grammar only; which stages and
 parameters exist is the worker's registry's business.
 """
 
@@ -90,7 +91,7 @@ def parse_value(text: str) -> Value:
     reader = _Reader(text)
     value = _read_value(reader, "value")
     if not reader.at_end():
-        raise PipelineError(f"value {text!r}: expected one number, true, false or a quoted string")
+        raise PipelineError(f"value {text!r}: expected one number, true, false or string")
     return value
 
 
@@ -175,6 +176,4 @@ def _read_value(reader: _Reader, key: str) -> Value:
         return word[1:-1]
     if kind == "number":
         return float(word) if re.search(r"[.eE]", word) else int(word)
-    if word in ("true", "false"):
-        return word == "true"
-    raise PipelineError(f"value {word!r} of parameter {key!r}: expected a number, true, false or a quoted string")
+    return word == "true" if word in ("true", "false") else word

@@ -15,6 +15,7 @@ from kvpilot.pipeline import (
     format_pipeline,
     format_value,
     parse_pipeline,
+    parse_value,
 )
 
 
@@ -36,6 +37,7 @@ def test_the_example_of_the_design() -> None:
         ("a(x=true, y=false)", (StageSpec("a", (("x", True), ("y", False))),)),
         ("a(x=-1, y=+2, z=1e-3, w=.5)", (StageSpec("a", (("x", -1), ("y", 2), ("z", 1e-3), ("w", 0.5))),)),
         ("a(x='b c', y=\"d | e\")", (StageSpec("a", (("x", "b c"), ("y", "d | e"))),)),
+        ("a(x=ada, y=a-b, z='true')|b", (StageSpec("a", (("x", "ada"), ("y", "a-b"), ("z", "true"))), StageSpec("b"))),
     ],
 )
 def test_texts_that_parse(text: str, stages: tuple[StageSpec, ...]) -> None:
@@ -56,7 +58,8 @@ def test_texts_that_parse(text: str, stages: tuple[StageSpec, ...]) -> None:
         ("a(x=1", "`,` or `)`"),
         ("a(x=1 y=2)", "`,` or `)`"),
         ("a(x=1, x=2)", "given twice"),
-        ("a(x=maybe)", "expected a number, true, false or a quoted string"),
+        ("a(x=not sure)", "`,` or `)`"),
+        ("a(x=|)", "a value for parameter 'x'"),
         ("a(1=2)", "a parameter name"),
         ("a(x='open)", "unexpected"),
         ("a; b", "unexpected ';' at character 1"),
@@ -100,6 +103,20 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
     except PipelineError:
         return
     assert parse_pipeline(format_pipeline(parsed)) == parsed
+
+
+def test_a_bare_word_is_written_with_quotes() -> None:
+    assert format_pipeline(parse_pipeline("a(x=ada)")) == 'a(x="ada")'
+    assert parse_value("ada") == parse_value('"ada"') == "ada"
+    with pytest.raises(PipelineError, match="expected one number, true, false or string"):
+        parse_value("ada pyramid")
+
+
+@given(
+    st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,12}", fullmatch=True).filter(lambda word: word not in ("true", "false"))
+)
+def test_quotes_are_of_no_consequence_for_one_word(word: str) -> None:
+    assert parse_pipeline(f"a(x={word})") == parse_pipeline(f"a(x='{word}')")
 
 
 def test_values_keep_their_types() -> None:

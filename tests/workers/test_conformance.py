@@ -22,6 +22,7 @@ from workers.cache.accounting import CacheUse
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.stages.base import Codec, Evictor, Kind, LossClass, Pipeline, Placer, Stage
+from workers.stages.budgets import RULES
 from workers.stages.registry import build, stages
 
 SHAPES = {
@@ -31,7 +32,7 @@ SHAPES = {
 }
 SHAPE = SHAPES["gqa"]
 TOKENS = 301  # a partly filled last block, and more than any default budget but window's
-LEVELS = {Format.RAW: math.inf, Format.INT8: 255, Format.INT4: 15}
+LEVELS = {Format.INT8: 255, Format.INT4: 15, Format.INT2: 3}
 
 
 def small(stage: type[Stage], **more: object) -> Stage:
@@ -39,25 +40,41 @@ def small(stage: type[Stage], **more: object) -> Stage:
     counts = {
         field.name: 2 * BLOCK_TOKENS
         for field in dataclasses.fields(stage)
-        if field.name in ("recent",) and field.metadata["bounds"].accept(2 * BLOCK_TOKENS)
+        if field.name in ("recent", "size") and field.metadata["bounds"].accept(2 * BLOCK_TOKENS)
     }
     return stage(**(counts | more))
 
 
+REPRESENTATIVE = (None, "window", "snapkv")
+"""Evictors that meet every codec and placer: none, one by position that goes on, one by attention that does not."""
+WITH_ALL = "kivi"
+"""The codec that every evictor meets."""
+
+
 def combinations(**more: object) -> list[str]:
-    """Pipelines of at most one stage of each kind, out of all there are; ``more`` goes to the stages that take it."""
-    by_kind = [[None], [None], [None]]
+    """Pipelines that hold every stage alone and with those it may depend on; ``more`` goes to stages that take it.
+
+    Codecs and placers read blocks and do not ask who chose the tokens, so not every evictor has to meet all of them.
+    """
+    by_kind: dict[Kind, list[Stage | None]] = {kind: [None] for kind in (Kind.EVICT, Kind.COMPRESS, Kind.OFFLOAD)}
     for stage in stages().values():
         if stage.kind is not Kind.FULL:
             given = {name: value for name, value in more.items() if name in {f.name for f in dataclasses.fields(stage)}}
-            place = (Kind.EVICT, Kind.COMPRESS, Kind.OFFLOAD).index(stage.kind)
-            by_kind[place].append(small(stage, **given))
-    found = (tuple(stage for stage in chosen if stage) for chosen in itertools.product(*by_kind))
-    return [Pipeline(chosen).text for chosen in found if chosen]
+            by_kind[stage.kind].append(small(stage, **given))
+
+    def wanted(evictor: Stage | None, codec: Stage | None, placer: Stage | None) -> bool:
+        met_by_all = placer is None and (codec is None or codec.name == WITH_ALL)
+        return met_by_all or (evictor.name if evictor else None) in REPRESENTATIVE
+
+    chosen = itertools.product(*by_kind.values())
+    found = (tuple(stage for stage in each if stage) for each in chosen if wanted(*each))
+    return [Pipeline(each).text for each in found if each]
 
 
 PIPELINES = combinations()
 PERMANENT = [text for text in combinations(shadow=False) if "shadow=false" in text]
+ALONE = [small(stage) for stage in stages().values()]
+RULED = [dataclasses.replace(stage, budgets=rule) for stage in ALONE if hasattr(stage, "budgets") for rule in RULES]
 every_stage = pytest.mark.parametrize("stage", stages().values(), ids=stages())
 every_pipeline = pytest.mark.parametrize("text", PIPELINES)
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -95,9 +112,11 @@ class World:
             plan = self.cache.backend.plan(np.array([self.seq.slot], np.int32))
             k = torch.randn(shape.layers, shape.kv_heads, shape.head_dim, generator=generator).to(shape.dtype)
             v = torch.randn(shape.layers, shape.kv_heads, shape.head_dim, generator=generator).to(shape.dtype)
+            q = torch.randn(shape.layers, shape.query_heads, shape.head_dim, generator=generator).to(shape.dtype)
             for layer in range(shape.layers):
-                q = torch.randn(1, shape.query_heads, shape.head_dim, generator=generator).to(shape.dtype)
-                self.cache.backend.decode(plan, layer, q, k[layer, None], v[layer, None], shape.head_dim**-0.5)
+                numbers = q[layer, None], k[layer, None], v[layer, None]
+                self.cache.backend.decode(plan, layer, *numbers, shape.head_dim**-0.5)
+            self.cache.recent.note(self.seq.slot, self.seq.seen - 1, q[:, :, None])
             self.k, self.v = torch.cat([self.k, k[:, :, None]], 2), torch.cat([self.v, v[:, :, None]], 2)
 
     def positions(self, layer: int, head: int) -> list[int]:
@@ -164,6 +183,8 @@ def make_world(cache: KVCache | None = None, tokens: int = TOKENS, seed: int = 0
             cache.backend.write(seq.slot, layer, start, k[layer, :, start:end], v[layer, :, start:end])
         if chunk:
             cache.evacuate(seq)
+    queries = torch.randn(shape.layers, shape.query_heads, tokens, shape.head_dim, generator=generator)
+    cache.recent.note(seq.slot, 0, queries.to(shape.dtype))
     for name in ("mass", "votes"):
         masses = torch.rand(size[:3], generator=generator).numpy()
         getattr(cache.tables, name)[seq.slot, :, :, :tokens] = masses
@@ -293,18 +314,24 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
 
 
 def check_contents(got: torch.Tensor, want: torch.Tensor, fmt: Format, by_channel: bool) -> None:
-    """Raw: bit for bit. Integers: at most one step of the group away (and what the dtype rounds)."""
+    """Raw: bit for bit. Integers: at most one step of the group away. fp8: at most half a step of its 3 mantissa bits,
+    or of its smallest numbers. (And what the dtype rounds.)"""
     if fmt is Format.RAW:
         assert torch.equal(got, want)
         return
     got, want = got.double(), want.double()
-    if by_channel:
-        span = want.amax(0) - want.amin(0)  # [D]
-    else:
-        groups = want.split(GROUP, dim=1)
-        span = torch.cat([(part.amax(1) - part.amin(1))[:, None].expand_as(part) for part in groups], 1)
+    groups = [want.T] if by_channel else want.split(GROUP, dim=1)  # each row of each is quantised as one
+    steps = torch.cat([step(part, fmt) for part in groups], 1)
     rounding = want.abs().max() * 2**-7
-    assert bool(((got - want).abs() <= span / LEVELS[fmt] + rounding).all())
+    assert bool(((got - want).abs() <= (steps.T if by_channel else steps) + rounding).all())
+
+
+def step(group: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """How far numbers of a group, the last axis, may be from what is stored for them."""
+    if fmt is Format.FP8:
+        smallest = group.abs().amax(1, keepdim=True) / 448 * 2**-10
+        return torch.maximum(group.abs() * 2**-4, smallest)
+    return ((group.amax(1) - group.amin(1)) / LEVELS[fmt])[:, None].expand_as(group)
 
 
 def check_bytes(world: World) -> None:
@@ -393,6 +420,31 @@ def test_a_walk_through_many_pipelines_loses_nothing(seed: int) -> None:
             world.append(1, seed=step)
             if world.seq.seen % BLOCK_TOKENS == 0:
                 world.apply(text, Occasion.SETTLE)
+    world.apply("full")
+    check(world, "full")
+    world.close()
+
+
+@pytest.mark.parametrize("stage", RULED, ids=lambda stage: str(stage.spec()))
+def test_shares_of_layers_and_heads_there_and_back(stage: Evictor) -> None:
+    """Whatever rule shares out what is kept, it adds up, in tables of different lengths that decoding extends."""
+    world, text = make_world(), Pipeline((stage,)).text
+    before = world.snapshot(addresses=False)
+    world.apply(text, Occasion.PROMPT)
+    kept = [len(world.positions(layer, head)) for layer, head in world.heads]
+    assert abs(sum(kept) - len(kept) * stage.budget(TOKENS)) <= len(kept) / 2  # layers are rounded
+    once = world.snapshot()
+    world.apply(text, Occasion.SETTLE)
+    assert world.snapshot() == once
+    check_order(world)
+    check_bytes(world)
+    world.apply("full")
+    assert world.snapshot(addresses=False) == before
+    for occasion in (Occasion.SWITCH, *[Occasion.SETTLE] * 2):
+        world.append(BLOCK_TOKENS)
+        world.apply(text, occasion)
+        check_order(world)
+        check_bytes(world)
     world.apply("full")
     check(world, "full")
     world.close()

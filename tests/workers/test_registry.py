@@ -64,6 +64,8 @@ def test_a_pipeline_is_as_lossy_as_its_worst_stage(text: str, loss: LossClass) -
 
 def some_value(field: dataclasses.Field) -> st.SearchStrategy:
     """Values of a parameter's type that it accepts."""
+    if field.type == "str":
+        return st.sampled_from(field.metadata["bounds"].choices)
     typed = {
         "int": st.integers(0, 5000),
         "float": st.floats(0, 1) | st.floats(allow_nan=False, allow_infinity=False),
@@ -102,6 +104,8 @@ def test_the_text_of_a_pipeline_builds_an_equal_one(pipeline: Pipeline) -> None:
         ("snapkv(pool=5)", "snapkv"),  # minor parameters are not written while they have their defaults
         ("window( recent = 64 )|host", "window(sinks=4, recent=64) | host(recent=256)"),
         ("kivi(shadow=true)", "kivi(bits=4)"),
+        ("snapkv(budgets=ada)", 'snapkv(keep=0.5, budgets="ada")'),
+        ("h2o(budgets='uniform')", "h2o"),
     ],
 )
 def test_equal_pipelines_are_written_alike(text: str, same: str) -> None:
@@ -119,13 +123,15 @@ def test_equal_pipelines_are_written_alike(text: str, same: str) -> None:
         ("snapkv(pool=4)", ["pool", "snapkv", "4", "1, 3, 5 and so on, at most 63"]),
         ("window(recent=31)", ["recent", "window", "31", "at least 32 (tokens)"]),
         ("window(sinks=-1)", ["sinks", "window", "-1", "at least 0, at most 1024"]),
-        ("kivi(bits=3)", ["bits", "kivi", "3", "4 or 8"]),
+        ("kivi(bits=3)", ["bits", "kivi", "3", "2 or 4 or 8"]),
         ("host(recent=0)", ["recent", "host", "0", "at least 32"]),
         ("kivi(bits=4.0)", ["bits", "kivi", "4.0", "type int"]),
         ("kivi(bits=true)", ["bits", "kivi", "true", "type int"]),
         ("kivi(shadow=1)", ["shadow", "kivi", "1", "type bool"]),
         ("h2o(keep='half')", ["keep", "h2o", '"half"', "type float"]),
-        ("h2o(kept=0.5)", ["kept", "h2o", "keep, shadow"]),
+        ("h2o(kept=0.5)", ["kept", "h2o", "keep, budgets, shadow"]),
+        ("h2o(keep=half)", ["keep", "h2o", '"half"', "type float"]),
+        ("snapkv(budgets=fair)", ["budgets", "snapkv", '"fair"', '"uniform" or "pyramid" or "ada"']),
         ("full(recent=64)", ["recent", "full", "none"]),
         ("squeeze", ["squeeze", *stages()]),
     ],

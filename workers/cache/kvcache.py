@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from workers.cache.arrangement import (
 )
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
+from workers.cache.recent import RecentQueries
 from workers.cache.selection import choose
 from workers.cache.shadow import Shadow
 from workers.stages.base import LossClass, Pipeline
@@ -111,6 +113,9 @@ class KVCache:
         self.tables = Tables.allocate(slots, shape, max_tokens)
         self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
         self.prefixes = PrefixIndex(self.device, model)
+        self.recent = RecentQueries(shape, device)
+        self.scaling = shape.head_dim**-0.5
+        """The model's factor on attention scores; its attention says if it is another one."""
         self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
         self._free_slots = list(range(slots - 1, -1, -1))
         self._row_blocks = shape.layers * shape.kv_heads
@@ -137,6 +142,7 @@ class KVCache:
             row.users -= 1
         seq.prefix = []
         self.tables.length[seq.slot] = 0
+        self.recent.drop(seq.slot)
         self._free_slots.append(seq.slot)
         if seq.origin:
             self._reclaim(seq.origin)
@@ -163,6 +169,7 @@ class KVCache:
         for name in ("address", "format", "tier", "length", "position", "mass", "votes"):
             values = getattr(tables, name)
             values[slot] = values[seq.slot]
+        self.recent.copy(seq.slot, slot)
         tables.address[slot, :, :, : tail.shape[2]][tail] = addresses
         fork = replace(seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[])
         fork.lots[Tier.DEVICE, Format.RAW] = lot
@@ -458,7 +465,8 @@ class KVCache:
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
-            keep = choose(evictor, tokens, seq.seen, self.backend)
+            queries, device = partial(self.recent.read, seq.slot), self.device.data.device
+            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device)
             if restore or not keep[tokens.valid].all():
                 return regroup(tokens, keep, *style)
         elif restore:

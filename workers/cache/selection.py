@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,21 @@ from kernels.api import Backend, TokenSource
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Mask, Tokens
 from workers.stages.base import Evictor, LayerView
+from workers.stages.budgets import best, free_tokens
+
+Queries = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+"""Of a layer, at most so many: see ``workers.cache.recent.RecentQueries.read``."""
 
 
-def choose(evictor: Evictor, tokens: Tokens, seen: int, backend: Backend) -> Mask:
+def choose(
+    evictor: Evictor,
+    tokens: Tokens,
+    seen: int,
+    scaling: float,
+    backend: Backend,
+    queries: Queries,
+    device: torch.device,
+) -> Mask:
     """Marks the tokens [L, H, T] that stay. Ties go to the more recent token.
 
     Raises:
@@ -22,26 +36,24 @@ def choose(evictor: Evictor, tokens: Tokens, seen: int, backend: Backend) -> Mas
     sinks, recent = evictor.protected(seen)
     if recent < BLOCK_TOKENS:
         raise ValueError(f"stage {evictor.name!r} protects the last {recent} tokens; at least {BLOCK_TOKENS} must stay")
-    budget = max(evictor.budget(seen), sinks + recent)
+    free = max(evictor.budget(seen) - sinks - recent, 0)
+    layers = len(tokens.valid)
     keep = np.zeros(tokens.valid.shape, bool)
-    for layer in range(len(keep)):
-        valid = tokens.valid[layer]
-        view = _view(tokens, layer, seen, backend)
+    for layer in range(layers):
+        view = _view(tokens, layer, seen, scaling, backend, queries, device)
         score = evictor.score(view)
-        if score.shape != view.position.shape or not bool(torch.isfinite(score).all()):
-            raise ValueError(f"stage {evictor.name!r}: scores must be finite and of shape {tuple(view.position.shape)}")
-        score = score.double()
-        score[torch.from_numpy((view.position.numpy() < sinks) | (view.position.numpy() >= seen - recent))] = torch.inf
-        score[torch.from_numpy(~valid)] = -torch.inf
-        count = min(budget, score.shape[1])
-        # Top-k of the reversed row: among equals, the later position comes first.
-        best = torch.flip(score, dims=[1]).argsort(dim=1, descending=True, stable=True)[:, :count]
-        chosen = torch.zeros(score.shape, dtype=torch.bool).scatter_(1, score.shape[1] - 1 - best, True)
-        keep[layer] = chosen.numpy() & valid
+        valid, position = tokens.valid[layer], tokens.position[layer]
+        if score.shape != valid.shape or not bool(torch.isfinite(score[view.valid]).all()):
+            raise ValueError(f"stage {evictor.name!r}: scores must be finite and of shape {valid.shape}")
+        protected = (position < sinks) | (position >= seen - recent)
+        here = free_tokens(evictor.rule, layer, layers, free, seen - sinks - recent)
+        keep[layer] = best(evictor.rule, score.double().cpu().numpy(), protected, valid, sinks + recent, here)
     return keep
 
 
-def _view(tokens: Tokens, layer: int, seen: int, backend: Backend) -> LayerView:
+def _view(
+    tokens: Tokens, layer: int, seen: int, scaling: float, backend: Backend, queries: Queries, device: torch.device
+) -> LayerView:
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         heads, count = tokens.position.shape[1:]
         padded = -(-count // BLOCK_TOKENS) * BLOCK_TOKENS
@@ -61,9 +73,14 @@ def _view(tokens: Tokens, layer: int, seen: int, backend: Backend) -> LayerView:
         return k.reshape(heads, padded, -1)[:, :count], v.reshape(heads, padded, -1)[:, :count]
 
     return LayerView(
-        position=torch.from_numpy(tokens.position[layer]),
-        mass=torch.from_numpy(tokens.mass[layer]),
-        votes=torch.from_numpy(tokens.votes[layer].astype(np.float32)),
+        index=layer,
+        layers=len(tokens.position),
+        position=torch.from_numpy(tokens.position[layer]).to(device),
+        valid=torch.from_numpy(tokens.valid[layer]).to(device),
+        mass=torch.from_numpy(tokens.mass[layer]).to(device),
+        votes=torch.from_numpy(tokens.votes[layer].astype(np.float32)).to(device),
         seen=seen,
+        scaling=scaling,
         read=read,
+        queries=partial(queries, layer),
     )

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from kernels.api import F32, DecodePlan
 from kernels.layout import CacheShape
 from workers.cache.kvcache import CacheContext, KVCache
+from workers.cache.recent import RECENT_QUERIES
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 
 ATTENTION_NAME = "kvpilot"
@@ -62,10 +63,16 @@ class DecodeAttention:
     def __init__(self, cache: KVCache, plan: DecodePlan) -> None:
         self._backend = cache.backend
         self.plan = plan
+        self._queries: list[torch.Tensor] = []
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """See :class:`Attend`; S is 1."""
+        self._queries.append(q)
         return self._backend.decode(self.plan, layer, q[:, :, 0], k[:, :, 0], v[:, :, 0], scaling)[:, None]
+
+    def queries(self) -> torch.Tensor:
+        """The queries of all layers, once all have attended: [layers, R, query_heads, 1, D]."""
+        return torch.stack(self._queries)
 
 
 class PromptAttention:
@@ -93,10 +100,17 @@ class PromptAttention:
         self._votes = votes
         self._all_queries = all_queries
         self._mask: torch.Tensor | None = None
+        self._last_queries: list[torch.Tensor] = []
+
+    def queries(self) -> torch.Tensor:
+        """The chunk's last queries of all layers, once all have attended: [layers, query_heads, N, D]."""
+        return torch.stack(self._last_queries)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """See :class:`Attend`; B is 1, S the chunk's length."""
         self._cache.backend.write(self._slot, layer, self._start, k[0], v[0])
+        self._last_queries.append(q[0, :, -RECENT_QUERIES:].clone())  # a view would keep the whole chunk's in memory
+        self._cache.scaling = scaling
         if self._start:
             k, v = (part[None] for part in self._context.read(layer))  # [1, kv_heads, T, D]
         self._count_attention(layer, q[0], k[0], scaling)

@@ -90,6 +90,9 @@ class ModelRunner:
         attend = DecodeAttention(self._cache, plan)
         logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
+        queries = attend.queries()
+        for row, seq in enumerate(sequences):
+            self._cache.recent.note(seq.slot, positions[row], queries[:, row])
         return logits, plan
 
     @torch.inference_mode()
@@ -114,6 +117,8 @@ class ModelRunner:
             seq.prompt_votes = np.zeros((*heads, prompt_tokens), np.float32)
         attend = PromptAttention(self._cache, seq.slot, self._cache.context(seq), start, seq.prompt_votes, all_queries)
         logits = self._forward([list(token_ids)], [list(range(start, end))], attend)
+        queries = attend.queries()
+        self._cache.recent.note(seq.slot, end - queries.shape[2], queries)
         if end == prompt_tokens:
             self._cache.tables.votes[seq.slot, :, :, :end] = seq.prompt_votes
             seq.prompt_votes = None

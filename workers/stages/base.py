@@ -17,6 +17,7 @@ import torch
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
+from workers.stages.budgets import RULES, UNIFORM
 
 
 class LossClass(Enum):
@@ -38,13 +39,37 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class LayerView:
-    """What an evictor may look at: the tokens one layer keeps now. H KV heads, T tokens."""
+    """What an evictor may look at: the tokens one layer keeps now. H KV heads, T tokens; all on the model's device."""
 
-    position: torch.Tensor  # int32 [H, T] original positions, rising
+    index: int  # which layer
+    layers: int  # how many there are
+    position: torch.Tensor  # int32 [H, T] original positions, rising; entries behind a shorter table mean nothing
+    valid: torch.Tensor  # bool [H, T] which entries are tokens
     mass: torch.Tensor  # float32 [H, T] attention received from all queries since the token was kept track of
     votes: torch.Tensor  # float32 [H, T] attention received from about the last 64 queries
     seen: int  # tokens of the request so far, kept or not
+    scaling: float  # the model's factor on attention scores
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # K and V, each [H, T, D], dequantised where need be
+    queries: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    """The last queries, at most so many: [query heads, n, D] and their positions [n], rising. There are 1 to 32."""
+
+    def attention(self, last: int) -> torch.Tensor:
+        """What the last queries, at most ``last``, pay to the tokens that are kept now: float32 [H, G, n, T].
+
+        G query heads read a KV head. Each query's shares sum to 1; it pays nothing to tokens behind its own position.
+        """
+        queries, asked_at = self.queries(last)
+        keys, _ = self.read()
+        heads, tokens, dim = keys.shape
+        grouped = queries.reshape(heads, -1, dim)  # [H, G * n, D]
+        scores = grouped @ keys.float().mT * self.scaling
+        scores = scores.view(heads, -1, len(asked_at), tokens)
+        scores = scores.masked_fill(~self.visible(asked_at)[:, None], -torch.inf)
+        return scores.softmax(-1).nan_to_num(0.0)  # nothing that a query may see: no shares
+
+    def visible(self, asked_at: torch.Tensor) -> torch.Tensor:
+        """Which of the tokens that are kept now queries at these positions [n] may see: bool [H, n, T]."""
+        return (self.position[:, None] <= asked_at[:, None]) & self.valid[:, None]
 
 
 def parameter(default: Any, bounds: Bounds = ANY, of: str = "", minor: bool = False) -> Any:
@@ -63,6 +88,16 @@ def whole_blocks(default: int) -> Any:
 def share(default: float) -> Any:
     """A parameter that says how much of all tokens seen is kept."""
     return parameter(default, Bounds(above=0, most=1), "share of all tokens seen")
+
+
+def size() -> Any:
+    """The parameter of evictors whose cache does not grow: how many tokens each head keeps."""
+    return parameter(512, Bounds(least=2 * BLOCK_TOKENS), "tokens")
+
+
+def budgets() -> Any:
+    """The parameter of evictors that can give layers and heads different shares of what is kept."""
+    return parameter(UNIFORM, Bounds(choices=RULES), minor=True)
 
 
 def shadow() -> Any:
@@ -154,6 +189,11 @@ class Evictor(Lossy):
     def score(self, layer: LayerView) -> torch.Tensor:
         """Importance of each token, float [H, T]; higher stays."""
         raise NotImplementedError
+
+    @property
+    def rule(self) -> str:
+        """How what is kept beyond the protected tokens is shared out, one of ``workers.stages.budgets.RULES``."""
+        return str(getattr(self, "budgets", UNIFORM))
 
 
 @dataclass(frozen=True)

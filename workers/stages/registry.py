@@ -19,18 +19,38 @@ from kvpilot.catalog import StageCatalog
 from kvpilot.pipeline import PipelineError, format_value
 from kvpilot.v1 import common_pb2, generation_pb2
 from workers.stages.base import Full, LossClass, Pipeline, Stage, accepted
+from workers.stages.compress.fp8 import FP8
 from workers.stages.compress.int8 import Int8
 from workers.stages.compress.kivi import Kivi
+from workers.stages.evict.dilated import Dilated
 from workers.stages.evict.h2o import H2O
+from workers.stages.evict.hashevict import HashEvict
+from workers.stages.evict.keydiff import KeyDiff
+from workers.stages.evict.knorm import KNorm
+from workers.stages.evict.morphkv import MorphKV
+from workers.stages.evict.nacl import NaCL
+from workers.stages.evict.rkv import RKV
+from workers.stages.evict.scissorhands import Scissorhands
 from workers.stages.evict.snapkv import SnapKV
+from workers.stages.evict.tova import Tova
 from workers.stages.evict.window import Window
 from workers.stages.offload.host import Host
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
     Window,
+    Dilated,
     H2O,
+    Scissorhands,
+    Tova,
     SnapKV,
+    KeyDiff,
+    KNorm,
+    NaCL,
+    HashEvict,
+    MorphKV,
+    RKV,
+    FP8,
     Int8,
     Kivi,
     Host,

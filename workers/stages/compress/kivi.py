@@ -9,7 +9,7 @@ from kernels.layout import CacheShape, Format
 from kvpilot.bounds import Bounds
 from workers.stages.base import Codec, parameter, shadow
 
-_FORMATS = {4: Format.INT4, 8: Format.INT8}
+_FORMATS = {2: Format.INT2, 4: Format.INT4, 8: Format.INT8}
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Kivi(Codec):
     """
 
     name: ClassVar[str] = "kivi"
-    summary: ClassVar[str] = "Older blocks as 4- or 8-bit integers: keys per channel, values per token, groups of 32."
+    summary: ClassVar[str] = (
+        "Older blocks as 2-, 4- or 8-bit integers: keys per channel, values per token, groups of 32."
+    )
     bits: int = parameter(4, Bounds(choices=tuple(_FORMATS)))
     shadow: bool = shadow()
 

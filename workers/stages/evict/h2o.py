@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from kernels.layout import BLOCK_TOKENS
-from workers.stages.base import Evictor, LayerView, shadow, share
+from workers.stages.base import Evictor, LayerView, budgets, shadow, share
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class H2O(Evictor):
     summary: ClassVar[str] = "Tokens that received most attention so far (heavy hitters) and the most recent ones."
     needs_prompt_mass: ClassVar[bool] = True
     keep: float = share(0.5)
+    budgets: str = budgets()
     shadow: bool = shadow()
 
     def budget(self, seen: int) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
-from workers.stages.base import Evictor, LayerView, parameter, shadow, share
+from workers.stages.base import Evictor, LayerView, budgets, parameter, shadow, share
 
 OBSERVATION_WINDOW = 64
 
@@ -33,6 +33,7 @@ class SnapKV(Evictor):
     evicts_while_decoding: ClassVar[bool] = False
     keep: float = share(0.5)
     pool: int = parameter(5, Bounds(least=1, most=63, step=2), "tokens", minor=True)
+    budgets: str = budgets()
     shadow: bool = shadow()
 
     def budget(self, seen: int) -> int:

@@ -1,0 +1,51 @@
+"""HashEvict: keys whose hash is near the query's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kernels.layout import BLOCK_TOKENS
+from kvpilot.bounds import Bounds
+from workers.stages.base import Evictor, LayerView, budgets, parameter, shadow, share
+
+
+@dataclass(frozen=True)
+class HashEvict(Evictor):
+    """Drops the keys whose SimHash is furthest from the current query's, before any attention is computed.
+
+    A hash is the signs of ``bits`` random projections, the same for keys and queries and for all heads of a layer; the
+    distance is the number of unlike signs, in the mean over the query group. The paper protects the first tokens too;
+    here they must earn their place. Evicts once per 32 generated tokens.
+
+    Source: Liu et al., HashEvict: A Pre-Attention KV Cache Eviction Strategy using Locality-Sensitive Hashing, arXiv
+    2412.16187. Query-aware.
+    """
+
+    name: ClassVar[str] = "hashevict"
+    summary: ClassVar[str] = "Tokens whose keys have a locality-sensitive hash near the current query's."
+    keep: float = share(0.5)
+    bits: int = parameter(16, Bounds(least=4, most=64), "random projections", minor=True)
+    budgets: str = budgets()
+    shadow: bool = shadow()
+
+    def budget(self, seen: int) -> int:
+        """The share ``keep`` of all tokens seen, at least two blocks."""
+        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
+
+    def protected(self, seen: int) -> tuple[int, int]:
+        """The last block."""
+        return 0, BLOCK_TOKENS
+
+    def score(self, layer: LayerView) -> torch.Tensor:
+        """Minus the Hamming distance."""
+        keys, _ = layer.read()
+        heads, _, dim = keys.shape
+        planes = torch.randn(dim, self.bits, generator=torch.Generator().manual_seed(layer.index)).to(keys.device)
+        queries, _ = layer.queries(1)
+        asked = (queries[:, -1] @ planes > 0).view(heads, -1, 1, self.bits)  # [H, G, 1, bits]
+        stored = (keys.float() @ planes > 0)[:, None]  # [H, 1, T, bits]
+        return -(asked != stored).float().sum(dim=-1).mean(dim=1)
