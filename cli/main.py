@@ -332,6 +332,34 @@ def top(
 
 
 @app.command(rich_help_panel=OPERATE)
+def inspect(
+    pipeline: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="What to look at, e.g. 'snapkv(keep=0.5) | kivi(bits=4)'.")
+    ],
+    prompt_file: Annotated[Path, typer.Option("--prompt-file", metavar="FILE", help="Text to compute, UTF-8.")],
+    tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Tokens to generate behind it, greedily.")] = 0,
+    model: ModelOption = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything to this file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="Draw heads by positions into this PNG file.")
+    ] = None,
+) -> None:
+    """Look at what a pipeline keeps of a text: which tokens each layer and KV head, in which format, on which tier.
+
+    Runs in this process, without a stack, as a worker that serves nothing else would. Prints a map of what each layer
+    keeps along the text, bytes and tokens against the full cache, and the pieces of the text that most and fewest
+    heads keep. The document of --json has every head's blocks with their positions, the evictor's score of every
+    token it last chose among, and bytes.
+
+      kvpilot inspect "snapkv(keep=0.25) | kivi(bits=4)" --prompt-file report.txt --picture kept.png
+    """
+    with reported():
+        from cli import inspect as command
+
+        command.inspect(pipeline, prompt_file, tokens, model, json, picture)
+
+
+@app.command(rich_help_panel=OPERATE)
 def mode(
     context: typer.Context,
     mode: Annotated[ModeName | None, typer.Argument(help="The mode to set; without it the mode is shown.")] = None,

@@ -11,7 +11,7 @@ from cli.main import ScenarioName, app
 from kvpilot.request import SCENARIOS
 
 COMMANDS = [
-    *("up", "generate", "chat", "top", "mode", "override", "release", "demo"),
+    *("up", "generate", "chat", "top", "inspect", "mode", "override", "release", "demo"),
     *("model/fetch", "model/list", "bench/serve", "bench/steer", "bench/kernels", "models/collect"),
     *("models/train", "models/evaluate", "models/calibrate", "models/list", "models/show", "models/explain"),
     *("models/promote", "models/rollback", "models/shadow", "models/history", "models/decisions"),
