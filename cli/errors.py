@@ -59,13 +59,14 @@ def describe(error: Exception, endpoint: str = "") -> tuple[str, int]:
 
     from cli.redis_server import StateInUseError
     from cli.stack import StackError
+    from kvpilot.recipes import RecipesError
     from models.store import ModelNotFoundError
 
     if isinstance(error, ValidationError):
         return describe_validation(error), BAD_INPUT
     if isinstance(error, ModelNotFoundError | tomllib.TOMLDecodeError):
         return str(error.args[0] if error.args else error), BAD_INPUT
-    if isinstance(error, StateInUseError | StackError):
+    if isinstance(error, StateInUseError | StackError | RecipesError):
         return str(error), FAILED
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}", BAD_INPUT

@@ -91,7 +91,8 @@ Pipeline = Annotated[
     str | None,
     typer.Option(
         metavar="STAGES",
-        help="Start with this pipeline and keep it, e.g. 'snapkv(keep=0.5) | kivi(bits=4)'. "
+        help="Start with this pipeline, or the recipe of this name (`kvpilot recipes`), and keep it, e.g. "
+        "'snapkv(keep=0.5) | kivi(bits=4)'. "
         "Default: the planner decides.",
     ),
 ]
@@ -381,7 +382,7 @@ def mode(
 def override(
     context: typer.Context,
     request: Annotated[str, typer.Argument(help="Job id, or its end as `kvpilot top` shows it.")],
-    pipeline: Annotated[str, typer.Argument(help="Pipeline to move to and stay with, e.g. 'kivi(bits=4)'.")],
+    pipeline: Annotated[str, typer.Argument(help="Pipeline or recipe to move to and stay with, e.g. 'kivi(bits=4)'.")],
     reason: Annotated[str, typer.Option(help="Kept with the switch.")] = "",
     endpoint: Endpoint = None,
 ) -> None:
@@ -407,6 +408,39 @@ def release(
         from cli import operate
 
         print(operate.release(settings.endpoint, request))
+
+
+@app.command(rich_help_panel=OPERATE)
+def recipes(
+    context: typer.Context,
+    model: ModelOption = None,
+    context_tokens: Annotated[
+        int, typer.Option("--context", min=1, metavar="TOKENS", help="Tokens of the prompt that the bytes are for.")
+    ] = 4096,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Of raw blocks: a CPU worker has float32, others bfloat16.")
+    ] = DtypeName.FLOAT32,
+    scenarios: Annotated[
+        bool,
+        typer.Option("--scenarios", help="Instead, the pipeline each scenario would have if nothing steered."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """List the named pipelines: what they are, what they suit, and what their caches would take.
+
+    A recipe's name is accepted wherever a pipeline is. Bytes are those right after a prompt of that many tokens, scales
+    and tables counted; "16-bit" is the share of full as if raw blocks held 16-bit numbers; the exact copy on the host
+    is what lets a switch be undone (shadow=false saves it). No server is needed, only the model's folder.
+
+      kvpilot recipes --context 8192
+
+      kvpilot generate -f report.txt --pipeline snapkv-int4
+    """
+    with reported():
+        settings = _settings(context, model=model)
+        from cli import recipes as command
+
+        command.show(settings.model, context_tokens, dtype.value, scenarios, json)
 
 
 @model_app.command("fetch")

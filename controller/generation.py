@@ -14,7 +14,7 @@ import structlog
 
 from controller.refusals import RefusedError, bad_fields, refusal, refusing_call, refusing_stream
 from controller.served import ModelDirectory
-from controller.validation import Violations, check_generate, check_job_id
+from controller.validation import Violations, check_generate, check_job_id, expand_recipes
 from controller.wire import add_service
 from kvpilot.bus import Bus, QueueFullError
 from kvpilot.bus.front import digest_of, new_job_id
@@ -68,7 +68,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[generation_pb2.GenerateResponse, None]:
         """See generation.proto."""
         model = check_generate(request, await self._directory.models())
-        job_id, created = await self._submit(request, model.name)
+        job_id, created = await self._submit(request, model)
         log.info("job accepted" if created else "job attached", job=job_id, model=model.name)
         begun = False
         async with contextlib.aclosing(self._events(job_id, 0)) as events:
@@ -126,11 +126,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         models = await self._directory.models(fresh=True)
         return generation_pb2.ListModelsResponse(models=[models.live[name] for name in sorted(models.live)])
 
-    async def _submit(self, request: generation_pb2.GenerateRequest, model: str) -> tuple[str, bool]:
-        """Stores the job; what a client left open that must not change later is settled here: model and seed."""
+    async def _submit(self, request: generation_pb2.GenerateRequest, model: generation_pb2.Model) -> tuple[str, bool]:
+        """Stores the job; what a client left open that must not change later is settled here: model, seed and what
+        the name of a recipe stands for."""
         digest = digest_of(request) if request.idempotency_key else ""
         job = job_pb2.Job(job_id=new_job_id(), request=request)
-        job.request.model = model
+        job.request.model = model.name
+        expand_recipes(job.request, model)
         if not job.request.sampling.HasField("seed"):
             job.request.sampling.seed = secrets.randbits(SEED_BITS)
         job.create_time.GetCurrentTime()

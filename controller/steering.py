@@ -173,7 +173,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         welcome = policy_pb2.Welcome(
             controller=self._settings.name,
             report_interval_tokens=self._settings.report_interval_tokens,
-            default_pipeline=self._settings.default_pipeline,
+            default_pipeline=stream.worker.catalog.expand(self._settings.default_pipeline),
             version=version("kvpilot"),
         )
         stream.outbound.put_nowait(policy_pb2.SteerResponse(welcome=welcome))
@@ -434,6 +434,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         """
         worker, _ = self.live(request_id)
         worker.catalog.check(pipeline)
+        pipeline = worker.catalog.expand(pipeline)
         if (older := self._waiters.pop(request_id, None)) and not older.done():
             older.set_exception(
                 DirectiveRefusedError(common_pb2.Problem(code=10, message="replaced by a newer override"))

@@ -76,6 +76,14 @@ def check_generate(request: generation_pb2.GenerateRequest, models: ServedModels
     return model
 
 
+def expand_recipes(request: generation_pb2.GenerateRequest, model: generation_pb2.Model) -> None:
+    """Puts pipelines where an accepted request names recipes: a worker may know others by these names."""
+    catalog = StageCatalog(model.stages)
+    request.pipeline = catalog.expand(request.pipeline)
+    for pipelines in (request.replay.pipelines, request.replay.measured_under) if request.HasField("replay") else ():
+        pipelines[:] = [catalog.expand(pipeline) for pipeline in pipelines]
+
+
 def check_job_id(job_id: str, bad: Violations) -> None:
     """A job's name as Accepted gave it."""
     if not job_id or len(job_id) > MAX_NAME_CHARACTERS or not _NAME.fullmatch(job_id):

@@ -57,14 +57,14 @@ def read_candidates(path: Path) -> tuple[str, ...]:
 
 
 def check_candidates(candidates: Sequence[str], catalog: StageCatalog) -> tuple[str, ...]:
-    """The candidates, ``full`` first and present: everything is compared with it.
+    """The candidates, ``full`` first and present: everything is compared with it; recipes as the pipelines they are.
 
     Raises:
         CandidatesError: with all that the served model's stages refuse, or entries that mean the same; or too many.
     """
     wrong: list[str] = []
     known: dict[object, str] = {}
-    for text in (FULL, *candidates):
+    for text in map(catalog.expand, (FULL, *candidates)):
         try:
             key = catalog.key(text)
         except PipelineError as error:

@@ -23,20 +23,54 @@ class Preset:
     """Price of latency, relative to memory."""
     memory_weight: float
     """Price of device bytes, relative to latency."""
+    static: str
+    """The pipeline that one would fix where nothing steers: the survey's choice (arXiv 2603.20397), as far as there are
+    stages for it. Shown beside what steering reaches; nothing is planned with it, and evaluation compares with the best
+    static pipelines found in hindsight, which are harder to beat."""
 
 
 PRESETS: Mapping[Scenario, Preset] = MappingProxyType(
     {
-        Scenario.SCENARIO_LONG_CONTEXT: Preset(max_divergence=0.03, latency_weight=0.5, memory_weight=1.0),
-        Scenario.SCENARIO_HIGH_THROUGHPUT: Preset(max_divergence=0.05, latency_weight=1.0, memory_weight=1.0),
-        Scenario.SCENARIO_EDGE: Preset(max_divergence=0.10, latency_weight=0.25, memory_weight=2.0),
-        Scenario.SCENARIO_MULTI_TURN: Preset(max_divergence=0.02, latency_weight=1.0, memory_weight=0.5),
-        Scenario.SCENARIO_ACCURACY_CRITICAL: Preset(max_divergence=0.0, latency_weight=1.0, memory_weight=0.5),
-        Scenario.SCENARIO_STREAMING: Preset(max_divergence=0.10, latency_weight=2.0, memory_weight=1.0),
-        Scenario.SCENARIO_MIXED: Preset(max_divergence=0.03, latency_weight=1.0, memory_weight=1.0),
-        Scenario.SCENARIO_PREFILL_HEAVY: Preset(max_divergence=0.03, latency_weight=2.0, memory_weight=0.5),
-        Scenario.SCENARIO_MINIMAL_MODIFICATION: Preset(max_divergence=0.03, latency_weight=1.0, memory_weight=1.0),
-        Scenario.SCENARIO_HARDWARE_SPECIFIC: Preset(max_divergence=0.03, latency_weight=1.0, memory_weight=1.0),
+        # host offload with recall and 4 bits; blocks are read on the host, none is recalled
+        Scenario.SCENARIO_LONG_CONTEXT: Preset(
+            max_divergence=0.03, latency_weight=0.5, memory_weight=1.0, static="kivi(bits=4) | host(recent=256)"
+        ),
+        # eviction and light compression: fewer bytes read per step
+        Scenario.SCENARIO_HIGH_THROUGHPUT: Preset(
+            max_divergence=0.05, latency_weight=1.0, memory_weight=1.0, static="snapkv(keep=0.5) | kivi(bits=4)"
+        ),
+        # heavy quantisation; host memory is short too, so no exact copy
+        Scenario.SCENARIO_EDGE: Preset(
+            max_divergence=0.10, latency_weight=0.25, memory_weight=2.0, static="kivi(bits=2, shadow=false)"
+        ),
+        # a later turn may ask for anything: drop nothing, round little, park older blocks on the host
+        Scenario.SCENARIO_MULTI_TURN: Preset(
+            max_divergence=0.02, latency_weight=1.0, memory_weight=0.5, static="int8 | host(recent=256)"
+        ),
+        # exact tiers only
+        Scenario.SCENARIO_ACCURACY_CRITICAL: Preset(
+            max_divergence=0.0, latency_weight=1.0, memory_weight=0.5, static="host(recent=256)"
+        ),
+        # a window
+        Scenario.SCENARIO_STREAMING: Preset(
+            max_divergence=0.10, latency_weight=2.0, memory_weight=1.0, static="window(sinks=4, recent=512)"
+        ),
+        # the survey has none and means the learned policy; this one no kind of text rules out
+        Scenario.SCENARIO_MIXED: Preset(
+            max_divergence=0.03, latency_weight=1.0, memory_weight=1.0, static="kivi(bits=4)"
+        ),
+        # nacl, chosen once at the prompt's end
+        Scenario.SCENARIO_PREFILL_HEAVY: Preset(
+            max_divergence=0.03, latency_weight=2.0, memory_weight=0.5, static="nacl(keep=0.5)"
+        ),
+        # a plug-in: snapkv or kivi; of these, that which drops nothing
+        Scenario.SCENARIO_MINIMAL_MODIFICATION: Preset(
+            max_divergence=0.03, latency_weight=1.0, memory_weight=1.0, static="kivi(bits=4)"
+        ),
+        # by the link to the host, where it was measured; where it was not, little and small goes over it
+        Scenario.SCENARIO_HARDWARE_SPECIFIC: Preset(
+            max_divergence=0.03, latency_weight=1.0, memory_weight=1.0, static="kivi(bits=4) | host(recent=1024)"
+        ),
     }
 )
 """One preset per scenario; SCENARIO_UNSPECIFIED is SCENARIO_MIXED, see :func:`effective_scenario`."""

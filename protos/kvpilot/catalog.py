@@ -21,6 +21,7 @@ from kvpilot.pipeline import (
     parse_pipeline,
     parse_value,
 )
+from kvpilot.recipes import recipes
 from kvpilot.v1 import generation_pb2
 
 PipelineKey: TypeAlias = tuple[tuple[str, tuple[tuple[str, Value], ...]], ...]
@@ -36,18 +37,29 @@ class StageCatalog:
         self._stages = {stage.name: _Stage.of(stage) for stage in stages}
         self._read = lru_cache(maxsize=1024)(self._read_key)
 
+    def expand(self, pipeline: str) -> str:
+        """The pipeline of the recipe that the text names; any other text as it is.
+
+        A stage goes before a recipe of its name: what a package's stage meant before a recipe came, it still means.
+        """
+        name = pipeline.strip()
+        recipe = None if name in self._stages else recipes().get(name)
+        return recipe.pipeline if recipe else pipeline
+
     def check(self, pipeline: str) -> tuple[StageSpec, ...]:
-        """Reads pipeline text; each parameter's value has its declared type in the result.
+        """Reads pipeline text, or the name of a recipe; each parameter's value has its declared type in the result.
 
         Raises:
             PipelineError: text that does not parse, or everything that is wrong with it: unknown stages and parameters,
                 values of another type or out of bounds, stages that do not go together or cannot serve the model.
         """
-        specs = parse_pipeline(pipeline)
+        text = self.expand(pipeline)
+        specs = parse_pipeline(text)
         wrong = [complaint for spec in specs for complaint in self._complaints(spec)]
         if wrong:
-            raise PipelineError("; ".join(wrong))
-        check_kinds(pipeline, [self._stages[spec.name].kind for spec in specs])
+            named = "" if text == pipeline else f"recipe {pipeline.strip()!r}, which is {text!r}: "
+            raise PipelineError(named + "; ".join(wrong))
+        check_kinds(text, [self._stages[spec.name].kind for spec in specs])
         return tuple(self._typed(spec) for spec in specs)
 
     def knows(self, pipeline: str) -> bool:
@@ -88,8 +100,13 @@ class StageCatalog:
 
     def _complaints(self, spec: StageSpec) -> list[str]:
         stage = self._stages.get(spec.name)
+        if stage is None and (recipe := recipes().get(spec.name)):
+            return [
+                f"{spec.name!r} is a recipe: accepted alone and without parameters, or as stages: {recipe.pipeline}"
+            ]
         if stage is None:
-            return [f"unknown stage {spec.name!r}; known are {', '.join(sorted(self._stages)) or 'none'}"]
+            known = ", ".join(sorted(self._stages)) or "none"
+            return [f"unknown stage {spec.name!r}; known are {known}; recipes: {', '.join(sorted(recipes()))}"]
         wrong = []
         for name, value in spec.parameters:
             parameter = stage.parameters.get(name)

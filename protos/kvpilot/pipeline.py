@@ -5,8 +5,8 @@ A pipeline is stages joined by ``|``; a stage is a name with optional parameters
     snapkv(keep=0.5) | kivi(bits=4) | host(recent=256)
 
 Values are integers, floats, ``true``/``false``, or strings, which need quotes unless they are one word that is none of
-the others. This module knows the grammar only; which stages and
-parameters exist is the worker's registry's business.
+the others. This module knows the grammar only; which stages and parameters exist is the worker's registry's business. A
+name alone may also be that of a recipe (``kvpilot.recipes``).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from cli.main import ScenarioName, app
 from kvpilot.request import SCENARIOS
 
 COMMANDS = [
-    *("up", "generate", "chat", "top", "inspect", "mode", "override", "release", "demo"),
+    *("up", "generate", "chat", "top", "inspect", "mode", "override", "release", "demo", "recipes"),
     *("model/fetch", "model/list", "bench/serve", "bench/steer", "bench/kernels", "models/collect"),
     *("models/train", "models/evaluate", "models/calibrate", "models/list", "models/show", "models/explain"),
     *("models/promote", "models/rollback", "models/shadow", "models/history", "models/decisions"),
@@ -58,6 +58,9 @@ def test_scenarios_are_those_of_the_api() -> None:
         (("model", "fetch", "no-such-model"), "known: smollm2"),
         (("--config", "no-such.toml", "top", "--once"), "no-such.toml"),
         (("mode", "sometimes"), "sometimes"),
+        (("recipes", "--context", "0"), "--context"),
+        (("recipes", "--dtype", "int3"), "--dtype"),
+        (("recipes", "--model", "no-such-model"), "kvpilot model list"),
         (("bench", "kernels", "--formats", "raw,int3"), "int3"),
         (("bench", "kernels", "--backend", "abacus"), "abacus"),
         (("bench", "kernels", "--context", "32"), "64"),

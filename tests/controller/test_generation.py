@@ -57,6 +57,18 @@ async def test_generate_streams_a_job_to_its_end(door: FrontDoor) -> None:
     assert result.finish_reason is FinishReason.LENGTH
 
 
+async def test_a_recipe_is_stored_as_its_pipeline(door: FrontDoor) -> None:
+    """Whichever worker takes the job, it need not know the name; an attached client may use it again."""
+    asked = make_request("hello", pipeline="snapkv-int4", idempotency_key="once")
+    job_id = await door.accept(asked)
+    assert (await door.bus.record(job_id)).job.request.pipeline == "snapkv(keep=0.5) | kivi(bits=4)"
+    assert await door.accept(asked) == job_id
+    replay = generation_pb2.Replay(at_tokens=[64], pipelines=["full", "kivi-2bit"], measured_under=["snapkv-int4"])
+    record = await door.bus.record(await door.accept(generation_pb2.GenerateRequest(prompt="hello", replay=replay)))
+    assert list(record.job.request.replay.pipelines) == ["full", "kivi(bits=2)"]
+    assert list(record.job.request.replay.measured_under) == ["snapkv(keep=0.5) | kivi(bits=4)"]
+
+
 async def test_the_seed_is_kept_or_drawn(door: FrontDoor) -> None:
     job_id = await door.accept(make_request("hello", seed=0))
     assert (await door.bus.record(job_id)).job.request.sampling.seed == 0

@@ -82,6 +82,16 @@ async def test_an_override_returns_the_workers_answer_and_pins() -> None:
         assert released.ordered_by == Orderer.ORDERER_CONTROLLER
 
 
+async def test_an_override_by_a_recipes_name_goes_out_as_its_pipeline() -> None:
+    async with stack() as (server, worker, operator):
+        call = operator.OverridePipeline(override("snapkv-int4"))
+        directive = await worker.directive()
+        assert directive.pipeline == "snapkv(keep=0.5) | kivi(bits=4)"
+        assert server.steering.state.overrides["job-1"].pipeline == directive.pipeline
+        await worker.ack(directive)
+        await call
+
+
 async def test_an_override_waits_for_the_outstanding_directive() -> None:
     async with stack() as (_, worker, operator):
         await worker.report(request_state("job-2"))

@@ -1,0 +1,90 @@
+"""Every recipe and scenario's static pipeline on real caches: it builds, and takes the bytes that are foretold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.layout import CacheShape, Format
+from kvpilot.recipes import Recipe, recipes
+from models.scenarios import PRESETS
+from workers.cache.accounting import TABLE_BYTES_PER_BLOCK, CacheUse
+from workers.cache.kvcache import KVCache, Occasion
+from workers.expected import expected_use
+from workers.stages.base import LossClass, Pipeline
+from workers.stages.registry import build, stages
+
+SHAPES = {
+    "mha": CacheShape(layers=2, kv_heads=2, query_heads=2, head_dim=16, dtype=torch.float32),
+    "gqa": CacheShape(layers=3, kv_heads=2, query_heads=6, head_dim=24, dtype=torch.bfloat16),
+}
+STATICS = sorted({preset.static for preset in PRESETS.values()})
+MORE = ("full", "fp8", "dilated", "rkv(size=128)", "snapkv(keep=0.5) | host(recent=64)", "int8(shadow=false)")
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+every_recipe = pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
+
+
+def measured(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse:
+    """What a cache of random numbers takes under the pipeline, at the end of a prompt."""
+    cache = KVCache(shape, 16 << 20, 16 << 20, 1, 2048, "m", torch.device("cpu"), "cpu")
+    generator = torch.Generator().manual_seed(tokens)
+    seq = cache.open(2048)
+    cache.reserve(seq, tokens)
+    cache.advance(seq, tokens)
+    size = (shape.kv_heads, tokens, shape.head_dim)
+    for layer in range(shape.layers):
+        k, v = (torch.randn(size, generator=generator).to(shape.dtype) for _ in range(2))
+        cache.backend.write(seq.slot, layer, 0, k, v)
+    count = min(tokens, 32)
+    queries = torch.randn(shape.layers, shape.query_heads, count, shape.head_dim, generator=generator)
+    cache.recent.note(seq.slot, tokens - count, queries.to(shape.dtype))
+    for name in ("mass", "votes"):
+        values = torch.rand((shape.layers, *size[:2]), generator=generator).numpy()
+        getattr(cache.tables, name)[seq.slot, :, :, :tokens] = values
+    cache.apply(seq, pipeline, Occasion.PROMPT)
+    return cache.use(seq)
+
+
+@every_shape
+@every_recipe
+def test_a_recipe_builds_and_its_text_is_its_pipelines(recipe: Recipe, shape: CacheShape) -> None:
+    pipeline = build(recipe.name, shape)
+    assert pipeline == build(recipe.pipeline, shape)
+    assert pipeline.text == recipe.pipeline
+
+
+def test_no_recipe_has_the_name_of_a_stage() -> None:
+    assert not set(recipes()) & set(stages())
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 320, 1500])
+@every_shape
+@pytest.mark.parametrize("text", [*recipes(), *STATICS, *MORE])
+def test_expected_bytes_are_those_of_a_real_cache(text: str, shape: CacheShape, tokens: int) -> None:
+    """To the byte; where heads share what a layer keeps, the heads' last blocks differ: by a block for each."""
+    pipeline = build(text, shape)
+    expected, found = expected_use(pipeline, shape, tokens), measured(pipeline, shape, tokens)
+    shares_by_head = pipeline.evictor is not None and pipeline.evictor.rule == "ada"
+    block = shape.block_bytes(Format.RAW) + TABLE_BYTES_PER_BLOCK
+    slack = shape.layers * shape.kv_heads * block if shares_by_head else 0
+    assert abs(expected.device_bytes - found.device_bytes) <= slack
+    assert abs(expected.device_bytes_16bit - found.device_bytes_16bit) <= slack
+    assert (expected.host_bytes, expected.shadow_bytes) == (found.host_bytes, found.shadow_bytes)
+    assert (expected.full_bytes, expected.full_bytes_16bit) == (found.full_bytes, found.full_bytes_16bit)
+
+
+def test_the_exact_scenario_has_an_exact_static_pipeline() -> None:
+    for scenario, preset in PRESETS.items():
+        exact = build(preset.static, SHAPES["gqa"]).loss_class is LossClass.EXACT
+        assert exact == (preset.max_divergence == 0), scenario
+
+
+def test_a_pyramid_takes_what_a_level_budget_takes() -> None:
+    """The rule moves tokens between layers, it adds none: but for each layer's rounding to whole blocks."""
+    shape = CacheShape(layers=12, kv_heads=1, query_heads=1, head_dim=64, dtype=torch.float16)
+    pyramid, level = (
+        expected_use(build(text, shape), shape, 8000).device_bytes
+        for text in ('snapkv(keep=0.12, budgets="pyramid")', "snapkv(keep=0.12)")
+    )
+    assert np.isclose(pyramid, level, rtol=0.03)

@@ -1,0 +1,49 @@
+"""What a pipeline's cache will take, before there is one: to the byte where that does not depend on the text."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels.api import I32
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from workers.cache.accounting import CacheUse, measure
+from workers.stages.base import Evictor, Pipeline
+from workers.stages.budgets import free_tokens
+
+
+def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse:
+    """Bytes when a prompt of so many tokens has just been computed: blocks, their scales and zeros, tables, exact copy.
+
+    ``budgets="ada"`` shares a layer's tokens out to its heads by what the text is; here each head gets the mean, which
+    is at most one block a head from what it will be. While decoding, evictors that evict again hold up to 31 tokens
+    more; those that do not, all that are generated. Peaks are not told.
+    """
+    length = kept_tokens(pipeline.evictor, shape, tokens)  # [L, H]
+    blocks = -(-length // BLOCK_TOKENS)
+    index = np.arange(int(blocks.max(initial=0)))
+    valid = index < blocks[..., None]  # [L, H, B]
+    younger = length[..., None] - (index + 1) * BLOCK_TOKENS  # tokens behind a block
+    codec, placer = pipeline.codec, pipeline.placer
+    format_ = np.full(valid.shape, Format.RAW, np.uint8)
+    if codec:
+        format_[younger >= BLOCK_TOKENS] = codec.format
+    tier = np.full(valid.shape, Tier.DEVICE, np.uint8)
+    if placer:
+        tier[younger >= placer.device_tokens()] = Tier.HOST
+    shadowed = 0
+    if pipeline.wants_shadow:
+        shadowed = tokens // BLOCK_TOKENS * length.size
+        if (length == tokens).all():  # raw blocks on the host are the copy's own
+            shadowed -= int((valid & (tier == Tier.HOST) & (format_ == Format.RAW)).sum())
+    return measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
+
+
+def kept_tokens(evictor: Evictor | None, shape: CacheShape, tokens: int) -> I32:
+    """[layers, kv_heads] tokens that stay of so many, in the mean of a layer's heads."""
+    length = np.full((shape.layers, shape.kv_heads), tokens, np.int32)
+    if evictor:
+        fixed = sum(evictor.protected(tokens))
+        free = max(evictor.budget(tokens) - fixed, 0)
+        for layer in range(shape.layers):
+            length[layer] = min(tokens, fixed + free_tokens(evictor.rule, layer, shape.layers, free))
+    return length
