@@ -45,5 +45,5 @@ def kept_tokens(evictor: Evictor | None, shape: CacheShape, tokens: int) -> I32:
         fixed = sum(evictor.protected(tokens))
         free = max(evictor.budget(tokens) - fixed, 0)
         for layer in range(shape.layers):
-            length[layer] = min(tokens, fixed + free_tokens(evictor.rule, layer, shape.layers, free))
+            length[layer] = min(tokens, fixed + free_tokens(evictor.rule, layer, shape.layers, free, tokens - fixed))
     return length
