@@ -42,10 +42,14 @@ class RecentQueries:
         ring = self._rings.get(slot)
         if ring is None:
             ring = self._rings[slot] = _Ring.empty(self._shape, self._device)
-        count = min(queries.shape[2], RECENT_QUERIES)
-        position = torch.arange(start + queries.shape[2] - count, start + queries.shape[2], device=self._device)
-        ring.queries[:, :, position % RECENT_QUERIES] = queries[:, :, queries.shape[2] - count :].to(ring.queries)
-        ring.position[position % RECENT_QUERIES] = position
+        end = start + queries.shape[2]
+        first = max(start, end - RECENT_QUERIES)
+        while first < end:  # slices, at most two: a list of places takes longer
+            place = first % RECENT_QUERIES
+            count = min(end - first, RECENT_QUERIES - place)
+            ring.queries[:, :, place : place + count] = queries[:, :, first - start : first - start + count]
+            ring.position[place : place + count] = torch.arange(first, first + count)
+            first += count
 
     def read(self, slot: int, layer: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The last queries, at most so many: float32 [query_heads, n, D] and their positions int64 [n], rising.
