@@ -20,7 +20,7 @@ from cli.inspect import document, run
 from cli.inspect_picture import HOST_BRIGHTNESS, colour, draw, image
 from cli.inspect_run import Inspection, inspect_request
 from cli.main import app
-from kernels.layout import Format, Tier
+from kernels.layout import MEMORY_TIERS, Format, Tier
 from tests.tiny import Drive, tiny_engine, tiny_loaded, tiny_model, tiny_tokenizer
 from workers.cache.kvcache import KVCache, SequenceCache
 from workers.engine.runner import LoadedModel
@@ -233,7 +233,7 @@ def test_picture_has_a_colour_for_each_token_of_each_head(loaded: LoadedModel) -
     assert len(kinds) > 2
     for (fmt, tier), tokens in kinds.items():
         assert int((pixels == colour(fmt, tier)).all(axis=2).sum()) == tokens
-    device, host = (np.array(colour(Format.INT8, tier)) for tier in Tier)
+    device, host = (np.array(colour(Format.INT8, tier)) for tier in MEMORY_TIERS)
     assert host == pytest.approx(HOST_BRIGHTNESS * device)
     assert draw(found).startswith(b"\x89PNG")
 

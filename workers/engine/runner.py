@@ -86,8 +86,10 @@ class ModelRunner:
         positions = [seq.seen for seq in sequences]
         for seq in sequences:
             self._cache.advance(seq, 1)
-        plan = self._cache.backend.plan(np.array([seq.slot for seq in sequences], np.int32))
-        attend = DecodeAttention(self._cache, plan)
+        reading = self._cache.reading(sequences)
+        slots = np.array([seq.slot for seq in sequences], np.int32)
+        plan = self._cache.backend.plan(slots, changing=bool(reading))
+        attend = DecodeAttention(self._cache, plan, reading)
         logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
         queries = attend.queries()
