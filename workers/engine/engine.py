@@ -347,11 +347,11 @@ class Engine:
         )
         seq.computed += count
         if seq.to_compute:
-            if not seq.pipeline.is_full:
+            if not seq.pipeline.moves_nothing:
                 self._memory.evacuate(seq)
             return
         self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
-        if not seq.pipeline.is_full:
+        if not seq.pipeline.moves_nothing:
             self._memory.evacuate(seq)
         seq.phase = Phase.DECODE
         seq.settled = self._try_apply(seq, Occasion.PROMPT)

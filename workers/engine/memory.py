@@ -80,7 +80,7 @@ class EngineMemory:
             # keeps would depend on what others have published.
             end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)
             seq.computed = self._cache.reuse_prefix(seq.cache, seq.token_ids[: max(0, end)])
-            if seq.computed and not seq.pipeline.is_full:
+            if seq.computed and not seq.pipeline.moves_nothing:
                 self.evacuate(seq)
         seq.reused_prompt_tokens = min(seq.computed, seq.prompt_tokens)
 
@@ -109,6 +109,8 @@ class EngineMemory:
     def _relieve(self, missing_bytes: int) -> bool:
         """Frees some device memory by the mildest means there is. False: there is none."""
         if self._cache.prefixes.drop(missing_bytes) or self._interrupt():
+            return True
+        if any(self._cache.give_up_pool(seq.cache) for seq in self._running() if seq.cache):
             return True
         holders = sorted(self._running(), key=self._device_bytes, reverse=True)
         measures = (self._compress, self._move_to_host) if not self.steered else (self._move_to_host,)
@@ -140,7 +142,8 @@ class EngineMemory:
         placer, codec = seq.pipeline.placer, seq.pipeline.codec
         least = self._cache.device_tokens_at_least(seq.cache, codec.format if codec else Format.RAW)
         recent = max(PRESSURE_RECENT_TOKENS, least)
-        if recent >= (placer.device_tokens() if placer else len(seq.token_ids)):
+        stays = placer.device_tokens() if placer else None
+        if recent >= (len(seq.token_ids) if stays is None else stays):
             return False
         return self._switch(seq, with_host(seq.pipeline, recent), "device tier is full")
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.api import I32
+from workers.cache.recall import SelectiveReader
 from workers.engine.attention import causal
 
 
@@ -19,6 +20,8 @@ class Context(Protocol):
     """Of the longest table."""
     length: I32
     """[layers, kv_heads] tokens there are."""
+    selective: SelectiveReader | None
+    """What says which of them a query reads; None: all."""
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each [kv_heads, tokens, head_dim]; not defined beyond ``length``."""
@@ -43,7 +46,12 @@ class ScoringAttention:
         k, v = (torch.cat([old[None], new], dim=2) for old, new in zip(before, (k, v), strict=True))
         if self._mask is None or self._uneven:
             self._mask = self._seen(layer, q)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, scale=scaling, enable_gqa=True)
+        mask = self._mask
+        if self._context.selective:
+            read = self._context.selective.visible(layer, q[0], k[0], scaling)
+            if read is not None:
+                mask = mask & read.repeat_interleave(q.shape[1] // len(read), dim=0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2)
 
     def _seen(self, layer: int, q: torch.Tensor) -> torch.Tensor:

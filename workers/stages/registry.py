@@ -35,6 +35,7 @@ from workers.stages.evict.snapkv import SnapKV
 from workers.stages.evict.tova import Tova
 from workers.stages.evict.window import Window
 from workers.stages.offload.host import Host
+from workers.stages.offload.quest import Quest
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
@@ -54,6 +55,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Int8,
     Kivi,
     Host,
+    Quest,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
