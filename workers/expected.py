@@ -40,9 +40,10 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse
             shadowed -= int((valid & (tier == Tier.HOST) & (format_ == Format.RAW)).sum())
     use = measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
     if isinstance(placer, Selector):
-        longest, pooled = int(length.max(initial=0)), codec.format if codec else Format.RAW
-        digests = digest_bytes(placer.digests, shape, max(0, longest - placer.always()) // BLOCK_TOKENS)
-        places = placer.pool_blocks(-(-longest // BLOCK_TOKENS)) * length.size
+        pooled = codec.format if codec else Format.RAW
+        older = max(0, int(length.max(initial=0)) - placer.always()) // BLOCK_TOKENS
+        digests = digest_bytes(placer.digests, shape, older)
+        places = placer.pool_blocks(older) * length.size
         sizes = (shape.block_bytes(pooled), shape.block_bytes_16bit(pooled))
         use = use.plus_device_bytes(*(more + places * size for more, size in zip(digests, sizes, strict=True)))
     return use

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.layout import BLOCK_TOKENS, CacheShape, Tier
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kvpilot.v1 import generation_pb2, job_pb2
 from tests.tiny import Drive, prompt, run, tiny_engine
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
@@ -35,6 +35,7 @@ class Steps:
         sizes = {"device_bytes": 8 << 20, "host_bytes": 8 << 20} | cache
         self.cache = KVCache(SHAPE, *sizes.values(), 2, 2048, "m", torch.device("cpu"), "cpu")
         self.k, self.v = k, v
+        self.copies = 0
         self.seq: SequenceCache = self.cache.open(2048)
         self.cache.reserve(self.seq, k.shape[2])
         self.cache.advance(self.seq, k.shape[2])
@@ -58,6 +59,7 @@ class Steps:
             reading.before(layer, q[layer, None], 0.25)
             cache.backend.refresh(plan, layer)
             read.append(cache.tables.tier[seq.slot, layer, :, :blocks] != Tier.DISK)
+            self.check_copies(layer, *before)
             out.append(cache.backend.decode(plan, layer, q[layer, None], k[layer, None], v[layer, None], 0.25)[0])
             reading.after(layer)
             assert np.array_equal(cache.tables.address[seq.slot], before[0])
@@ -65,6 +67,22 @@ class Steps:
         if seq.seen % BLOCK_TOKENS == 0:
             cache.apply(seq, self.pipeline, Occasion.SETTLE)
         return torch.stack(out), read
+
+    def check_copies(self, layer: int, address: np.ndarray, tier: np.ndarray) -> None:
+        """What a layer's tables name in the place of a block is that block, bit for bit."""
+        cache, here = self.cache, (self.seq.slot, layer)
+        tables = cache.tables
+        moved = (address[layer] != tables.address[here]) & (tables.tier[here] != Tier.DISK)
+        for head, block in np.argwhere(moved):
+            assert (tier[layer, head, block], tables.tier[here][head, block]) == (Tier.HOST, Tier.DEVICE)
+            fmt = Format(int(tables.format[here][head, block]))
+            places = address[layer, head, block], tables.address[here][head, block]
+            original, copy = (
+                cache.backend.load(which, np.array([place], np.int32), fmt)
+                for which, place in zip((Tier.HOST, Tier.DEVICE), places, strict=True)
+            )
+            assert torch.equal(original, copy)
+            self.copies += 1
 
     def attend(self, layer: int, q: torch.Tensor, read: np.ndarray) -> torch.Tensor:
         """Plain attention [query_heads, D] of a layer over the blocks that were read."""
@@ -107,8 +125,7 @@ def quest_by_loops(steps: Steps, layer: int, q: torch.Tensor, share: float, dens
                 channels = zip(query, zip(*keys, strict=True), strict=True)
                 of_group.append(sum(max(x * min(column), x * max(column)) for x, column in channels))
             bounds.append(max(of_group))
-        most = max(0, math.ceil(share * blocks) - (blocks - older))
-        best = sorted(range(older), key=lambda block: (-bounds[block], -block))[:most]
+        best = sorted(range(older), key=lambda block: (-bounds[block], -block))[: math.ceil(share * older)]
         read[head, :older] = np.isin(np.arange(older), best)
     return read
 
@@ -121,7 +138,7 @@ def test_quest_reads_what_a_plain_loop_says_and_attends_to_just_that() -> None:
         for layer in range(SHAPE.layers):
             assert np.array_equal(read[layer], quest_by_loops(steps, layer, q, 0.4, 1))
             torch.testing.assert_close(out[layer], steps.attend(layer, q, read[layer]), rtol=0, atol=1e-5)
-        assert all(mask.sum() < mask.size / 2 for mask in read[1:])
+        assert all(mask.sum() < 0.6 * mask.size for mask in read[1:])
 
 
 def test_reading_everything_is_reading_as_ever_bit_for_bit() -> None:
@@ -142,7 +159,7 @@ def test_tokens_that_are_not_read_get_nothing() -> None:
     np.testing.assert_allclose(masses.sum(axis=2), of_heads, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("share", "found"), [(0.25, True), (0.1, False)])
+@pytest.mark.parametrize(("share", "found"), [(0.15, True), (0.05, False)])
 def test_a_needle_is_found_where_its_block_is_among_those_read(share: float, found: bool) -> None:
     """Two blocks promise more than the needle's, by channels that no single key of theirs has together: with room for
     three old blocks it is read, with room for one it is not."""
@@ -167,6 +184,11 @@ SELECTING = (
     "quest(share=0.5, dense=1)",
     "snapkv(keep=0.6) | kivi(bits=8) | quest(share=0.3, dense=0)",
     'snapkv(keep=0.5, budgets="ada") | quest(share=0.4, dense=0)',
+    'arkvale(recent=64, share=0.3, volume="ball")',
+    "kivi(bits=8) | arkvale(recent=32, share=0.3)",
+    "clo(recent=64, share=0.3, alike=0.5)",
+    "infinigen(recent=64, share=0.3)",
+    "conversation(recent=64, share=0.4)",
 )
 
 

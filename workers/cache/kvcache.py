@@ -126,6 +126,7 @@ class KVCache:
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
         self.recalled = RecallCounts()
+        self._selecting: dict[int, SelectiveReader] = {}  # by slot
         self.scaling = shape.head_dim**-0.5
         """The model's factor on attention scores; its attention says if it is another one."""
         self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
@@ -591,19 +592,27 @@ class KVCache:
             self._stop_selecting(seq)
             reader = SelectiveReader(stage, fmt, seq.slot, self.backend, self.device, self.recalled)
             seq.readers = (*seq.readers, reader)
+            self._selecting[seq.slot] = reader
         reader.changed(anew)
 
     def _stop_selecting(self, seq: SequenceCache) -> None:
-        if reader := seq.selective:
+        if reader := self._selecting.pop(seq.slot, None):
             reader.close()
             seq.readers = tuple(other for other in seq.readers if other is not reader)
 
-    def give_up_pool(self, seq: SequenceCache) -> int:
-        """Takes a request's pool of recalled blocks, which only saves time; returns the bytes that are free again."""
-        free = self.device.free_bytes
-        if seq.selective:
-            seq.selective.close()
-        return self.device.free_bytes - free
+    def pool_bytes(self) -> int:
+        """Device bytes of all pools of recalled blocks: what :meth:`give_up_pools` gives back."""
+        return sum(reader.pool.nbytes for reader in self._selecting.values())
+
+    def give_up_pools(self, wanted_bytes: int) -> int:
+        """Takes pools of recalled blocks, which only save time, until so many bytes are free; returns those freed."""
+        freed = 0
+        for reader in sorted(self._selecting.values(), key=lambda reader: reader.pool.nbytes, reverse=True):
+            if freed >= wanted_bytes:
+                break
+            freed += reader.pool.nbytes
+            reader.close()
+        return freed
 
     # -- exact copies --------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,11 @@ class RecallPool:
         """Places of all heads."""
         return int(self._address.size)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pages."""
+        return self._lot.pages * self._arena.page_bytes
+
     def resize(self, places: int) -> None:
         """Makes room for so many blocks a head, or as many as the device can spare; it never shrinks."""
         heads, budget_pages = self._address.shape[:2], self._arena.free_bytes // self._arena.page_bytes // SHARE_OF_FREE

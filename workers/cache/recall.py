@@ -12,7 +12,7 @@ import torch
 from kernels.api import F32, I32, U8, Backend, Tables, TokenSource
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.arena import Arena
-from workers.cache.arrangement import ROWS, Mask, block_count
+from workers.cache.arrangement import ROWS, Mask
 from workers.cache.digests import Digests, digest
 from workers.cache.pool import RecallCounts, RecallPool
 from workers.stages.selecting import BlockView, Digest, Selector
@@ -61,7 +61,7 @@ class SelectiveReader:
         self.digests = Digests(stage.digests, self._shape, self._device)
         self.pool = RecallPool(device, backend, self._shape, fmt, counts)
         self._asked: dict[int, _Asked] = {}
-        self._guesses: dict[int, torch.Tensor] = {}
+        self._guessed: dict[int, _Asked] = {}
         self._saved: _Saved | None = None
 
     # -- between steps -------------------------------------------------------------------------------------------------
@@ -81,8 +81,7 @@ class SelectiveReader:
             if anew or others[layer]:
                 self._asked.pop(layer, None)
             self._digest(layer)
-        most = int(block_count(tables.length[slot]).max(initial=0))
-        self.pool.resize(self.stage.pool_blocks(most))
+        self.pool.resize(self.stage.pool_blocks(int(self._older(tables.length[slot]).max())))
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes on the device of digests and pool, and as if raw blocks held a 16-bit dtype."""
@@ -99,11 +98,11 @@ class SelectiveReader:
 
     def foresee(self, layer: int, q: torch.Tensor, scaling: float) -> None:
         """Takes a guess [1, query_heads, D] of a layer's query before it comes, and fetches what that would read."""
-        self._guesses[layer] = q
         length = self._tables.length[self._slot, layer]
         self._digest(layer)
         read = self._choose(layer, q[0], length, scaling, self._asked.get(layer))
-        if self.pool.places and read.numel():
+        self._guessed[layer] = _Asked(q[0], read)
+        if read.numel():
             self._bring(layer, _host(read), length, ahead=True)
 
     def before(self, layer: int, q: torch.Tensor, scaling: float) -> None:
@@ -111,19 +110,20 @@ class SelectiveReader:
         tables, slot = self._tables, self._slot
         length = tables.length[slot, layer]
         self._digest(layer)
-        asked = self._guesses.pop(layer, None) if self.stage.guesses else q
-        chosen = self._choose(layer, None if asked is None else asked[0], length, scaling, self._asked.get(layer))
+        guess = self._guessed.pop(layer, None)
+        asked = None if self.stage.guesses else q[0]
+        chosen = guess.read if guess else self._choose(layer, asked, length, scaling, self._asked.get(layer))
         if not chosen.numel():
             return
-        self._asked[layer] = _Asked((q if asked is None else asked)[0], chosen)
+        self._asked[layer] = guess or _Asked(q[0], chosen)
         read, blocks = _host(chosen), chosen.shape[1]
         older = np.arange(blocks) < self._older(length)[:, None]
         self._counts.read_blocks += int((read & older).sum())
         self._counts.skipped_blocks += int((~read).sum())
         here = (slot, layer, slice(None), slice(0, blocks))
         self._saved = _Saved(layer, tables.address[here].copy(), tables.tier[here].copy())
-        if self.pool.places:
-            found = self._bring(layer, read, length)
+        found = self._bring(layer, read, length)
+        if found is not None:
             np.copyto(tables.address[here], found, where=found >= 0)
             tables.tier[here][found >= 0] = Tier.DEVICE
         tables.tier[here][~read] = Tier.DISK
@@ -135,12 +135,13 @@ class SelectiveReader:
             here = (self._slot, layer, slice(None), slice(0, saved.address.shape[1]))
             self._tables.address[here], self._tables.tier[here] = saved.address, saved.tier
 
-    def _bring(self, layer: int, read: Mask, length: I32, ahead: bool = False) -> I32:
-        """Recalls what is read of the host's blocks; [H, B] addresses on the device, -1 for blocks not recalled."""
+    def _bring(self, layer: int, read: Mask, length: I32, ahead: bool = False) -> I32 | None:
+        """Recalls what is read of the host's blocks; [H, B] addresses on the device, -1 for blocks not recalled. None:
+        nothing that is read lives there."""
         blocks = read.shape[1]
-        away = self._tables.tier[self._slot, layer, :, :blocks] == Tier.HOST
+        away = read & (self._tables.tier[self._slot, layer, :, :blocks] == Tier.HOST)
         away &= np.arange(blocks) < self._older(length)[:, None]
-        return self.pool.bring(self._tables, self._slot, layer, read & away, ahead)
+        return self.pool.bring(self._tables, self._slot, layer, away, ahead) if away.any() else None
 
     # -- what a query reads --------------------------------------------------------------------------------------------
 
@@ -172,8 +173,7 @@ class SelectiveReader:
         valid = np.arange(blocks) < older[:, None]
         if q is None or not blocks:
             return torch.ones(valid.shape, dtype=torch.bool, device=self._device)
-        total = block_count(length)
-        budget = [self.stage.budget(int(count)) for count in total] - (total - older)
+        budget = np.array([self.stage.budget(int(count)) for count in older], np.int64)
         known = self._tables.tier[self._slot, layer, :, :blocks]
         tier = np.zeros(valid.shape, np.uint8)
         tier[:, : known.shape[1]] = known
@@ -181,7 +181,7 @@ class SelectiveReader:
             index=layer,
             layers=self._shape.layers,
             valid=self._tensor(valid),
-            budget=self._tensor(np.maximum(budget, 0).astype(np.int64)),
+            budget=self._tensor(budget),
             tier=self._tensor(tier),
             scaling=scaling,
             digests=digests or self.digests.of(layer, blocks),

@@ -18,10 +18,10 @@ from kernels.layout import CacheShape
 from workers.cache.kvcache import CacheContext, KVCache
 from workers.cache.reading import StepReading
 from workers.cache.recent import RECENT_QUERIES
+from workers.engine.guessing import STEP_ARGUMENT, QueryGuesser
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 
 ATTENTION_NAME = "kvpilot"
-STEP_ARGUMENT = "kvpilot_step"
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask")
 
 
@@ -61,9 +61,12 @@ AttentionInterface.register(ATTENTION_NAME, attention)
 class DecodeAttention:
     """One decode step: a token each of several requests, over blocks of any format and tier."""
 
-    def __init__(self, cache: KVCache, plan: DecodePlan, reading: StepReading) -> None:
+    def __init__(
+        self, cache: KVCache, plan: DecodePlan, reading: StepReading, guesser: QueryGuesser | None = None
+    ) -> None:
         self._backend = cache.backend
         self._reading = reading
+        self._guesser = guesser
         self.plan = plan
         self._queries: list[torch.Tensor] = []
 
@@ -73,6 +76,8 @@ class DecodeAttention:
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
         if not self._reading:
             return self._backend.decode(self.plan, layer, q, k, v, scaling)[:, None]
+        if self._guesser and (guess := self._guesser.next_queries(layer)) is not None:
+            self._reading.foresee(layer + 1, guess[:, :, 0], scaling)
         try:
             partials = self._reading.before(layer, q, scaling)
             self._backend.refresh(self.plan, layer)

@@ -60,8 +60,8 @@ class EngineMemory:
         """Whether a controller is attached; it then decides on lossy pipelines."""
 
     def free_bytes(self) -> int:
-        """Device bytes free now, unused prefixes counted as free."""
-        return self._cache.device.free_bytes + self._cache.prefixes.unused_bytes()
+        """Device bytes free now, unused prefixes and pools of recalled blocks counted as free."""
+        return self._cache.device.free_bytes + self._cache.prefixes.unused_bytes() + self._cache.pool_bytes()
 
     def watermark_bytes(self) -> int:
         """Device bytes to leave free when a request is admitted."""
@@ -108,9 +108,7 @@ class EngineMemory:
 
     def _relieve(self, missing_bytes: int) -> bool:
         """Frees some device memory by the mildest means there is. False: there is none."""
-        if self._cache.prefixes.drop(missing_bytes) or self._interrupt():
-            return True
-        if any(self._cache.give_up_pool(seq.cache) for seq in self._running() if seq.cache):
+        if self._cache.prefixes.drop(missing_bytes) or self._interrupt() or self._cache.give_up_pools(missing_bytes):
             return True
         holders = sorted(self._running(), key=self._device_bytes, reverse=True)
         measures = (self._compress, self._move_to_host) if not self.steered else (self._move_to_host,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,12 @@ from kernels.api import DecodePlan
 from workers.cache.kvcache import KVCache, SequenceCache
 from workers.engine.attention import (
     ATTENTION_NAME,
-    STEP_ARGUMENT,
     Attend,
     DecodeAttention,
     PromptAttention,
     check_servable,
 )
+from workers.engine.guessing import STEP_ARGUMENT, QueryGuesser
 from workers.engine.scoring import Context, ScoringAttention
 
 
@@ -75,6 +76,7 @@ class ModelRunner:
         self._model = loaded.model
         self._cache = cache
         self._device = next(loaded.model.parameters()).device
+        self._guesser = QueryGuesser(loaded.model)
 
     @torch.inference_mode()
     def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> tuple[torch.Tensor, DecodePlan]:
@@ -89,8 +91,10 @@ class ModelRunner:
         reading = self._cache.reading(sequences)
         slots = np.array([seq.slot for seq in sequences], np.int32)
         plan = self._cache.backend.plan(slots, changing=bool(reading))
-        attend = DecodeAttention(self._cache, plan, reading)
-        logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
+        guesser = self._guesser if reading.guesses else None
+        attend = DecodeAttention(self._cache, plan, reading, guesser)
+        with guesser.watching() if guesser else contextlib.nullcontext():
+            logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
         queries = attend.queries()
         for row, seq in enumerate(sequences):
@@ -136,7 +140,10 @@ class ModelRunner:
             Logits [len(token_ids), vocabulary]; row i is the distribution of the token behind token i.
         """
         positions = list(range(start, start + len(token_ids)))
-        return self._run([list(token_ids)], [positions], ScoringAttention(context), keep=len(token_ids))[0]
+        guesser = self._guesser if context.selective and context.selective.stage.guesses else None
+        with guesser.watching() if guesser else contextlib.nullcontext():
+            attend = ScoringAttention(context, guesser)
+            return self._run([list(token_ids)], [positions], attend, keep=len(token_ids))[0]
 
     def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
         return self._run(token_ids, positions, attend, keep=1)[:, -1]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from kernels.api import I32
 from workers.cache.recall import SelectiveReader
 from workers.engine.attention import causal
+from workers.engine.guessing import QueryGuesser
 
 
 class Context(Protocol):
@@ -33,10 +34,13 @@ class ScoringAttention:
 
     Args:
         context: what the request keeps.
+        guesser: where what is read goes by guessed queries: who guesses them.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, guesser: QueryGuesser | None = None) -> None:
         self._context = context
+        self._guesser = guesser
+        self._guess: torch.Tensor | None = None  # of the next layer's queries
         self._mask: torch.Tensor | None = None  # of all layers, where every table is of one length
         self._uneven = bool((context.length != context.tokens).any())
 
@@ -48,7 +52,11 @@ class ScoringAttention:
             self._mask = self._seen(layer, q)
         mask = self._mask
         if self._context.selective:
-            read = self._context.selective.visible(layer, q[0], k[0], scaling)
+            asked: torch.Tensor | None = q[0]
+            if self._guesser:
+                ahead = self._guesser.next_queries(layer)
+                asked, self._guess = self._guess, ahead[0] if ahead is not None else None
+            read = self._context.selective.visible(layer, asked, k[0], scaling)
             if read is not None:
                 mask = mask & read.repeat_interleave(q.shape[1] // len(read), dim=0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
