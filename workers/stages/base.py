@@ -240,6 +240,11 @@ class Placer(Stage):
 
     kind: ClassVar[Kind] = Kind.OFFLOAD
 
+    @property
+    def loss_class(self) -> LossClass:
+        """Exact: what is moved is read as it was."""
+        return LossClass.EXACT
+
     def device_tokens(self) -> int:
         """How many of a head's last tokens stay on the device; blocks wholly older go to the host."""
         raise NotImplementedError
