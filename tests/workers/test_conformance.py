@@ -36,17 +36,18 @@ SHAPES = {
 }
 SHAPE = SHAPES["gqa"]
 TOKENS = 301  # a partly filled last block, and more than any default budget but window's
+MOST = 2 * BLOCK_TOKENS  # the largest default of a count that is left as it is
 LEVELS = {Format.INT8: 255, Format.INT4: 15, Format.INT2: 3}
 
 
 def small(stage: type[Stage], **more: object) -> Stage:
-    """A stage with parameters that bite at ``TOKENS``: counts of tokens as small as they may be."""
-    counts = {
-        field.name: 2 * BLOCK_TOKENS
+    """A stage with parameters that bite at ``TOKENS``: whole numbers at most 64, where they may be."""
+    numbers = {
+        field.name: MOST
         for field in dataclasses.fields(stage)
-        if field.name in ("recent", "size") and field.metadata["bounds"].accept(2 * BLOCK_TOKENS)
+        if type(field.default) is int and field.default > MOST and field.metadata["bounds"].accept(MOST)
     }
-    return stage(**(counts | more))
+    return stage(**(numbers | more))
 
 
 REPRESENTATIVES = {Kind.EVICT: ("window", "snapkv"), Kind.COMPRESS: ("kivi",), Kind.OFFLOAD: ("host",)}
@@ -544,7 +545,10 @@ def test_neighbours_are_left_alone(text: str) -> None:
 
 @every_pipeline
 def test_without_room_nothing_changes(text: str) -> None:
-    world = make_world(make_cache(host_bytes=40 << 10))  # too little for a shadow or for the older blocks
+    world = make_world(make_cache(host_bytes=40 << 10), tokens=480)  # too little for a shadow or for the older blocks
+    pipeline = world.pipeline(text)
+    if not pipeline.wants_shadow and pipeline.placer.device_tokens() > 352:
+        pytest.skip("of 480 tokens, it leaves all but two rows of blocks or so on the device")
     before, device = world.snapshot(), world.cache.device.used_bytes
     with pytest.raises(TierFullError) as full:
         world.apply(text)
@@ -581,7 +585,7 @@ def test_short_requests_are_served_too(text: str, tokens: int) -> None:
     world.close()
 
 
-@pytest.mark.parametrize("text", [*stages(), COMPANIES[-1]])
+@pytest.mark.parametrize("text", [*stages(), PIPELINES[-1]])
 def test_backends_agree_to_the_last_bit_of_every_table(text: str) -> None:
     worlds = [make_world(make_cache(backend=name)) for name in ("cpu", "reference")]
     for world in worlds:
