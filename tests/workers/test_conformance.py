@@ -1,8 +1,8 @@
 """What every stage must do, whoever wrote it: run over all that are registered.
 
-Each passes every check alone; a few that stand for their kind pass them together, and each goes there and back in their
-company, so that a further stage costs a fraction of a second. The stages of an installed package are among them; to see
-only one: ``pytest tests/workers/test_conformance.py -k NAME``.
+Each passes every check alone; a few that stand for their kind pass them together, and each is applied, decoded with and
+undone in their company, so that a further stage costs a fraction of a second. The stages of installed packages are
+among them; to see one alone: ``pytest tests/workers/test_conformance.py -k NAME``.
 
 Keys and values are random numbers written straight into a cache; no model is needed to see what becomes of them.
 """
@@ -80,11 +80,12 @@ def in_company() -> list[str]:
 
 ALONE = alone()
 PIPELINES = ALONE + together()
-COMPANIES = list(dict.fromkeys(in_company()))
+COMPANIES = in_company()
 PERMANENT = [text for text in alone(shadow=False) + together(shadow=False) if "shadow=false" in text]
 RULED = [small(stage, budgets=rule) for stage in stages().values() if hasattr(stage, "budgets") for rule in RULES]
 every_stage = pytest.mark.parametrize("stage", stages().values(), ids=stages())
 every_pipeline = pytest.mark.parametrize("text", PIPELINES)
+every_pipeline_and_company = pytest.mark.parametrize("text", list(dict.fromkeys(PIPELINES + COMPANIES)))
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
@@ -368,7 +369,7 @@ def check_bytes(world: World) -> None:
     assert cache.host.used_bytes >= use.host_bytes + use.shadow_bytes
 
 
-@every_pipeline
+@every_pipeline_and_company
 def test_applying_twice_is_applying_once(text: str) -> None:
     world = make_world()
     world.apply(text, Occasion.PROMPT)
@@ -404,7 +405,7 @@ def test_a_switch_there_and_back_restores_every_bit(text: str, shape: CacheShape
     check(world, "full")
 
 
-@pytest.mark.parametrize("text", PIPELINES + [text for text in COMPANIES if text not in PIPELINES])
+@every_pipeline_and_company
 def test_so_does_one_after_decoding_on_the_way(text: str) -> None:
     world = make_world()
     world.apply(text)
