@@ -21,6 +21,7 @@ from kvpilot.pipeline import PipelineError
 from models import store
 from workers.engine.attention import cache_shape
 from workers.engine.runner import LoadedModel, load_model
+from workers.profile.profile import ModelProfile
 from workers.stages.base import Pipeline
 from workers.stages.registry import build
 
@@ -82,7 +83,8 @@ def run(
     Raises:
         BadInputError: naming what is wrong, its value and what is accepted.
     """
-    built = build_pipeline(pipeline, cache_shape(loaded.model.config, next(loaded.model.parameters()).dtype))
+    shape = cache_shape(loaded.model.config, next(loaded.model.parameters()).dtype)
+    built = build_pipeline(pipeline, shape, loaded.profile)
     if loaded.tokenizer is None:
         raise BadInputError(f"--model: {loaded.name!r} has no tokenizer; accepted: a model with one")
     prompt = list(loaded.tokenizer(text)["input_ids"])
@@ -114,14 +116,14 @@ def read_text(file: Path) -> str:
         ) from None
 
 
-def build_pipeline(text: str, shape: CacheShape) -> Pipeline:
+def build_pipeline(text: str, shape: CacheShape, profile: ModelProfile | None = None) -> Pipeline:
     """The pipeline, refused in the words in which a submitted one is.
 
     Raises:
         BadInputError: it names what does not exist, or cannot serve the model.
     """
     try:
-        return build(text, shape)
+        return build(text, shape, profile)
     except PipelineError as error:
         raise BadInputError(f"pipeline: {error}") from None
 

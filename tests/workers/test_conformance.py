@@ -18,6 +18,7 @@ import torch
 from kernels.api import TokenSource
 from kernels.layout import BLOCK_TOKENS, GROUP, CacheShape, Format, Tier
 from kvpilot.pipeline import PipelineError
+from tests.tiny import tiny_profile
 from workers.cache.accounting import CacheUse
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
@@ -98,7 +99,7 @@ class World:
         return list(itertools.product(range(self.shape.layers), range(self.shape.kv_heads)))
 
     def pipeline(self, text: str) -> Pipeline:
-        return build(text, self.shape)
+        return build(text, self.shape, self.cache.profile)
 
     def apply(self, text: str, occasion: Occasion = Occasion.SWITCH) -> None:
         self.cache.apply(self.seq, self.pipeline(text), occasion)
@@ -163,7 +164,7 @@ class World:
 
 
 def make_cache(shape: CacheShape = SHAPE, backend: str = "cpu", host_bytes: int = 4 << 20) -> KVCache:
-    return KVCache(shape, 4 << 20, host_bytes, 2, 512, "m", torch.device("cpu"), backend)
+    return KVCache(shape, 4 << 20, host_bytes, 2, 512, "m", torch.device("cpu"), backend, tiny_profile(shape))
 
 
 def make_world(cache: KVCache | None = None, tokens: int = TOKENS, seed: int = 0, chunk: int = 0) -> World:
@@ -255,7 +256,7 @@ def test_an_evictor_protects_a_block_and_asks_for_no_more_than_its_budget(name: 
 @every_pipeline
 def test_budget_order_recent_tokens_and_contents(text: str, shape: CacheShape) -> None:
     try:
-        build(text, shape)
+        build(text, shape, tiny_profile(shape))
     except PipelineError:
         pytest.skip("the stage refuses this shape, and says so")
     world = make_world(make_cache(shape))

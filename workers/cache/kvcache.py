@@ -39,6 +39,7 @@ from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.recent import RecentQueries
 from workers.cache.selection import choose
 from workers.cache.shadow import Shadow
+from workers.profile.profile import ModelProfile
 from workers.stages.base import LossClass, Pipeline
 
 
@@ -94,6 +95,7 @@ class KVCache:
         model: name that prefixes are hashed with.
         device: where the device tier lives.
         backend: kernel backend, see ``kernels.backends``.
+        profile: the model's, for stages that need it.
     """
 
     def __init__(
@@ -106,8 +108,10 @@ class KVCache:
         model: str,
         device: torch.device,
         backend: str = "auto",
+        profile: ModelProfile | None = None,
     ) -> None:
         self.shape = shape
+        self.profile = profile
         self.device = Arena(Tier.DEVICE, device_bytes, shape, device)
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
@@ -466,7 +470,7 @@ class KVCache:
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
             queries, device = partial(self.recent.read, seq.slot), self.device.data.device
-            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device)
+            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device, self.profile)
             if restore or not keep[tokens.valid].all():
                 return regroup(tokens, keep, *style)
         elif restore:

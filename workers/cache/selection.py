@@ -12,6 +12,7 @@ import torch
 from kernels.api import Backend, TokenSource
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Mask, Tokens
+from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, LayerView
 from workers.stages.budgets import best, free_tokens
 
@@ -27,12 +28,15 @@ def choose(
     backend: Backend,
     queries: Queries,
     device: torch.device,
+    profile: ModelProfile | None = None,
 ) -> Mask:
     """Marks the tokens [L, H, T] that stay. Ties go to the more recent token.
 
     Raises:
-        ValueError: a score of the wrong shape or with NaN, naming the stage.
+        ValueError: a score of the wrong shape or with NaN, or a profile that lacks what the stage needs, naming it.
     """
+    if lack := evictor.lacks(names_of(profile)):
+        raise ValueError(f"stage {evictor.name!r}: {lack}")
     sinks, recent = evictor.protected(seen)
     if recent < BLOCK_TOKENS:
         raise ValueError(f"stage {evictor.name!r} protects the last {recent} tokens; at least {BLOCK_TOKENS} must stay")
@@ -40,7 +44,7 @@ def choose(
     layers = len(tokens.valid)
     keep = np.zeros(tokens.valid.shape, bool)
     for layer in range(layers):
-        view = _view(tokens, layer, seen, scaling, backend, queries, device)
+        view = _view(tokens, layer, seen, scaling, backend, queries, device, profile)
         score = evictor.score(view)
         valid, position = tokens.valid[layer], tokens.position[layer]
         if score.shape != valid.shape or not bool(torch.isfinite(score[view.valid]).all()):
@@ -52,7 +56,14 @@ def choose(
 
 
 def _view(
-    tokens: Tokens, layer: int, seen: int, scaling: float, backend: Backend, queries: Queries, device: torch.device
+    tokens: Tokens,
+    layer: int,
+    seen: int,
+    scaling: float,
+    backend: Backend,
+    queries: Queries,
+    device: torch.device,
+    profile: ModelProfile | None = None,
 ) -> LayerView:
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         heads, count = tokens.position.shape[1:]
@@ -83,4 +94,5 @@ def _view(
         scaling=scaling,
         read=read,
         queries=partial(queries, layer),
+        profile=profile.layer(layer) if profile else None,
     )

@@ -155,7 +155,7 @@ class Intake:
 
     def _named_pipeline(self, field: str, text: str, violations: dict[str, str]) -> Pipeline | None:
         try:
-            return build(text, self._shape)
+            return build(text, self._shape, self._loaded.profile)
         except PipelineError as error:
             violations[field] = str(error)
             return None

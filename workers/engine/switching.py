@@ -113,7 +113,7 @@ class Switching:
     def _directed_pipeline(self, seq: Sequence, directive: policy_pb2.Directive) -> Pipeline:
         by_operator = directive.ordered_by == common_pb2.ORDERER_OPERATOR
         try:
-            pipeline = build(directive.pipeline, self._cache.shape)
+            pipeline = build(directive.pipeline, self._cache.shape, self._cache.profile)
         except PipelineError as error:
             raise ProblemError(INVALID_ARGUMENT, str(error), {"pipeline": str(error)}) from None
         if not by_operator and seq.pinned:
