@@ -40,6 +40,7 @@ from workers.cache.reading import Reader, StepReading
 from workers.cache.recent import RecentQueries
 from workers.cache.selection import Views, choose
 from workers.cache.shadow import Shadow
+from workers.profile.profile import ModelProfile
 from workers.stages.base import LossClass, Pipeline
 
 
@@ -97,6 +98,7 @@ class KVCache:
         model: name that prefixes are hashed with.
         device: where the device tier lives.
         backend: kernel backend, see ``kernels.backends``.
+        profile: the model's, for stages that need it.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class KVCache:
         model: str,
         device: torch.device,
         backend: str = "auto",
+        profile: ModelProfile | None = None,
     ) -> None:
         self.shape = shape
+        self.profile = profile
         self.device = Arena(Tier.DEVICE, device_bytes, shape, device)
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
@@ -470,7 +474,7 @@ class KVCache:
     def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
         """What evictors may look at of these tokens of a request."""
         queries = partial(self.recent.read, seq.slot)
-        return Views(tokens, seq.seen, self.scaling, self.backend, queries, self.device.data.device)
+        return Views(tokens, seq.seen, self.scaling, self.backend, queries, self.device.data.device, self.profile)
 
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
         evictor, style = pipeline.evictor, _style(pipeline)
