@@ -43,6 +43,10 @@ log = structlog.get_logger(__name__)
 class DiskFullError(Exception):
     """The disk tier's budget, or the file system, cannot hold what was asked for; nothing was stored."""
 
+    def __init__(self, message: str, needed_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+
 
 class CorruptBlockError(Exception):
     """Bytes on disk are not those that were written.
@@ -129,7 +133,8 @@ class DiskStore:
         needed = _file_bytes(count, block_bytes)
         with self._lock:
             if needed > self.free_bytes:
-                raise DiskFullError(f"disk tier: {needed} bytes needed, {self.free_bytes} of {self.budget_bytes} free")
+                free = f"{self.free_bytes} of {self.budget_bytes} free"
+                raise DiskFullError(f"disk tier: {needed} bytes needed, {free}", needed)
             self._used_bytes += needed
             path = self._folder / f"{self._next_number:08}.blocks"
             self._next_number += 1
@@ -193,7 +198,7 @@ class DiskStore:
         except OSError as error:
             path.unlink(missing_ok=True)
             self._give_back(needed)
-            raise DiskFullError(f"{path}: {error.strerror or error}") from error
+            raise DiskFullError(f"{path}: {error.strerror or error}", needed) from error
         self._count(written_bytes=needed, write_s=time.monotonic() - began)
 
     def _read(self, batch: Batch, wanted: npt.NDArray[np.integer]) -> U8:

@@ -122,7 +122,10 @@ class Reporter:
                 policy_pb2.TierUse(
                     name=arena.tier.name.lower(), used_bytes=arena.used_bytes - idle, budget_bytes=arena.budget_bytes
                 )
-                for arena, idle in ((self._cache.device, self._cache.prefixes.unused_bytes()), (self._cache.host, 0))
+                for arena, idle in (
+                    (self._cache.device, self._cache.prefixes.unused_bytes()),
+                    (self._cache.host, self._cache.host.guest_bytes),
+                )
             ],
             step_ms=self.step_ms,
             tokens_per_s=sum(tokens for _, tokens in self._token_times) / RATE_WINDOW_S,
