@@ -23,6 +23,7 @@ import torch
 
 from kernels.api import F32, I32, U8
 from kernels.layout import BLOCK_TOKENS, Format, Tier
+from kvpilot.v1 import policy_pb2
 from workers.cache.arena import Lot, TierFullError
 from workers.cache.disk import Batch, CorruptBlockError, DiskFullError, DiskStore
 from workers.cache.kvcache import KVCache, SequenceCache
@@ -163,6 +164,20 @@ class ParkedSessions:
         """Bytes of files."""
         pieces = (piece for entry in self._entries.values() for piece in entry.pieces)
         return sum(piece.batch.nbytes for piece in pieces if piece.batch)
+
+    def to_proto(self) -> policy_pb2.ParkedSessions:
+        """The API's form of what is here and what became of it."""
+        counts = self.counts
+        return policy_pb2.ParkedSessions(
+            parked=len(self),
+            host_bytes=self.host_bytes,
+            disk_bytes=self.disk_bytes,
+            restored_turns=counts.restored,
+            restored_tokens=counts.restored_tokens,
+            dropped_pieces=counts.dropped,
+            expired=counts.expired,
+            corrupt_pieces=counts.corrupt,
+        )
 
     # -- turns ---------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
-from workers.cache.disk import DiskStore
+from workers.cache.disk import DiskCounts, DiskStore
 from workers.cache.kvcache import KVCache, Occasion
 from workers.cache.sessions import ParkedSessions
 from workers.engine.api import Event
@@ -110,6 +110,7 @@ class Engine:
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
         self._bandwidths = _measure_bandwidths(self.cache)
         self._reporter = Reporter(self.cache, settings.report_interval_tokens)
+        self._reporter.sessions = self.sessions
         self._pace = Pace(settings.switch_step_share, settings.switch_least_blocks, self.shape.block_bytes(Format.RAW))
         self._switching = Switching(
             self.cache, self._reporter, self._pace, lambda seq, switch: self._emit(seq, switch=switch)
@@ -266,6 +267,19 @@ class Engine:
             far_horizons_tokens=FAR_HORIZONS_TOKENS,
             feature_schema_hash=SCHEMA_HASH,
         )
+
+    @property
+    def disk_counts(self) -> DiskCounts | None:
+        """What the disk tier has written and read so far; None: there is none."""
+        return self._disk.counts if self._disk else None
+
+    def forget_prefixes(self) -> None:
+        """Drops published prefixes that nobody uses, before the next step: for measurements of what is without them."""
+
+        def drop() -> None:
+            self.cache.prefixes.drop(self.cache.device.budget_bytes)
+
+        self._commands.put(drop)
 
     def configure(self, welcome: policy_pb2.Welcome) -> None:
         """See EngineApi. An unknown default pipeline is refused with a log line; the worker's own stays."""
