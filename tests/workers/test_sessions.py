@@ -238,6 +238,31 @@ def test_the_longer_of_session_and_prefixes_is_reused(stage: Stage) -> None:
     assert stage.sessions.counts.restored == 1
 
 
+def test_nothing_is_read_from_disk_that_prefixes_have(stage: Stage) -> None:
+    answer = stage.turn(prompt(TURN))
+    stage.pass_time(11)
+    assert stage.sessions.disk_bytes
+    resumed = stage.turn(next_turn(prompt(TURN), answer))
+    assert resumed.finished.usage.reused_prompt_tokens == 320
+    assert stage.engine.disk_counts.read_bytes == 0
+
+
+def test_a_session_on_its_way_from_disk_is_not_promised_to_others(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.sessions._piece_rows = 2
+    first = prompt(TURN)
+    stage.turn(first)
+    assert stage.engine.cache.host.guest_bytes == stage.sessions.host_bytes == 10 * ROW_BYTES
+    stage.sessions.give_up(4 * ROW_BYTES)
+    assert stage.engine.cache.host.guest_bytes == stage.sessions.host_bytes == 6 * ROW_BYTES
+    assert stage.sessions.fetch(SessionKey("", "s"), first)
+    assert stage.engine.cache.host.guest_bytes == 0
+    before = stage.sessions.host_bytes
+    stage.sessions.give_up(1 << 30)
+    assert stage.sessions.host_bytes == before
+    stage.engine.stop(1)
+
+
 def test_a_cancelled_turn_is_parked_as_far_as_it_came(stage: Stage) -> None:
     first = prompt(1000)
     stage.drive.submit("cancelled", first, session_id="s")
@@ -426,6 +451,10 @@ def test_damage_on_disk_is_found_and_computed_again(stage: Stage, damage, which:
     stage.forget_prefixes()
     third = next_turn(second, resumed)
     assert stage.turn(third).finished.usage.reused_prompt_tokens == 416  # the turn was parked whole
+    told = stage.drive.reports[-1].worker.sessions
+    assert (told.parked, told.restored_turns, told.corrupt_pieces) == (1, 2 if which else 1, 1)
+    assert told.restored_tokens == 416 + 2 * which * BLOCK_TOKENS
+    assert (told.host_bytes, told.disk_bytes) == (stage.sessions.host_bytes, 0)
     assert not stage.files()
 
 

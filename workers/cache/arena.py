@@ -48,8 +48,8 @@ class Guests(Protocol):
     """Who has pages of an arena only for as long as nobody else needs them."""
 
     @property
-    def host_bytes(self) -> int:
-        """Bytes of their pages."""
+    def yielding_bytes(self) -> int:
+        """Bytes of pages that :meth:`give_up` can release."""
         ...
 
     def give_up(self, nbytes: int) -> None:
@@ -94,7 +94,7 @@ class Arena:
     @property
     def guest_bytes(self) -> int:
         """Bytes of pages that guests give up when they are needed."""
-        return self.guests.host_bytes if self.guests else 0
+        return self.guests.yielding_bytes if self.guests else 0
 
     @property
     def room_bytes(self) -> int:

@@ -160,6 +160,12 @@ class ParkedSessions:
         return sum(entry.lot.pages for entry in self._entries.values()) * self._arena.page_bytes
 
     @property
+    def yielding_bytes(self) -> int:
+        """Of the bytes on the host tier those that no request waits for."""
+        pages = sum(entry.lot.pages for entry in self._entries.values() if not entry.wanted_rows)
+        return pages * self._arena.page_bytes
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes of files."""
         pieces = (piece for entry in self._entries.values() for piece in entry.pieces)
@@ -241,11 +247,18 @@ class ParkedSessions:
         self.counts.restored_tokens += rows * BLOCK_TOKENS
         return Shadow.of_rows(self._arena, max_tokens, entry.lot, address), entry.row_mass if with_mass else None
 
-    def fetch(self, key: SessionKey, token_ids: Sequence[int]) -> bool:
-        """Starts to bring from disk what a request could begin with. False: there is nothing to wait for."""
+    def fetch(self, key: SessionKey, token_ids: Sequence[int], with_mass: bool = False, beyond_rows: int = 0) -> bool:
+        """Starts to bring from disk what a request could begin with. False: there is nothing to wait for.
+
+        Args:
+            key: the session.
+            token_ids: what the request starts with and may reuse.
+            with_mass: whether it needs the masses of its whole prompt.
+            beyond_rows: rows that it can have from elsewhere; the session is left alone if it has no more.
+        """
         entry = self._entries.get(key)
-        rows = _common_rows(entry, token_ids) if entry else 0
-        if entry is None or not rows:
+        rows = entry.usable(_common_rows(entry, token_ids), with_mass) if entry else 0
+        if entry is None or rows <= beyond_rows:
             return False
         self._entries[key] = self._entries.pop(key)  # the last to give way
         entry.since_s = self._clock()

@@ -476,7 +476,7 @@ class Engine:
         )
         if reason := self._finish_reason(seq):  # an earlier worker delivered the last token, but not the end
             self._finish(seq, reason)
-        elif seq.session and self.sessions.fetch(seq.session, seq.token_ids):
+        elif self._memory.fetch(seq):
             self._restoring.append(seq)
         else:
             self._scheduler.add(seq)

@@ -80,19 +80,23 @@ class EngineMemory:
     def admit(self, seq: Sequence) -> None:
         """Opens a request's cache and reuses what an earlier turn or prefixes have of it: the longer of both."""
         seq.cache = self._cache.open(seq.most_tokens)
-        evictor = seq.pipeline.evictor
-        with_mass = bool(evictor and evictor.needs_prompt_mass)
-        # An evictor goes by the attention of the prompt's last queries. They are computed in any case, or what it keeps
-        # would depend on what others have published. One that goes by all queries can start from those of a session
-        # alone, which remembers what they paid.
-        end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)
-        token_ids = seq.token_ids[: max(0, end)]
+        token_ids, with_mass = _reusable(seq)
         seq.computed = self._resume(seq, token_ids, with_mass)
         if not (seq.computed or with_mass):
             seq.computed = self._cache.reuse_prefix(seq.cache, token_ids)
         if seq.computed and not seq.pipeline.is_full:
             self.evacuate(seq)
         seq.reused_prompt_tokens = min(seq.computed, seq.prompt_tokens)
+
+    def fetch(self, seq: Sequence) -> bool:
+        """Starts to bring back from disk what a request can reuse of its session. False: nothing to wait for."""
+        if self._sessions is None or seq.session is None:
+            return False
+        token_ids, with_mass = _reusable(seq)
+        published = (
+            0 if with_mass else len(self._cache.prefixes.match(token_ids, max(0, len(token_ids) - 1) // BLOCK_TOKENS))
+        )
+        return self._sessions.fetch(seq.session, token_ids, with_mass, published)
 
     def _resume(self, seq: Sequence, token_ids: list[int], with_mass: bool) -> int:
         """Starts a request with its session's rows, if published prefixes have fewer. Returns tokens."""
@@ -176,6 +180,18 @@ class EngineMemory:
             return False
         reason = "device and host tiers are full: the exact copy is given up, what was lost stays lost"
         return self._switch(seq, seq.pipeline.without_shadow(), reason)
+
+
+def _reusable(seq: Sequence) -> tuple[list[int], bool]:
+    """The tokens whose rows a request may take from elsewhere, and whether it needs the masses of all their queries.
+
+    An evictor goes by the attention of the prompt's last queries. They are computed in any case, or what it keeps would
+    depend on what others have published. One that goes by all queries can start from a session's rows alone, which come
+    with what their queries paid.
+    """
+    evictor = seq.pipeline.evictor
+    end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)
+    return seq.token_ids[: max(0, end)], bool(evictor and evictor.needs_prompt_mass)
 
 
 def with_host(pipeline: Pipeline, recent: int) -> Pipeline:
