@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-STEP_ARGUMENT = "kvpilot_step"
+from workers.engine.attention import STEP_ARGUMENT
 
 
 class QueryGuesser:

@@ -16,13 +16,17 @@ from kernels.api import DecodePlan
 from workers.cache.kvcache import KVCache, SequenceCache
 from workers.engine.attention import (
     ATTENTION_NAME,
+    STEP_ARGUMENT,
     Attend,
     DecodeAttention,
     PromptAttention,
+    cache_shape,
     check_servable,
 )
-from workers.engine.guessing import STEP_ARGUMENT, QueryGuesser
+from workers.engine.guessing import QueryGuesser
 from workers.engine.scoring import Context, ScoringAttention
+from workers.profile.files import load_if_there
+from workers.profile.profile import ModelProfile
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class LoadedModel:
     context_tokens: int
     vocabulary_size: int
     eos_token_ids: frozenset[int]
+    profile: ModelProfile | None = None
+    """What was found out about it, for stages that need it."""
 
     @property
     def chat(self) -> bool:
@@ -43,15 +49,17 @@ class LoadedModel:
 
 
 def load_model(path: Path, name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Loads a transformers model folder.
+    """Loads a transformers model folder, and the model's profile where the cache folder has one.
 
     Raises:
         ValueError: a model that kvpilot does not serve, saying why.
         OSError: a folder that holds no model.
     """
-    load_config(path)
+    config = load_config(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
-    return wrap_model(model.to(device), AutoTokenizer.from_pretrained(path), name)
+    model = model.to(device)
+    profile = load_if_there(path, name, model, cache_shape(config, dtype))
+    return wrap_model(model, AutoTokenizer.from_pretrained(path), name, profile)
 
 
 def load_config(path: Path) -> Any:
@@ -66,7 +74,7 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+def wrap_model(model: Any, tokenizer: Any, name: str, profile: ModelProfile | None = None) -> LoadedModel:
     """Describes a model object that already uses kvpilot's attention."""
     eos = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -77,6 +85,7 @@ def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
         context_tokens=model.config.max_position_embeddings,
         vocabulary_size=model.config.vocab_size,
         eos_token_ids=frozenset(eos_ids),
+        profile=profile,
     )
 
 
@@ -103,7 +112,7 @@ class ModelRunner:
         slots = np.array([seq.slot for seq in sequences], np.int32)
         plan = self._cache.backend.plan(slots, changing=bool(reading))
         guesser = self._guesser if reading.guesses else None
-        attend = DecodeAttention(self._cache, plan, reading, guesser)
+        attend = DecodeAttention(self._cache, plan, reading, guesser.next_queries if guesser else None)
         with guesser.watching() if guesser else contextlib.nullcontext():
             logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
