@@ -69,7 +69,7 @@ class DecodeAttention:
         cache: the worker's cache.
         plan: the step's.
         reading: of its requests.
-        guess: while a layer attends, gives the guessed queries [R, query_heads, 1, D] of the next; None behind the last.
+        guess: while a layer attends, gives the guessed queries [R, query_heads, 1, D] of the next; None after the last.
     """
 
     def __init__(self, cache: KVCache, plan: DecodePlan, reading: StepReading, guess: Guess | None = None) -> None:
