@@ -382,13 +382,12 @@ def test_sessions_go_to_disk_by_age_and_end_with_their_time(stage: Stage) -> Non
 def test_a_worker_tells_of_sessions_that_move_while_it_has_nothing_to_do(stage: Stage) -> None:
     stage.turn(prompt(TURN))
     stage.pass_time(11)
-    stage.engine._reporter._told_s = -1e9  # long ago
     reports = len(stage.drive.reports)
     assert not stage.engine.step()
     assert len(stage.drive.reports) == reports + 1
     told = stage.drive.reports[-1].worker.sessions
     assert (told.parked, told.host_bytes, told.disk_bytes) == (1, 0, stage.sessions.disk_bytes)
-    stage.engine._reporter._told_s = -1e9
+    stage.clock.now_s += 11
     assert not stage.engine.step()
     assert len(stage.drive.reports) == reports + 1
 

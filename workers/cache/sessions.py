@@ -43,6 +43,8 @@ SCAN_S = 0.1
 """How often sessions are looked through for those whose time has come."""
 REST_S = 10.0
 """How long nothing is moved to a disk that has failed to write."""
+NEWS_S = 1.0
+"""How often they are news at most: they move in many pieces."""
 READ_AHEAD = 2
 """Pieces read from disk at a time."""
 
@@ -157,6 +159,7 @@ class ParkedSessions:
         self._wake, self._clock = wake, clock
         self._entries: dict[SessionKey, _Parked] = {}  # the longest unused one first
         self._leaving: _Leaving | None = None
+        self._told, self._told_s = policy_pb2.ParkedSessions(), -math.inf
         self._writing: list[tuple[_Parked, _Piece, Batch]] = []
         self._next_scan_s = self._disk_rests_s = -math.inf
         shape = cache.shape
@@ -187,6 +190,14 @@ class ParkedSessions:
         """Bytes of files."""
         pieces = (piece for entry in self._entries.values() for piece in entry.pieces)
         return sum(piece.batch.nbytes for piece in pieces if piece.batch)
+
+    def has_news(self) -> bool:
+        """Whether :meth:`to_proto` is another than when this was asked before, some time ago."""
+        now = self._clock()
+        if now - self._told_s < NEWS_S:
+            return False
+        told, self._told, self._told_s = self._told, self.to_proto(), now
+        return bool(told != self._told)
 
     def to_proto(self) -> policy_pb2.ParkedSessions:
         """The API's form of what is here and what became of it."""

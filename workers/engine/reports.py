@@ -17,8 +17,6 @@ from workers.signals import SignalMeter
 from workers.stages.registry import loss_class_proto
 
 RATE_WINDOW_S = 1.0
-SESSIONS_TOLD_S = 1.0
-"""How often parked sessions alone are news."""
 
 
 class Reporter:
@@ -44,7 +42,6 @@ class Reporter:
         self.audits = self.audits_skipped = 0
         self.audit_ms = self.signal_ms = self.decode_ms = 0.0
         self.sessions: ParkedSessions | None = None
-        self._told_s, self._told_sessions = 0.0, policy_pb2.ParkedSessions()
 
     def started(self, seq: Sequence) -> None:
         """A request was admitted."""
@@ -105,7 +102,7 @@ class Reporter:
         passed = {job_id: seq.generated - self._reported.get(job_id, seq.generated) for job_id, seq in live.items()}
         if any(tokens >= self.interval_tokens for tokens in passed.values()):
             self._news |= {job_id for job_id, tokens in passed.items() if tokens >= max(1, self.interval_tokens // 2)}
-        if not self._news and not self._ended and not self._sessions_moved():
+        if not self._news and not self._ended and not (self.sessions and self.sessions.has_news()):
             return None
         self._sequence_number += 1
         report = policy_pb2.Report(
@@ -117,15 +114,6 @@ class Reporter:
         report.time.GetCurrentTime()
         self._news, self._ended = set(), []
         return report
-
-    def _sessions_moved(self) -> bool:
-        """Whether sessions are no longer as told; asked again after a while only, since they move in many pieces."""
-        now = time.monotonic()
-        if self.sessions is None or now - self._told_s < SESSIONS_TOLD_S:
-            return False
-        self._told_s = now
-        told, self._told_sessions = self._told_sessions, self.sessions.to_proto()
-        return told != self._told_sessions
 
     def worker_state(self, running: int, waiting: int) -> policy_pb2.WorkerState:
         """The worker's load now."""
