@@ -167,28 +167,48 @@ class KVCache:
         if seq.origin:
             self._reclaim(seq.origin)
 
-    def close_keeping(self, seq: SequenceCache) -> Shadow | None:
+    def keep_rows(self, seq: SequenceCache, at_most: int) -> int:
+        """Copies further exact rows of a request that has ended to its shadow, for :meth:`close_keeping`.
+
+        Returns:
+            Rows copied; fewer than ``at_most``: there are no more, or the host has no room for them.
+        """
+        self.abandon(seq)
+        have = seq.shadow.rows if seq.shadow else 0
+        row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
+        rows = min(self._exact_rows(seq) - have, self.host.room_bytes // row_bytes, at_most)
+        if rows > 0:
+            self._extend_shadow(seq, rows)
+        return max(0, rows)
+
+    def close_keeping(self, seq: SequenceCache, copy: bool = True) -> Shadow | None:
         """Closes a request's cache, all but its exact rows, which stay on the host tier in a shadow of their own.
 
         Exact are rows computed with the full cache that are raw in all tables, or in the request's shadow. Those behind
         the first one that is not are given back, and so is what the host has no room for.
 
+        Args:
+            seq: the request's cache.
+            copy: False: keep only what the shadow has already.
+
         Returns:
             None: no row is kept.
         """
         self.abandon(seq)
-        exact = seq.seen if seq.exact_tokens is None else seq.exact_tokens
-        have = seq.shadow.rows if seq.shadow else 0
-        rows = min(exact // BLOCK_TOKENS, max(have, self._raw_rows(seq)))
-        if rows > have:
-            row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
-            self._extend_shadow(seq, at_most=min(rows - have, self.host.room_bytes // row_bytes))
+        if copy:
+            self.keep_rows(seq, seq.seen)
+        rows = self._exact_rows(seq)
         shadow, seq.shadow = seq.shadow, None
         self.close(seq)
         if shadow is None:
             return None
         shadow.cut(rows)
         return shadow if shadow.rows else None
+
+    def _exact_rows(self, seq: SequenceCache) -> int:
+        """Rows from the first on that are as the full cache computed them, in all tables or in the shadow."""
+        exact = seq.seen if seq.exact_tokens is None else seq.exact_tokens
+        return min(exact // BLOCK_TOKENS, max(seq.shadow.rows if seq.shadow else 0, self._raw_rows(seq)))
 
     def _raw_rows(self, seq: SequenceCache) -> int:
         """Rows from the first on that all tables hold raw, and nothing was evicted from."""

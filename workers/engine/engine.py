@@ -49,6 +49,7 @@ from workers.stages.registry import build, describe
 
 VERSION = "0.1.0"
 IDLE_POLL_S = 0.5
+PARKING_SLOTS = 1
 
 log = structlog.get_logger(__name__)
 
@@ -80,7 +81,7 @@ class Engine:
             self.shape,
             settings.device_budget_bytes,
             settings.host_budget_bytes,
-            settings.max_running + REPLAY_SLOTS,
+            settings.max_running + REPLAY_SLOTS + PARKING_SLOTS,
             self._context_tokens,
             self._loaded.name,
             device,
@@ -326,7 +327,7 @@ class Engine:
             self._prefill(seq, count)
         if not step.empty:
             self._reporter.stepped(tokens, time.monotonic() - began)
-        worked = not step.empty or bool(step.stuck) or self._replay()
+        worked = not step.empty or bool(step.stuck) or self._replay() or self.sessions.parking
         self._flush()
         return worked
 

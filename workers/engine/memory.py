@@ -2,10 +2,11 @@
 
 Sessions between two turns have their rows on the host tier on sufferance: whenever a request wants room there, they go
 to disk, or are dropped, before anything of a running request is touched (``workers/cache/sessions.py``). On the device:
-drop published prefixes that nobody uses; interrupt a replay, or do the rest of a switch that is being prepared at once,
-since it holds blocks twice; without a controller, compress requests whose objective allows it (the static rule); move
-older blocks to the host tier, which changes no logits, as far as there is room; where the host is full too, give up the
-exact copies of requests that are lossy already. Only then does the scheduler preempt.
+copy the rest of a turn that is being parked; drop published prefixes that nobody uses; interrupt a replay, or do the
+rest of a switch that is being prepared at once, since it holds blocks twice; without a controller, compress requests
+whose objective allows it (the static rule); move older blocks to the host tier, which changes no logits, as far as it
+has room; where the host is full too, give up the exact copies of requests that are lossy already. Only then does the
+scheduler preempt.
 """
 
 from __future__ import annotations
@@ -138,6 +139,8 @@ class EngineMemory:
 
     def _relieve(self, missing_bytes: int) -> bool:
         """Frees some device memory by the mildest means there is. False: there is none."""
+        if self._sessions and self._sessions.conclude():
+            return True
         if self._cache.prefixes.drop(missing_bytes) or self._interrupt() or self._cache.give_up_pools(missing_bytes):
             return True
         holders = sorted(self._running(), key=self._device_bytes, reverse=True)
