@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from kernels.layout import BLOCK_TOKENS, Format, Tier
+from workers.cache.accounting import TABLE_BYTES_PER_BLOCK, measure
 from workers.cache.arena import page_blocks
 from workers.cache.arrangement import blocks_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
@@ -46,7 +48,8 @@ class Bytes:
     """What a request takes, as if raw blocks held a 16-bit dtype: scales, zero points and tables included."""
 
     device: int
-    host: int
+    elsewhere: int
+    """On all lower tiers."""
     full: int
     """Of the full cache, with the same tokens."""
 
@@ -177,10 +180,11 @@ class Lab:
 
     def bytes(self, seq: SequenceCache) -> Bytes:
         """What a sequence takes now."""
-        use, now, shape = self.cache.use(seq), blocks_of(self.cache.tables, seq.slot), self.cache.shape
-        on_host = now.format[now.valid & (now.tier == Tier.HOST)]
-        host = sum(int((on_host == fmt).sum()) * shape.block_bytes_16bit(fmt) for fmt in Format)
-        return Bytes(use.device_bytes_16bit, host, use.full_bytes_16bit)
+        use, now = self.cache.use(seq), blocks_of(self.cache.tables, seq.slot)
+        away = now.valid & (now.tier != Tier.DEVICE)
+        as_if_here = measure(self.cache.shape, away, now.format, np.full_like(now.tier, Tier.DEVICE), seq.seen, 0)
+        elsewhere = as_if_here.device_bytes_16bit - int(away.sum()) * TABLE_BYTES_PER_BLOCK
+        return Bytes(use.device_bytes_16bit, elsewhere, use.full_bytes_16bit)
 
     def _prefill(self, seq: SequenceCache, chunk: Sequence[int], prompt_tokens: int) -> torch.Tensor:
         self.cache.reserve(seq, len(chunk))
