@@ -18,6 +18,7 @@ from workers.cache.arena import page_blocks
 from workers.cache.arrangement import Mask, blocks_of, tokens_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
+from workers.engine.repeating import Repetition, Words, is_missing, refusal
 from workers.engine.runner import LoadedModel, ModelRunner
 from workers.engine.sampler import SampleRequest, SamplingParameters, sample
 from workers.stages.base import Evictor, LayerView, LossClass, Pipeline
@@ -147,13 +148,24 @@ def inspect_request(
         prompt: its tokens, at least one; with ``tokens`` more they must fit the model's context.
         tokens: to generate.
         progress: is told how many tokens are computed.
+
+    Raises:
+        ValueError: the model cannot do what the pipeline asks of it.
     """
+    words = Words.of(loaded)
+    if reason := refusal(pipeline, words, len(prompt), loaded.context_tokens):
+        raise ValueError(reason)
     cache = _cache_for(loaded, pipeline, len(prompt) + tokens)
     chosen: dict[int, _Scored] = {}
     watched = _watched(pipeline, chosen)
     seq, ids = cache.open(len(prompt) + tokens), list(prompt)
     runner = ModelRunner(loaded, cache)
     logits = _compute_prompt(cache, runner, seq, watched, ids, progress)
+    if words and is_missing(seq, watched):
+        work = Repetition(cache, runner, seq, ids, words, loaded.context_tokens)
+        while work.left:
+            work.step(STEP_TOKENS)
+    cache.apply(seq, watched, Occasion.PROMPT)
     while len(ids) < len(prompt) + tokens:
         request = SampleRequest(SamplingParameters(), ids, len(ids) - len(prompt), 0)
         ids.append(sample(logits, [request])[0].token_id)
@@ -178,7 +190,8 @@ def inspect_request(
 
 
 def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> KVCache:
-    """A cache with room for one request: raw on the device, and, unless that is all, twice that on the host."""
+    """A cache with room for one request, and for what it may have the model repeat: raw on the device, and, unless
+    that is all, twice that on the host."""
     parameter = next(loaded.model.parameters())
     shape = cache_shape(loaded.model.config, parameter.dtype)
     rows = -(-tokens // BLOCK_TOKENS) + _SPARE_ROWS
@@ -186,7 +199,7 @@ def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> KVCache:
     row_bytes = -(-shape.layers * shape.kv_heads // page) * page * shape.block_bytes(Format.RAW)  # in whole pages
     host_rows = 0 if pipeline.is_full else 2 * rows
     return KVCache(
-        shape, rows * row_bytes, host_rows * row_bytes, 1, tokens, loaded.name, parameter.device, backend="auto"
+        shape, rows * row_bytes, host_rows * row_bytes, 2, tokens, loaded.name, parameter.device, backend="auto"
     )
 
 
@@ -198,7 +211,7 @@ def _compute_prompt(
     prompt: list[int],
     progress: Callable[[int], None],
 ) -> torch.Tensor:
-    """Logits behind the prompt, with the pipeline in force."""
+    """Logits behind the prompt; the pipeline is about to take effect."""
     evictor = pipeline.evictor
     all_queries = bool(evictor and evictor.needs_prompt_mass)
     while True:
@@ -209,7 +222,6 @@ def _compute_prompt(
         if not pipeline.is_full:
             cache.evacuate(seq)
         if seq.seen == len(prompt):
-            cache.apply(seq, pipeline, Occasion.PROMPT)
             return logits
 
 

@@ -185,6 +185,7 @@ def make_world(cache: KVCache | None = None, tokens: int = TOKENS, seed: int = 0
             cache.evacuate(seq)
     queries = torch.randn(shape.layers, shape.query_heads, tokens, shape.head_dim, generator=generator)
     cache.recent.note(seq.slot, 0, queries.to(shape.dtype))
+    seq.reconstruction = torch.rand(size[:3], generator=generator).numpy()  # as if a model had repeated the prompt
     for name in ("mass", "votes"):
         masses = torch.rand(size[:3], generator=generator).numpy()
         getattr(cache.tables, name)[seq.slot, :, :, :tokens] = masses

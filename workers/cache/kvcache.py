@@ -72,6 +72,9 @@ class SequenceCache:
     prompt_votes: F32 | None = None
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
     as often, would depend on where the prompt is cut."""
+    reconstruction: F32 | None = None
+    """[L, H, positions] the most attention each of the first tokens received while the model repeated the text; None
+    until then. Replaced, never changed: forks share it."""
     peak: CacheUse = field(default_factory=CacheUse)
     preparation: Preparation | None = None
     """The switch that is being prepared."""
@@ -285,7 +288,7 @@ class KVCache:
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
         values."""
-        return CacheContext(self.backend, blocks_of(self.tables, seq.slot))
+        return CacheContext(self.backend, blocks_of(self.tables, seq.slot), self._positions(seq))
 
     def exact_context(self, seq: SequenceCache, tokens: int) -> TokenContext | None:
         """Reader of the exact keys and values of a request's first ``tokens`` tokens, kept or not. Changes nothing.
@@ -466,7 +469,7 @@ class KVCache:
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
             queries, device = partial(self.recent.read, seq.slot), self.device.data.device
-            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device)
+            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device, seq.reconstruction)
             if restore or not keep[tokens.valid].all():
                 return regroup(tokens, keep, *style)
         elif restore:
@@ -707,6 +710,11 @@ class KVCache:
             use.plus_built_ahead(self.shape, ahead.format[: ahead.built], ahead.tier[: ahead.built]) if ahead else use
         )
 
+    def note_scratch(self, seq: SequenceCache, scratch: SequenceCache) -> None:
+        """Counts the raw device blocks of another cache, which works for this request, in its peak."""
+        blocks = int(block_count(self.tables.length[scratch.slot] + scratch.reserved).sum())
+        seq.peak = seq.peak.peak_with(self._measure(seq).plus_raw_device_blocks(self.shape, blocks))
+
     def _note_peak(self, seq: SequenceCache, extra_rows: I32 | None = None) -> None:
         now = self._measure(seq)
         if extra_rows is not None:  # reserved, but not yet counted by the tables' lengths
@@ -771,9 +779,11 @@ def _without(addresses: I32, others: I32) -> I32:
 class CacheContext:
     """Keys and values that a request keeps, wherever and however its blocks are stored."""
 
-    def __init__(self, backend: Backend, blocks: Blocks) -> None:
+    def __init__(self, backend: Backend, blocks: Blocks, position: I32) -> None:
         self._backend = backend
         self._blocks = blocks
+        self.position = position
+        """[layers, kv_heads, tokens] original positions; not defined beyond ``length``."""
         self.tokens = int(blocks.length.max(initial=0))
         self.length = blocks.length
         """[layers, kv_heads] tokens kept; what :meth:`read` gives beyond them is not defined."""
@@ -803,6 +813,7 @@ class TokenContext:
         self._places = (address, fmt, tier, row)
         self.tokens = tokens
         self.length = np.full(address.shape[:2], tokens, np.int32)
+        self.position = np.broadcast_to(np.arange(tokens, dtype=np.int32), (*address.shape[:2], tokens))
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each [kv_heads, tokens, head_dim]."""

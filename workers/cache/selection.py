@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.api import Backend, TokenSource
+from kernels.api import F32, I32, Backend, TokenSource
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Mask, Tokens
 from workers.stages.base import Evictor, LayerView
@@ -27,8 +27,11 @@ def choose(
     backend: Backend,
     queries: Queries,
     device: torch.device,
+    reconstruction: F32 | None = None,
 ) -> Mask:
     """Marks the tokens [L, H, T] that stay. Ties go to the more recent token.
+
+    ``reconstruction`` is that of ``SequenceCache``.
 
     Raises:
         ValueError: a score of the wrong shape or with NaN, naming the stage.
@@ -40,7 +43,7 @@ def choose(
     layers = len(tokens.valid)
     keep = np.zeros(tokens.valid.shape, bool)
     for layer in range(layers):
-        view = _view(tokens, layer, seen, scaling, backend, queries, device)
+        view = _view(tokens, layer, seen, scaling, backend, queries, device, reconstruction)
         score = evictor.score(view)
         valid, position = tokens.valid[layer], tokens.position[layer]
         if score.shape != valid.shape or not bool(torch.isfinite(score[view.valid]).all()):
@@ -52,7 +55,14 @@ def choose(
 
 
 def _view(
-    tokens: Tokens, layer: int, seen: int, scaling: float, backend: Backend, queries: Queries, device: torch.device
+    tokens: Tokens,
+    layer: int,
+    seen: int,
+    scaling: float,
+    backend: Backend,
+    queries: Queries,
+    device: torch.device,
+    reconstruction: F32 | None = None,
 ) -> LayerView:
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         heads, count = tokens.position.shape[1:]
@@ -83,4 +93,14 @@ def _view(
         scaling=scaling,
         read=read,
         queries=partial(queries, layer),
+        reconstruction=_by_token(reconstruction, tokens.position[layer], layer, device),
     )
+
+
+def _by_token(by_position: F32 | None, position: I32, layer: int, device: torch.device) -> torch.Tensor | None:
+    """Of a layer's scores [L, H, positions], those of the tokens at ``position`` [H, T]; 1 for later tokens."""
+    if by_position is None:
+        return None
+    known = position < by_position.shape[2]
+    scores = np.take_along_axis(by_position[layer], np.where(known, position, 0).clip(min=0), axis=1)
+    return torch.from_numpy(np.where(known, scores, np.float32(1))).to(device)

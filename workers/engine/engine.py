@@ -25,6 +25,7 @@ from workers.engine.audit import Auditor
 from workers.engine.intake import Intake, Limits
 from workers.engine.memory import EngineMemory
 from workers.engine.pace import Pace
+from workers.engine.repeating import Repeater, Words, is_missing
 from workers.engine.replay import SLOTS as REPLAY_SLOTS
 from workers.engine.replay import Replay, Replayer
 from workers.engine.reports import Reporter
@@ -77,7 +78,7 @@ class Engine:
             self.shape,
             settings.device_budget_bytes,
             settings.host_budget_bytes,
-            settings.max_running + REPLAY_SLOTS,
+            settings.max_running + REPLAY_SLOTS + 1,  # one for what is fed again
             self._context_tokens,
             self._loaded.name,
             device,
@@ -88,18 +89,25 @@ class Engine:
         default = build(settings.default_pipeline, self.shape)
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)
+        self._repeater = Repeater(self.cache, self._runner, Words.of(self._loaded), self._context_tokens)
+        if reason := self._repeater.refusal(default, 1):
+            raise ValueError(f"default_pipeline {settings.default_pipeline!r}: {reason}")
         self._memory = EngineMemory(
             self.cache,
             lambda: list(self._scheduler.running),
             lambda seq, pipeline, reason: self._switching.for_pressure(seq, pipeline, reason),
-            lambda: self._replayer.give_way() or self._switching.hurry(),
+            lambda: self._replayer.give_way() or self._switching.hurry() or self._repeater.give_way(),
         )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
         self._bandwidths = _measure_bandwidths(self.cache)
         self._reporter = Reporter(self.cache, settings.report_interval_tokens)
         self._pace = Pace(settings.switch_step_share, settings.switch_least_blocks, self.shape.block_bytes(Format.RAW))
         self._switching = Switching(
-            self.cache, self._reporter, self._pace, lambda seq, switch: self._emit(seq, switch=switch)
+            self.cache,
+            self._reporter,
+            self._pace,
+            self._repeater,
+            lambda seq, switch: self._emit(seq, switch=switch),
         )
         self._auditor = Auditor(
             self.cache,
@@ -116,6 +124,8 @@ class Engine:
             settings.step_tokens,
             lambda replay, **event: self._emit(replay, **event),
             self._replayed,
+            self._repeater.words,
+            self._context_tokens,
         )
         self._live: dict[str, Sequence] = {}
         self._replays: dict[str, Replay] = {}
@@ -283,12 +293,16 @@ class Engine:
         self._switching.advance()
         began = time.monotonic()
         step = self._scheduler.schedule()
+        for seq in step.preempted:
+            self._repeater.drop(seq)
         for seq in step.stuck:
             self._fail_stuck(seq)
         tokens = 0
         if step.decode:
             self._decode(step.decode)
             tokens = len(step.decode)
+        for seq, count in step.repeat:
+            self._repeat(seq, count)
         for seq, count in step.prefill:
             self._prefill(seq, count)
         if not step.empty:
@@ -353,10 +367,27 @@ class Engine:
         self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
         if not seq.pipeline.is_full:
             self._memory.evacuate(seq)
+        if self._repeater.begin(seq, seq.pipeline):
+            seq.phase = Phase.REPEAT
+        else:
+            self._begin_decoding(seq)
+        self._take_token(seq, self._sample(logits, [seq])[0])
+
+    def _repeat(self, seq: Sequence, count: int) -> None:
+        """Feeds the next tokens of a text that the model repeats; behind a prompt's last ones its pipeline follows."""
+        waits = seq.phase is Phase.REPEAT
+        assert seq.cache is not None
+        if waits and not is_missing(seq.cache, seq.pipeline):  # another pipeline was ordered meanwhile
+            self._repeater.drop(seq)
+        else:
+            self._repeater.step(seq, count)
+        if waits and not seq.to_repeat:
+            self._begin_decoding(seq)
+
+    def _begin_decoding(self, seq: Sequence) -> None:
         seq.phase = Phase.DECODE
         seq.settled = self._try_apply(seq, Occasion.PROMPT)
         self._reporter.changed(seq)
-        self._take_token(seq, self._sample(logits, [seq])[0])
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
         requests = [SampleRequest(seq.sampling, seq.token_ids, seq.generated, seq.top_logprobs) for seq in sequences]
@@ -401,6 +432,9 @@ class Engine:
         home = seq.pinned.without_shadow() if seq.pinned and seq.cache.lost else seq.pinned
         if home and seq.pipeline != home and self._roomy(seq):
             self._switching.for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
+        elif not seq.settled and is_missing(seq.cache, seq.pipeline):
+            if not seq.to_repeat:
+                self._repeater.begin(seq, seq.pipeline)
         elif not seq.settled:
             seq.settled = self._try_apply(seq, Occasion.SWITCH)
         elif not seq.pipeline.is_full:
@@ -413,6 +447,10 @@ class Engine:
 
     def _try_apply(self, seq: Sequence, occasion: Occasion) -> bool:
         assert seq.cache is not None
+        if is_missing(seq.cache, seq.pipeline):
+            write = log.warning if seq.settled else log.debug
+            write("pipeline waits for room to repeat the text", job=seq.job_id, pipeline=seq.pipeline.text)
+            return False
         try:
             self.cache.apply(seq.cache, seq.pipeline, occasion)
             return True
@@ -454,6 +492,7 @@ class Engine:
 
     def _finish(self, seq: Sequence, reason: generation_pb2.FinishReason) -> None:
         self._switching.ended(seq)
+        self._repeater.drop(seq)
         cache_bytes = self._reporter.cache_bytes(seq)
         if seq.cache:
             self.cache.publish(seq.cache, seq.token_ids[: seq.computed])

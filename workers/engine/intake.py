@@ -10,6 +10,7 @@ from kernels.layout import CacheShape
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import generation_pb2, job_pb2
 from models.scenarios import effective_scenario, fill_objective
+from workers.engine.repeating import Words, refusal
 from workers.engine.replay import SIGNAL_TOKENS, Place, Replay
 from workers.engine.runner import LoadedModel
 from workers.engine.sampler import SamplingParameters
@@ -49,6 +50,7 @@ class Intake:
         self._loaded = loaded
         self._shape = shape
         self._limits = limits
+        self._words = Words.of(loaded)
         self.default_pipeline = default_pipeline
 
     def read(self, job: job_pb2.Job, emitted: Ids[int]) -> Sequence:
@@ -77,6 +79,9 @@ class Intake:
                 f"{wanted}; the context of {self._limits.context_tokens} tokens leaves {room} after the prompt"
             )
         pipeline = self._named_pipeline("pipeline", request.pipeline, violations) if request.pipeline else None
+        in_force = pipeline or self.default_pipeline
+        if reason := refusal(in_force, self._words, len(prompt), self._limits.context_tokens):
+            violations["pipeline"] = reason
         for token_id in request.sampling.stop_token_ids:
             if not 0 <= token_id < self._loaded.vocabulary_size:
                 violations["sampling.stop_token_ids"] = f"{token_id}; ids are below {self._loaded.vocabulary_size}"
@@ -112,6 +117,13 @@ class Intake:
             self._named_pipeline(f"replay.measured_under[{place}]", text, violations)
             for place, text in enumerate(asked.measured_under)
         ] or [Pipeline()] * len(asked.at_tokens)
+        furthest = asked.at_tokens[-1] if asked.at_tokens else 0
+        named = [(f"replay.pipelines[{place}]", pipeline) for place, (_, pipeline) in enumerate(pipelines)]
+        named += [(f"replay.measured_under[{place}]", pipeline) for place, pipeline in enumerate(under)]
+        for field_name, named_pipeline in named:
+            why = named_pipeline and refusal(named_pipeline, self._words, furthest, self._limits.context_tokens)
+            if why:
+                violations[field_name] = why
         if violations:
             summary = "; ".join(f"{name}: {description}" for name, description in violations.items())
             raise ProblemError(INVALID_ARGUMENT, summary, violations)

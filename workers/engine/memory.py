@@ -133,7 +133,7 @@ class EngineMemory:
         return self._switch(seq, Pipeline(tuple(stages)), "device tier is full and no controller is attached")
 
     def _move_to_host(self, seq: Sequence) -> bool:
-        if seq.phase is Phase.PREFILL:
+        if seq.phase in (Phase.PREFILL, Phase.REPEAT):
             return self.evacuate(seq)
         if seq.phase is not Phase.DECODE or not seq.cache:
             return False

@@ -136,6 +136,12 @@ class ModelRunner:
         positions = list(range(start, start + len(token_ids)))
         return self._run([list(token_ids)], [positions], ScoringAttention(context), keep=len(token_ids))[0]
 
+    @torch.inference_mode()
+    def attend(self, attend: Attend, start: int, token_ids: Sequence[int]) -> None:
+        """Runs tokens at positions from ``start`` on for what their attention does; what is expected behind them is
+        not asked."""
+        self._forward([list(token_ids)], [list(range(start, start + len(token_ids)))], attend)
+
     def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
         return self._run(token_ids, positions, attend, keep=1)[:, -1]
 

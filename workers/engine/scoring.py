@@ -19,6 +19,8 @@ class Context(Protocol):
     """Of the longest table."""
     length: I32
     """[layers, kv_heads] tokens there are."""
+    position: I32
+    """[layers, kv_heads, tokens] original positions; not defined beyond ``length``."""
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each [kv_heads, tokens, head_dim]; not defined beyond ``length``."""

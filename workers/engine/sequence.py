@@ -17,6 +17,8 @@ class Phase(Enum):
 
     WAITING = "waiting"
     PREFILL = "prefill"
+    REPEAT = "repeat"
+    """The prompt is computed; before its pipeline takes effect the model repeats it."""
     DECODE = "decode"
     FINISHED = "finished"
 
@@ -52,6 +54,8 @@ class Sequence:
     settled: bool = True
     """Whether its blocks are where ``pipeline`` wants them; False after a tier had no room, until it has."""
     cache: SequenceCache | None = None
+    to_repeat: int = 0
+    """Tokens the model has yet to be fed again for its pipeline's evictor, or for that of a switch to come."""
     epoch: int = 0
     reused_prompt_tokens: int = 0
     preemptions: int = 0

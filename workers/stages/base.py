@@ -52,6 +52,9 @@ class LayerView:
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # K and V, each [H, T, D], dequantised where need be
     queries: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     """The last queries, at most so many: [query heads, n, D] and their positions [n], rising. There are 1 to 32."""
+    reconstruction: torch.Tensor | None = None
+    """float32 [H, T] the most attention each token received while the model repeated the text; 1, the most there can
+    be, for tokens that came later. None where it was not made: it is for evictors that say they need it."""
 
     def attention(self, last: int) -> torch.Tensor:
         """What the last queries, at most ``last``, pay to the tokens that are kept now: float32 [H, G, n, T].
@@ -177,6 +180,9 @@ class Evictor(Lossy):
     evicts_while_decoding: ClassVar[bool] = True
     needs_prompt_mass: ClassVar[bool] = False
     """Whether the masses must count every query of the prompt (slower prefill, no prefix reuse)."""
+    needs_reconstruction: ClassVar[bool] = False
+    """Whether the model must have repeated the text before (``LayerView.reconstruction``): a pass that takes as long as
+    the prompt, or longer."""
 
     def budget(self, seen: int) -> int:
         """Tokens each head keeps out of ``seen``."""

@@ -27,6 +27,7 @@ from workers.stages.evict.h2o import H2O
 from workers.stages.evict.hashevict import HashEvict
 from workers.stages.evict.keydiff import KeyDiff
 from workers.stages.evict.knorm import KNorm
+from workers.stages.evict.kvzip import KVzip
 from workers.stages.evict.morphkv import MorphKV
 from workers.stages.evict.nacl import NaCL
 from workers.stages.evict.rkv import RKV
@@ -46,6 +47,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     SnapKV,
     KeyDiff,
     KNorm,
+    KVzip,
     NaCL,
     HashEvict,
     MorphKV,
