@@ -18,6 +18,7 @@ from workers.cache.arena import page_blocks
 from workers.cache.arrangement import Mask, blocks_of, tokens_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
+from workers.engine.catalyst import catalyst
 from workers.engine.repeating import Repetition, Words, is_missing, refusal
 from workers.engine.runner import LoadedModel, ModelRunner
 from workers.engine.sampler import SampleRequest, SamplingParameters, sample
@@ -160,6 +161,7 @@ def inspect_request(
     watched = _watched(pipeline, chosen)
     seq, ids = cache.open(len(prompt) + tokens), list(prompt)
     runner = ModelRunner(loaded, cache)
+    cache.catalyse = catalyst(runner, loaded, loaded.context_tokens)
     logits = _compute_prompt(cache, runner, seq, watched, ids, progress)
     if words and is_missing(seq, watched):
         work = Repetition(cache, runner, seq, ids, words, loaded.context_tokens)
@@ -168,7 +170,9 @@ def inspect_request(
     cache.apply(seq, watched, Occasion.PROMPT)
     while len(ids) < len(prompt) + tokens:
         request = SampleRequest(SamplingParameters(), ids, len(ids) - len(prompt), 0)
-        ids.append(sample(logits, [request])[0].token_id)
+        choice = sample(logits, [request])[0]
+        ids.append(choice.token_id)
+        seq.note_surprises(len(ids) - 1, [choice.surprise])
         cache.reserve(seq, 1)
         logits, _ = runner.decode([seq], ids[-1:])
         if seq.seen % BLOCK_TOKENS == 0 and not watched.is_full:
@@ -215,11 +219,16 @@ def _compute_prompt(
     evictor = pipeline.evictor
     all_queries = bool(evictor and evictor.needs_prompt_mass)
     while True:
-        chunk = prompt[seq.seen : seq.seen + STEP_TOKENS]
+        pot = evictor if evictor and evictor.evicts_while_prefilling else None
+        full_at = pot.next_eviction(seq.seen) if pot else len(prompt) + 1
+        chunk = prompt[seq.seen : min(full_at, seq.seen + STEP_TOKENS)]
+        following = prompt[seq.seen + 1 :][: len(chunk)] if pot else ()
         cache.reserve(seq, len(chunk))
-        logits = runner.prefill(seq, chunk, len(prompt), all_queries)
+        logits = runner.prefill(seq, chunk, len(prompt), all_queries, following)
         progress(seq.seen)
-        if not pipeline.is_full:
+        if pot and seq.seen == full_at:
+            cache.apply(seq, Pipeline((pot,)), Occasion.SETTLE)
+        elif not (pot or pipeline.is_full):
             cache.evacuate(seq)
         if seq.seen == len(prompt):
             return logits

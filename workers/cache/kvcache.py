@@ -37,7 +37,7 @@ from workers.cache.arrangement import (
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.recent import RecentQueries
-from workers.cache.selection import choose
+from workers.cache.selection import Queries, choose
 from workers.cache.shadow import Shadow
 from workers.stages.base import LossClass, Pipeline
 
@@ -75,6 +75,8 @@ class SequenceCache:
     reconstruction: F32 | None = None
     """[L, H, positions] the most attention each of the first tokens received while the model repeated the text; None
     until then. Replaced, never changed: forks share it."""
+    novelty: list[float] = field(default_factory=list)
+    """[positions] surprise -log p of each token when it came, NaN where it was not noted, the rest likewise."""
     peak: CacheUse = field(default_factory=CacheUse)
     preparation: Preparation | None = None
     """The switch that is being prepared."""
@@ -84,6 +86,12 @@ class SequenceCache:
     """Open forks of it."""
     lent: list[Lot] = field(default_factory=list)
     """Its own lots, which its forks read."""
+
+    def note_surprises(self, position: int, surprises: Sequence[float]) -> None:
+        """Notes the surprises of the tokens from ``position`` on, for evictors that go by novelty."""
+        del self.novelty[position:]
+        self.novelty.extend([float("nan")] * (position - len(self.novelty)))
+        self.novelty.extend(surprises)
 
 
 class KVCache:
@@ -119,6 +127,9 @@ class KVCache:
         self.recent = RecentQueries(shape, device)
         self.scaling = shape.head_dim**-0.5
         """The model's factor on attention scores; its attention says if it is another one."""
+        self.catalyse: Callable[[SequenceCache], Queries] | None = None
+        """Runs a catalyst prompt behind a request, without a trace, and gives its queries; None: no model, or none
+        that has words. The last queries then stand in."""
         self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
         self._free_slots = list(range(slots - 1, -1, -1))
         self._row_blocks = shape.layers * shape.kv_heads
@@ -175,6 +186,7 @@ class KVCache:
         self.recent.copy(seq.slot, slot)
         tables.address[slot, :, :, : tail.shape[2]][tail] = addresses
         fork = replace(seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[])
+        fork.novelty = list(seq.novelty)
         fork.lots[Tier.DEVICE, Format.RAW] = lot
         if not seq.forks:
             held = [arena.lots_of(now.on(tier)) for tier, arena in self._arenas.items()]
@@ -329,6 +341,8 @@ class KVCache:
 
         Without it, the device would hold the whole raw prompt before a pipeline that compresses it takes effect.
         """
+        if seq.evicted and seq.shadow is None:  # rows are not whole any more
+            return 0
         self.abandon(seq)
         away = seq.shadow.rows if seq.shadow else 0
         self._extend_shadow(seq, at_most=self.host.free_bytes // self.worst_bytes(1))
@@ -464,12 +478,18 @@ class KVCache:
 
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
         evictor, style = pipeline.evictor, _style(pipeline)
-        settle = occasion is Occasion.SETTLE
+        going_on = evictor is not None and evictor.evicts_while_prefilling and occasion is Occasion.PROMPT
+        settle = occasion is Occasion.SETTLE or going_on
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
-            queries, device = partial(self.recent.read, seq.slot), self.device.data.device
-            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device, seq.reconstruction)
+            queries: Queries = partial(self.recent.read, seq.slot)
+            device = self.device.data.device
+            full = int(tokens.valid.sum(axis=2).max(initial=0)) > evictor.budget(seq.seen)
+            if evictor.evicts_while_prefilling and self.catalyse and full:
+                queries = self.catalyse(seq)
+            known = (seq.reconstruction, seq.novelty)
+            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device, *known)
             if restore or not keep[tokens.valid].all():
                 return regroup(tokens, keep, *style)
         elif restore:

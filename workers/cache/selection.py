@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,10 +28,11 @@ def choose(
     queries: Queries,
     device: torch.device,
     reconstruction: F32 | None = None,
+    novelty: Sequence[float] = (),
 ) -> Mask:
     """Marks the tokens [L, H, T] that stay. Ties go to the more recent token.
 
-    ``reconstruction`` is that of ``SequenceCache``.
+    ``reconstruction`` and ``novelty`` are those of ``SequenceCache``.
 
     Raises:
         ValueError: a score of the wrong shape or with NaN, naming the stage.
@@ -43,7 +44,7 @@ def choose(
     layers = len(tokens.valid)
     keep = np.zeros(tokens.valid.shape, bool)
     for layer in range(layers):
-        view = _view(tokens, layer, seen, scaling, backend, queries, device, reconstruction)
+        view = _view(tokens, layer, seen, scaling, backend, queries, device, reconstruction, novelty)
         score = evictor.score(view)
         valid, position = tokens.valid[layer], tokens.position[layer]
         if score.shape != valid.shape or not bool(torch.isfinite(score[view.valid]).all()):
@@ -63,6 +64,7 @@ def _view(
     queries: Queries,
     device: torch.device,
     reconstruction: F32 | None = None,
+    novelty: Sequence[float] = (),
 ) -> LayerView:
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         heads, count = tokens.position.shape[1:]
@@ -94,6 +96,7 @@ def _view(
         read=read,
         queries=partial(queries, layer),
         reconstruction=_by_token(reconstruction, tokens.position[layer], layer, device),
+        novelty=_surprises(novelty, tokens.position[layer], device),
     )
 
 
@@ -104,3 +107,10 @@ def _by_token(by_position: F32 | None, position: I32, layer: int, device: torch.
     known = position < by_position.shape[2]
     scores = np.take_along_axis(by_position[layer], np.where(known, position, 0).clip(min=0), axis=1)
     return torch.from_numpy(np.where(known, scores, np.float32(1))).to(device)
+
+
+def _surprises(by_position: Sequence[float], position: I32, device: torch.device) -> torch.Tensor:
+    """Of the surprises by position those of the tokens at ``position`` [H, T]; NaN where there is none."""
+    known = np.array([*by_position, np.nan], np.float32)
+    place = np.where(position < 0, len(by_position), position).clip(max=len(by_position))
+    return torch.from_numpy(known[place]).to(device)

@@ -22,6 +22,7 @@ from workers.cache.kvcache import KVCache, Occasion
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
 from workers.engine.audit import Auditor
+from workers.engine.catalyst import catalyst
 from workers.engine.intake import Intake, Limits
 from workers.engine.memory import EngineMemory
 from workers.engine.pace import Pace
@@ -42,7 +43,7 @@ from workers.errors import (
 from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
-from workers.stages.base import Pipeline
+from workers.stages.base import Evictor, Pipeline
 from workers.stages.registry import build, describe
 
 VERSION = "0.1.0"
@@ -90,6 +91,7 @@ class Engine:
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)
         self._repeater = Repeater(self.cache, self._runner, Words.of(self._loaded), self._context_tokens)
+        self.cache.catalyse = catalyst(self._runner, self._loaded, self._context_tokens)
         if reason := self._repeater.refusal(default, 1):
             raise ValueError(f"default_pipeline {settings.default_pipeline!r}: {reason}")
         self._memory = EngineMemory(
@@ -356,22 +358,39 @@ class Engine:
         assert seq.cache is not None
         chunk = seq.token_ids[seq.computed : seq.computed + count]
         evictor = seq.pipeline.evictor
+        pot = evictor if evictor and evictor.evicts_while_prefilling else None
         logits = self._runner.prefill(
-            seq.cache, chunk, len(seq.token_ids), all_queries=bool(evictor and evictor.needs_prompt_mass)
+            seq.cache,
+            chunk,
+            len(seq.token_ids),
+            all_queries=bool(evictor and evictor.needs_prompt_mass),
+            following=seq.token_ids[seq.computed + 1 :][:count] if pot else (),
         )
+        if pot and pot.next_eviction(seq.computed) == seq.computed + count:
+            self._boil_down(seq)
         seq.computed += count
         if seq.to_compute:
-            if not seq.pipeline.is_full:
+            if not (seq.pipeline.is_full or pot):
                 self._memory.evacuate(seq)
             return
         self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
-        if not seq.pipeline.is_full:
+        if not (seq.pipeline.is_full or pot):
             self._memory.evacuate(seq)
         if self._repeater.begin(seq, seq.pipeline):
             seq.phase = Phase.REPEAT
         else:
             self._begin_decoding(seq)
         self._take_token(seq, self._sample(logits, [seq])[0])
+
+    def _boil_down(self, seq: Sequence) -> None:
+        """Has an evictor work while the prompt is computed; formats and tiers follow when it is complete."""
+        assert seq.cache is not None
+        stages = Pipeline(tuple(stage for stage in seq.pipeline.stages if isinstance(stage, Evictor)))
+        wanted = stages if seq.pipeline.wants_shadow else stages.without_shadow()
+        try:
+            self.cache.apply(seq.cache, wanted, Occasion.SETTLE)
+        except TierFullError as full:  # it takes more memory until it can be done
+            log.warning("eviction waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
 
     def _repeat(self, seq: Sequence, count: int) -> None:
         """Feeds the next tokens of a text that the model repeats; behind a prompt's last ones its pipeline follows."""
@@ -400,6 +419,8 @@ class Engine:
         seq.first_token_time_s = seq.first_token_time_s or now
         seq.last_token_time_s = now
         self._reporter.chose(seq, choice)
+        if seq.cache:
+            seq.cache.note_surprises(len(seq.token_ids) - 1, [choice.surprise])
         text = ""
         if seq.text and choice.token_id not in seq.stop_token_ids:
             text = seq.text.add(choice.token_id)

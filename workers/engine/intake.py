@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
-from kernels.layout import CacheShape
+from kernels.layout import BLOCK_TOKENS, CacheShape
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import generation_pb2, job_pb2
 from models.scenarios import effective_scenario, fill_objective
@@ -18,7 +18,7 @@ from workers.engine.sequence import Sequence
 from workers.engine.text import TextStream
 from workers.errors import INVALID_ARGUMENT, RESOURCE_EXHAUSTED, ProblemError
 from workers.signals import prompt_statistics
-from workers.stages.base import Pipeline
+from workers.stages.base import LossClass, Pipeline
 from workers.stages.registry import build
 
 DEFAULT_MAX_TOKENS = 256
@@ -89,7 +89,7 @@ class Intake:
             summary = "; ".join(f"{name}: {description}" for name, description in violations.items())
             raise ProblemError(INVALID_ARGUMENT, summary, violations)
         max_tokens = wanted or min(DEFAULT_MAX_TOKENS, room)
-        self._check_capacity(len(prompt) + max_tokens)
+        self._check_capacity(_held_tokens(in_force, len(prompt) + max_tokens))
         return self._sequence(job, prompt, list(emitted), max_tokens, pipeline)
 
     def read_replay(self, job: job_pb2.Job, measured: int) -> Replay:
@@ -214,6 +214,14 @@ class Intake:
             accept_time_s=job.create_time.ToDatetime().timestamp() if job.HasField("create_time") else 0.0,
             prompt=prompt_statistics(prompt, _turns(request)),
         )
+
+
+def _held_tokens(pipeline: Pipeline, tokens: int) -> int:
+    """The most tokens a request of so many holds at once: fewer where it evicts from the first on and for good."""
+    evictor = pipeline.evictor
+    if evictor and evictor.evicts_while_prefilling and pipeline.loss_class is LossClass.PERMANENT:
+        return min(tokens, evictor.next_eviction(0) + BLOCK_TOKENS)
+    return tokens
 
 
 def _turns(request: generation_pb2.GenerateRequest) -> int:

@@ -75,7 +75,7 @@ class EngineMemory:
         """Opens a request's cache and reuses a published prefix."""
         seq.cache = self._cache.open(seq.most_tokens)
         evictor = seq.pipeline.evictor
-        if not (evictor and evictor.needs_prompt_mass):
+        if not (evictor and (evictor.needs_prompt_mass or evictor.evicts_while_prefilling)):
             # An evictor goes by the attention of the prompt's last queries. They are computed in any case, or what it
             # keeps would depend on what others have published.
             end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)

@@ -59,8 +59,8 @@ class Words:
         def ids(text: str) -> tuple[int, ...]:
             return tuple(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        part = _turn(loaded, f"{_PART} {_PREVIOUS}").split(_PREVIOUS)
-        return Words(ids(_turn(loaded, _WHOLE)), ids(part[0]), ids(part[1]))
+        part = turn(loaded, f"{_PART} {_PREVIOUS}").split(_PREVIOUS)
+        return Words(ids(turn(loaded, _WHOLE)), ids(part[0]), ids(part[1]))
 
     @property
     def most(self) -> int:
@@ -79,7 +79,7 @@ class Words:
         return min(CHUNK_TOKENS, room) if room >= min(tokens, LEAST_CHUNK_TOKENS) else 0
 
 
-def _turn(loaded: LoadedModel, text: str) -> str:
+def turn(loaded: LoadedModel, text: str) -> str:
     """A user's turn behind what there is, and the beginning of its answer."""
     if loaded.chat:
         roles = (("user", "."), ("assistant", _ANSWER), ("user", text))
@@ -173,7 +173,7 @@ class RepeatingAttention:
         chosen = keys.gather(1, index[..., None].expand(-1, -1, dim))
         columns = torch.cat([chosen, again], dim=1).float().mT  # [H, D, C + R]
         own = causal(q.shape[1], again.shape[1], q.device)
-        grouped = q.float().unflatten(0, (kv_heads, -1))  # [H, G, N, D]
+        grouped = q.float().reshape(kv_heads, -1, q.shape[1], dim)  # [H, G, N, D]
         for start in range(0, q.shape[1], QUERIES_AT_ONCE):
             asking = grouped[:, :, start : start + QUERIES_AT_ONCE]
             count = asking.shape[2]

@@ -138,7 +138,7 @@ class Scheduler:
         return not self._short_of_memory
 
     def _prefill(self, seq: Sequence, budget: int, step: Step) -> int:
-        tokens = min(seq.to_compute, budget, self._chunk_tokens)
+        tokens = min(seq.next_chunk, budget, self._chunk_tokens)
         if not self._grow(seq, tokens, step):
             return 0
         step.prefill.append((seq, tokens))

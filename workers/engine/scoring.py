@@ -36,11 +36,14 @@ class ScoringAttention:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self.queries: list[torch.Tensor] = []
+        """Those of each layer that has attended, [query_heads, S, D]."""
         self._mask: torch.Tensor | None = None  # of all layers, where every table is of one length
         self._uneven = bool((context.length != context.tokens).any())
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """See :class:`Attend`; B is 1, S the number of tokens."""
+        self.queries.append(q[0])
         before = self._context.read(layer)
         k, v = (torch.cat([old[None], new], dim=2) for old, new in zip(before, (k, v), strict=True))
         if self._mask is None or self._uneven:

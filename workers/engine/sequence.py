@@ -77,6 +77,14 @@ class Sequence:
         return len(self.token_ids) - self.computed
 
     @property
+    def next_chunk(self) -> int:
+        """Tokens of the prompt that may be computed in one go: those up to the next eviction, if there is one."""
+        evictor = self.pipeline.evictor
+        if evictor and evictor.evicts_while_prefilling:
+            return min(self.to_compute, evictor.next_eviction(self.computed) - self.computed)
+        return self.to_compute
+
+    @property
     def most_tokens(self) -> int:
         """Tokens it may come to hold."""
         return self.prompt_tokens + self.max_tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -55,6 +55,8 @@ class LayerView:
     reconstruction: torch.Tensor | None = None
     """float32 [H, T] the most attention each token received while the model repeated the text; 1, the most there can
     be, for tokens that came later. None where it was not made: it is for evictors that say they need it."""
+    novelty: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    """float32 [H, T] surprise -log p (nats) of each token when it came; NaN where it was not noted."""
 
     def attention(self, last: int) -> torch.Tensor:
         """What the last queries, at most ``last``, pay to the tokens that are kept now: float32 [H, G, n, T].
@@ -183,9 +185,16 @@ class Evictor(Lossy):
     needs_reconstruction: ClassVar[bool] = False
     """Whether the model must have repeated the text before (``LayerView.reconstruction``): a pass that takes as long as
     the prompt, or longer."""
+    evicts_while_prefilling: ClassVar[bool] = False
+    """Whether it is called while the prompt is computed too, at each :meth:`next_eviction` (no prefix reuse). Its
+    ``LayerView.queries`` are those of a catalyst prompt where the model has words for one."""
 
     def budget(self, seen: int) -> int:
         """Tokens each head keeps out of ``seen``."""
+        raise NotImplementedError
+
+    def next_eviction(self, seen: int) -> int:
+        """If it ``evicts_while_prefilling``: after how many tokens, more than ``seen``, that is; whole blocks."""
         raise NotImplementedError
 
     def protected(self, seen: int) -> tuple[int, int]:

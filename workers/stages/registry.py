@@ -25,6 +25,7 @@ from workers.stages.compress.kivi import Kivi
 from workers.stages.evict.dilated import Dilated
 from workers.stages.evict.h2o import H2O
 from workers.stages.evict.hashevict import HashEvict
+from workers.stages.evict.infinipot import InfiniPot
 from workers.stages.evict.keydiff import KeyDiff
 from workers.stages.evict.knorm import KNorm
 from workers.stages.evict.kvzip import KVzip
@@ -48,6 +49,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     KeyDiff,
     KNorm,
     KVzip,
+    InfiniPot,
     NaCL,
     HashEvict,
     MorphKV,
