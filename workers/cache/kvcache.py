@@ -26,6 +26,7 @@ from workers.cache.arrangement import (
     Arrangement,
     Blocks,
     Mask,
+    Merging,
     Tokens,
     block_count,
     blocks_of,
@@ -37,9 +38,9 @@ from workers.cache.arrangement import (
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.recent import RecentQueries
-from workers.cache.selection import Queries, choose
+from workers.cache.selection import Queries, choose, merge
 from workers.cache.shadow import Shadow
-from workers.stages.base import LossClass, Pipeline
+from workers.stages.base import Evictor, LossClass, Pipeline
 
 
 class Occasion(Enum):
@@ -77,6 +78,9 @@ class SequenceCache:
     until then. Replaced, never changed: forks share it."""
     novelty: list[float] = field(default_factory=list)
     """[positions] surprise -log p of each token when it came, NaN where it was not noted, the rest likewise."""
+    merging: Merging | None = None
+    """What its tokens have taken up of evicted ones, since all were last as they had been computed. Replaced, never
+    changed."""
     peak: CacheUse = field(default_factory=CacheUse)
     preparation: Preparation | None = None
     """The switch that is being prepared."""
@@ -377,7 +381,7 @@ class KVCache:
                 self._copy_rows(seq, pipeline)
             while True:
                 try:
-                    self._commit(seq, self._arrange(seq, pipeline, occasion))
+                    self._commit_and_clear(seq, self._arrange(seq, pipeline, occasion))
                     break
                 except TierFullError as full:
                     missing_bytes = full.needed_bytes - full.free_bytes
@@ -491,11 +495,74 @@ class KVCache:
             known = (seq.reconstruction, seq.novelty)
             keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device, *known)
             if restore or not keep[tokens.valid].all():
-                return regroup(tokens, keep, *style)
+                merging = None if restore else seq.merging
+                if evictor.merges and not keep[tokens.valid].all():
+                    merging = self._merge(seq, evictor, tokens, keep, queries, merging)
+                target = regroup(tokens, keep, *style)
+                target.merging = merging
+                return target
         elif restore:
             tokens = self._everything(seq)
             return regroup(tokens, tokens.valid, *style)
         return restyle(blocks_of(self.tables, seq.slot), self._positions(seq), *style)
+
+    def _merge(
+        self,
+        seq: SequenceCache,
+        evictor: Evictor,
+        tokens: Tokens,
+        keep: Mask,
+        queries: Queries,
+        before: Merging | None,
+    ) -> Merging:
+        """Writes what the kept tokens become to blocks of their own, and has ``tokens`` read from there."""
+        heads = (self.shape.layers, self.shape.kv_heads)
+        threshold = before.threshold if before else np.full(heads, np.nan, np.float32)
+        device = self.device.data.device
+        found = merge(evictor, tokens, keep, seq.seen, self.scaling, self.backend, queries, device, threshold)
+        merged = np.zeros((*heads, seq.seen), bool)
+        if before:
+            merged[:, :, : before.merged.shape[2]] = before.merged
+        layer, head, _ = found.place
+        merged[layer, head, tokens.position[found.place]] = True
+        count = len(found.k)
+        if not count:
+            return Merging(merged, found.threshold)
+        address, tier = self._allocate_scratch(seq, int(block_count(np.array(count))))
+        whole = torch.zeros(2, len(address) * BLOCK_TOKENS, self.shape.head_dim, dtype=found.k.dtype, device=device)
+        whole[0, :count], whole[1, :count] = found.k, found.v
+        payload = whole.view(2, len(address), -1).transpose(0, 1).flatten(1).view(torch.uint8)
+        padding = self.shape.block_bytes(Format.RAW) - payload.shape[1]
+        self.backend.store(tier, address, torch.nn.functional.pad(payload, (0, padding)))
+        at = np.arange(count)
+        tokens.row = tokens.row.copy()  # it may be a view that repeats one row
+        tokens.address[found.place] = address[at // BLOCK_TOKENS]
+        tokens.row[found.place] = (at % BLOCK_TOKENS).astype(np.uint8)
+        tokens.format[found.place], tokens.tier[found.place] = Format.RAW, tier
+        return Merging(merged, found.threshold, {tier: address})
+
+    def _allocate_scratch(self, seq: SequenceCache, blocks: int) -> tuple[I32, Tier]:
+        """Memory for raw blocks that lie beside those in force for a moment, where there is room for them."""
+        try:
+            address = self.device.allocate(self._lot(seq, Tier.DEVICE, Format.RAW), blocks)
+            seq.peak = seq.peak.peak_with(self._measure(seq).plus_raw_device_blocks(self.shape, blocks))
+            return address, Tier.DEVICE
+        except TierFullError:
+            return self.host.allocate(self._lot(seq, Tier.HOST, Format.RAW), blocks), Tier.HOST
+
+    def _commit_and_clear(self, seq: SequenceCache, target: Arrangement) -> None:
+        """Commits, and gives back what was written for it and is not part of a table."""
+        scratch = target.merging.scratch if target.merging else {}
+        try:
+            self._commit(seq, target)
+        except BaseException:
+            for tier, address in scratch.items():
+                self._arenas[tier].release(address)
+            raise
+        for tier, address in scratch.items():
+            self._arenas[tier].release(_without(address, target.blocks.on(tier)))
+        if target.moved is not None:
+            seq.merging = target.merging and replace(target.merging, scratch={})
 
     def _commit(self, seq: SequenceCache, target: Arrangement) -> None:
         now, new = blocks_of(self.tables, seq.slot), target.blocks
@@ -658,6 +725,11 @@ class KVCache:
         if seq.shadow is None:
             return
         rounded = (source.format != Format.RAW) & (position >= 0) & (position < seq.shadow.rows * BLOCK_TOKENS)
+        if seq.merging:  # what a token has taken up, the copy does not have
+            merged = seq.merging.merged
+            known = position < merged.shape[2]
+            place = np.where(known, position, 0).clip(min=0)
+            rounded &= ~(known & merged[layer[:, None], head[:, None], place])
         if not rounded.any():
             return
         row = np.where(rounded, position // BLOCK_TOKENS, 0)  # [N, 32]

@@ -1,12 +1,14 @@
-"""Which tokens an evictor keeps: protection of the first and last, then top-k by its score."""
+"""Which tokens an evictor keeps: protection of the first and last, then top-k by its score; and what others become."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.api import F32, I32, Backend, TokenSource
@@ -53,6 +55,50 @@ def choose(
         here = free_tokens(evictor.rule, layer, layers, free, seen - sinks - recent)
         keep[layer] = best(evictor.rule, score.double().cpu().numpy(), protected, valid, sinks + recent, here)
     return keep
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Tokens that hold something else from now on, because others were merged into them. N of them."""
+
+    place: tuple[npt.NDArray[np.int64], ...]  # layer, head and index in the table [N] each
+    k: torch.Tensor  # [N, D]
+    v: torch.Tensor  # [N, D]
+    threshold: F32  # [L, H] for the next time
+
+
+def merge(
+    evictor: Evictor,
+    tokens: Tokens,
+    keep: Mask,
+    seen: int,
+    scaling: float,
+    backend: Backend,
+    queries: Queries,
+    device: torch.device,
+    threshold: F32,
+) -> Merged:
+    """Merges the tokens that :func:`choose` does not keep into those it does, all but the last 32.
+
+    The last ones stay as they are until an exact copy has them.
+    """
+    place, found = [], []
+    threshold = threshold.copy()
+    for layer in range(len(tokens.valid)):
+        view = _view(tokens, layer, seen, scaling, backend, queries, device)
+        into = keep[layer] & (tokens.position[layer] < seen - BLOCK_TOKENS)
+        evicted = torch.from_numpy(tokens.valid[layer] & ~keep[layer]).to(device)
+        before = torch.from_numpy(threshold[layer]).to(device)
+        k, v, after = evictor.merge(view, evicted, torch.from_numpy(into).to(device), before)
+        threshold[layer] = after.cpu().numpy()
+        old_k, old_v = view.read()
+        changed = ((k.to(old_k.dtype) != old_k) | (v.to(old_v.dtype) != old_v)).any(dim=-1).cpu().numpy() & into
+        head, index = np.nonzero(changed)
+        place.append((np.full(len(head), layer), head, index))
+        found.append(tuple(part.to(old_k.dtype)[head, index] for part in (k, v)))
+    axes = tuple(np.concatenate(axis) for axis in zip(*place, strict=True))
+    k, v = (torch.cat(part) for part in zip(*found, strict=True))
+    return Merged(axes, k, v, threshold)
 
 
 def _view(

@@ -189,6 +189,9 @@ class Evictor(Lossy):
     """Whether it is called while the prompt is computed too, at each :meth:`next_eviction` (no prefix reuse). Its
     ``LayerView.queries`` are those of a catalyst prompt where the model has words for one."""
 
+    merges: ClassVar[bool] = False
+    """Whether what it evicts is merged into what stays, by :meth:`merge`."""
+
     def budget(self, seen: int) -> int:
         """Tokens each head keeps out of ``seen``."""
         raise NotImplementedError
@@ -203,6 +206,22 @@ class Evictor(Lossy):
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """Importance of each token, float [H, T]; higher stays."""
+        raise NotImplementedError
+
+    def merge(
+        self, layer: LayerView, evicted: torch.Tensor, into: torch.Tensor, threshold: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """If it ``merges``: what the tokens that stay hold from now on.
+
+        Args:
+            layer: its tokens, those that go included.
+            evicted: bool [H, T] those that go now.
+            into: bool [H, T] those that stay and may change; no others' results are looked at.
+            threshold: float32 [H] what it returned at the request's last eviction; NaN at the first one.
+
+        Returns:
+            K and V, each float32 [H, T, D], and what it is to be given next time, float32 [H].
+        """
         raise NotImplementedError
 
     @property

@@ -29,6 +29,7 @@ from workers.stages.evict.infinipot import InfiniPot
 from workers.stages.evict.keydiff import KeyDiff
 from workers.stages.evict.knorm import KNorm
 from workers.stages.evict.kvzip import KVzip
+from workers.stages.evict.merge import Merge
 from workers.stages.evict.morphkv import MorphKV
 from workers.stages.evict.nacl import NaCL
 from workers.stages.evict.rkv import RKV
@@ -50,6 +51,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     KNorm,
     KVzip,
     InfiniPot,
+    Merge,
     NaCL,
     HashEvict,
     MorphKV,
