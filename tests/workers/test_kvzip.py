@@ -279,6 +279,19 @@ def test_a_switch_there_and_back_while_tokens_are_generated() -> None:
     assert (cache.device.used_bytes, cache.host.used_bytes) == (0, 0)
 
 
+def test_tokens_generated_later_all_stay_and_are_not_repeated() -> None:
+    drive = Drive(tiny_engine())
+    drive.submit("a", prompt(200), 150, pipeline="kvzip(keep=0.4)")
+    drive.until(lambda: drive.generated("a") == 140)
+    seq = drive.engine._live["a"]
+    assert seq.settled
+    assert seq.cache.reconstruction.shape[2] == 200
+    assert (drive.engine.cache.tables.length[seq.cache.slot] == 80 + seq.cache.seen - 200).all()
+    assert drive.engine._switching.for_pressure(seq, build("kvzip(keep=0.4) | host(recent=32)", drive.engine.shape), "")
+    assert (drive.engine.cache.tables.length[seq.cache.slot] == math.ceil(0.4 * seq.cache.seen)).all()
+    drive.finish()
+
+
 def test_a_newer_directive_a_deadline_and_the_end_put_an_end_to_it() -> None:
     drive = Drive(tiny_engine(step_tokens=16))
     drive.submit("a", prompt(200), 60)

@@ -18,7 +18,7 @@ import torch
 
 from kernels.api import F32, I32, U8, Backend, Tables, TokenSource
 from kernels.backends import make_backend
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import Arena, Lot, TierFullError
 from workers.cache.arrangement import (
@@ -35,11 +35,14 @@ from workers.cache.arrangement import (
     restyle,
     tokens_of,
 )
+from workers.cache.merging import merge
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
+from workers.cache.reading import Reader, StepReading
 from workers.cache.recent import RecentQueries
-from workers.cache.selection import Queries, choose, merge
+from workers.cache.selection import Queries, Views, choose
 from workers.cache.shadow import Shadow
+from workers.profile.profile import ModelProfile
 from workers.stages.base import Evictor, LossClass, Pipeline
 
 
@@ -90,6 +93,8 @@ class SequenceCache:
     """Open forks of it."""
     lent: list[Lot] = field(default_factory=list)
     """Its own lots, which its forks read."""
+    readers: tuple[Reader, ...] = ()
+    """What reads it in decode steps, beside or before the kernels."""
 
     def note_surprises(self, position: int, surprises: Sequence[float]) -> None:
         """Notes the surprises of the tokens from ``position`` on, for evictors that go by novelty."""
@@ -109,6 +114,7 @@ class KVCache:
         model: name that prefixes are hashed with.
         device: where the device tier lives.
         backend: kernel backend, see ``kernels.backends``.
+        profile: the model's, for stages that need it.
     """
 
     def __init__(
@@ -121,8 +127,10 @@ class KVCache:
         model: str,
         device: torch.device,
         backend: str = "auto",
+        profile: ModelProfile | None = None,
     ) -> None:
         self.shape = shape
+        self.profile = profile
         self.device = Arena(Tier.DEVICE, device_bytes, shape, device)
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
@@ -300,6 +308,11 @@ class KVCache:
     def settle(self, seq: SequenceCache) -> None:
         """Brings the request's masses and votes in the tables up to date with the steps it has taken part in."""
         self.backend.settle(np.array([seq.slot], np.int32))
+
+    def reading(self, sequences: Sequence[SequenceCache]) -> StepReading:
+        """Readers of a decode step over these requests."""
+        readers = {row: seq.readers for row, seq in enumerate(sequences)}
+        return StepReading(readers, len(sequences), self.shape)
 
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
@@ -480,6 +493,20 @@ class KVCache:
                 if tier is not Tier.DEVICE or not self.prefixes.drop(full.needed_bytes - full.free_bytes):
                     raise
 
+    def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
+        """What evictors may look at of these tokens of a request."""
+        return Views(
+            tokens,
+            seq.seen,
+            self.scaling,
+            self.backend,
+            partial(self.recent.read, seq.slot),
+            self.device.data.device,
+            self.profile,
+            seq.reconstruction,
+            seq.novelty,
+        )
+
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
         evictor, style = pipeline.evictor, _style(pipeline)
         going_on = evictor is not None and evictor.evicts_while_prefilling and occasion is Occasion.PROMPT
@@ -487,17 +514,15 @@ class KVCache:
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
-            queries: Queries = partial(self.recent.read, seq.slot)
-            device = self.device.data.device
+            views = self.views(seq, tokens)
             full = int(tokens.valid.sum(axis=2).max(initial=0)) > evictor.budget(seq.seen)
             if evictor.evicts_while_prefilling and self.catalyse and full:
-                queries = self.catalyse(seq)
-            known = (seq.reconstruction, seq.novelty)
-            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device, *known)
+                views = replace(views, queries=self.catalyse(seq))
+            keep = choose(evictor, views)
             if restore or not keep[tokens.valid].all():
                 merging = None if restore else seq.merging
                 if evictor.merges and not keep[tokens.valid].all():
-                    merging = self._merge(seq, evictor, tokens, keep, queries, merging)
+                    merging = self._merge(seq, evictor, views, keep, merging)
                 target = regroup(tokens, keep, *style)
                 target.merging = merging
                 return target
@@ -506,20 +531,10 @@ class KVCache:
             return regroup(tokens, tokens.valid, *style)
         return restyle(blocks_of(self.tables, seq.slot), self._positions(seq), *style)
 
-    def _merge(
-        self,
-        seq: SequenceCache,
-        evictor: Evictor,
-        tokens: Tokens,
-        keep: Mask,
-        queries: Queries,
-        before: Merging | None,
-    ) -> Merging:
-        """Writes what the kept tokens become to blocks of their own, and has ``tokens`` read from there."""
-        heads = (self.shape.layers, self.shape.kv_heads)
-        threshold = before.threshold if before else np.full(heads, np.nan, np.float32)
-        device = self.device.data.device
-        found = merge(evictor, tokens, keep, seq.seen, self.scaling, self.backend, queries, device, threshold)
+    def _merge(self, seq: SequenceCache, evictor: Evictor, views: Views, keep: Mask, before: Merging | None) -> Merging:
+        """Writes what the kept tokens become to blocks of their own, and has the views' tokens read from there."""
+        tokens, heads = views.tokens, (self.shape.layers, self.shape.kv_heads)
+        found = merge(evictor, views, keep, before.threshold if before else np.full(heads, np.nan, np.float32))
         merged = np.zeros((*heads, seq.seen), bool)
         if before:
             merged[:, :, : before.merged.shape[2]] = before.merged
@@ -529,7 +544,7 @@ class KVCache:
         if not count:
             return Merging(merged, found.threshold)
         address, tier = self._allocate_scratch(seq, int(block_count(np.array(count))))
-        whole = torch.zeros(2, len(address) * BLOCK_TOKENS, self.shape.head_dim, dtype=found.k.dtype, device=device)
+        whole = torch.zeros(2, len(address) * BLOCK_TOKENS, self.shape.head_dim).to(found.k)
         whole[0, :count], whole[1, :count] = found.k, found.v
         payload = whole.view(2, len(address), -1).transpose(0, 1).flatten(1).view(torch.uint8)
         padding = self.shape.block_bytes(Format.RAW) - payload.shape[1]
@@ -567,7 +582,7 @@ class KVCache:
     def _commit(self, seq: SequenceCache, target: Arrangement) -> None:
         now, new = blocks_of(self.tables, seq.slot), target.blocks
         self._refer_to_shadow(seq, target)
-        vain = seq.preparation.place(now, target) if seq.preparation else dict.fromkeys(Tier, _NOTHING)
+        vain = seq.preparation.place(now, target) if seq.preparation else dict.fromkeys(MEMORY_TIERS, _NOTHING)
         build = new.valid & (new.address == BUILD)
         layer, head, _ = np.nonzero(build)
         self._prefer_exact(seq, target.source, target.source_position, layer, head)
@@ -575,7 +590,7 @@ class KVCache:
         for code in np.unique(new.tier[build].astype(int) * len(Format) + new.format[build]):
             tier, fmt = Tier(int(code) // len(Format)), Format(int(code) % len(Format))
             groups[tier, fmt] = build & (new.tier == tier) & (new.format == fmt)
-        released = {tier: np.concatenate([_without(now.on(tier), new.on(tier)), vain[tier]]) for tier in Tier}
+        released = {tier: np.concatenate([_without(now.on(tier), new.on(tier)), vain[tier]]) for tier in MEMORY_TIERS}
         wanted = {key: int(mask.sum()) for key, mask in groups.items()}
         raw_device, beyond = (Tier.DEVICE, Format.RAW), self._beyond(seq, new.length)
         if target.moved is not None and seq.reserved:  # other ends of tables: the room behind them moves along

@@ -40,6 +40,7 @@ from workers.errors import (
     RESOURCE_EXHAUSTED,
     ProblemError,
 )
+from workers.profile.profile import names_of
 from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
@@ -84,10 +85,12 @@ class Engine:
             self._loaded.name,
             device,
             settings.kernel_backend.value,
+            self._loaded.profile,
         )
         self.cache.backend.warm_up()
         warm_up_signals(self.shape)
-        default = build(settings.default_pipeline, self.shape)
+        profiled = names_of(self._loaded.profile)
+        default = build(settings.default_pipeline, self.shape, profiled)
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)
         self._repeater = Repeater(self.cache, self._runner, Words.of(self._loaded), self._context_tokens)
@@ -242,7 +245,7 @@ class Engine:
                 vocabulary_size=self._loaded.vocabulary_size,
                 chat=self._loaded.chat,
                 workers=1,
-                stages=describe(shape),
+                stages=describe(shape, names_of(self._loaded.profile)),
                 default_pipeline=self._intake.default_pipeline.text,
                 capacity_bytes=limits.capacity_bytes,
                 raw_bytes_per_token=limits.bytes_per_token,
@@ -271,7 +274,8 @@ class Engine:
             self._reporter.interval_tokens = welcome.report_interval_tokens
         if welcome.default_pipeline:
             try:
-                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape)
+                profiled = names_of(self._loaded.profile)
+                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape, profiled)
             except PipelineError as error:
                 log.error("controller's default pipeline refused", pipeline=welcome.default_pipeline, why=str(error))
 
@@ -468,7 +472,7 @@ class Engine:
 
     def _try_apply(self, seq: Sequence, occasion: Occasion) -> bool:
         assert seq.cache is not None
-        if is_missing(seq.cache, seq.pipeline):
+        if occasion is not Occasion.SETTLE and is_missing(seq.cache, seq.pipeline):
             write = log.warning if seq.settled else log.debug
             write("pipeline waits for room to repeat the text", job=seq.job_id, pipeline=seq.pipeline.text)
             return False

@@ -277,11 +277,19 @@ class Repetition:
 
 
 def is_missing(seq: SequenceCache, pipeline: Pipeline) -> bool:
-    """Whether the model must repeat a request's text before it is moved to a pipeline: for the first time, or because
-    two blocks or more have come since. (Fewer than that stay unseen: they are young, or were generated meanwhile.)"""
-    if not (pipeline.evictor and pipeline.evictor.needs_reconstruction):
-        return False
-    return seq.reconstruction is None or seq.seen - seq.reconstruction.shape[2] >= 2 * BLOCK_TOKENS
+    """Whether the model must repeat a request's text before a pipeline can take effect."""
+    return bool(pipeline.evictor and pipeline.evictor.needs_reconstruction) and seq.reconstruction is None
+
+
+def is_behind(seq: SequenceCache, pipeline: Pipeline) -> bool:
+    """Whether it should before a switch: for the first time, or because two blocks or more have come since.
+
+    Fewer than that are young, or were generated meanwhile; they stay, as all do where the worker's own rule switches.
+    """
+    if seq.reconstruction is None:
+        return is_missing(seq, pipeline)
+    known = seq.reconstruction.shape[2]
+    return bool(pipeline.evictor and pipeline.evictor.needs_reconstruction) and seq.seen - known >= 2 * BLOCK_TOKENS
 
 
 class Repeater:
@@ -309,7 +317,7 @@ class Repeater:
         """Has the model repeat a request's text if a pipeline asks for that. False: there is no need, or no way."""
         assert seq.cache is not None
         self.drop(seq)
-        if not is_missing(seq.cache, pipeline) or self.refusal(pipeline, seq.cache.seen):
+        if not is_behind(seq.cache, pipeline) or self.refusal(pipeline, seq.cache.seen):
             return False
         assert self.words is not None
         work = Repetition(self._cache, self._runner, seq.cache, seq.token_ids, self.words, self._context_tokens)

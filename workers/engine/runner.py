@@ -19,9 +19,12 @@ from workers.engine.attention import (
     Attend,
     DecodeAttention,
     PromptAttention,
+    cache_shape,
     check_servable,
 )
 from workers.engine.scoring import Context, ScoringAttention
+from workers.profile.files import load_if_there
+from workers.profile.profile import ModelProfile
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class LoadedModel:
     context_tokens: int
     vocabulary_size: int
     eos_token_ids: frozenset[int]
+    profile: ModelProfile | None = None
+    """What was found out about it, for stages that need it."""
 
     @property
     def chat(self) -> bool:
@@ -42,7 +47,21 @@ class LoadedModel:
 
 
 def load_model(path: Path, name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Loads a transformers model folder.
+    """Loads a transformers model folder, and the model's profile where the cache folder has one.
+
+    Raises:
+        ValueError: a model that kvpilot does not serve, saying why.
+        OSError: a folder that holds no model.
+    """
+    config = load_config(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    model = model.to(device)
+    profile = load_if_there(path, name, model, cache_shape(config, dtype))
+    return wrap_model(model, AutoTokenizer.from_pretrained(path), name, profile)
+
+
+def load_config(path: Path) -> Any:
+    """The transformers configuration of a model folder.
 
     Raises:
         ValueError: a model that kvpilot does not serve, saying why.
@@ -50,11 +69,10 @@ def load_model(path: Path, name: str, device: torch.device, dtype: torch.dtype) 
     """
     config = AutoConfig.from_pretrained(path)
     check_servable(config)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
-    return wrap_model(model.to(device), AutoTokenizer.from_pretrained(path), name)
+    return config
 
 
-def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+def wrap_model(model: Any, tokenizer: Any, name: str, profile: ModelProfile | None = None) -> LoadedModel:
     """Describes a model object that already uses kvpilot's attention."""
     eos = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -65,6 +83,7 @@ def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
         context_tokens=model.config.max_position_embeddings,
         vocabulary_size=model.config.vocab_size,
         eos_token_ids=frozenset(eos_ids),
+        profile=profile,
     )
 
 
@@ -86,8 +105,10 @@ class ModelRunner:
         positions = [seq.seen for seq in sequences]
         for seq in sequences:
             self._cache.advance(seq, 1)
-        plan = self._cache.backend.plan(np.array([seq.slot for seq in sequences], np.int32))
-        attend = DecodeAttention(self._cache, plan)
+        reading = self._cache.reading(sequences)
+        slots = np.array([seq.slot for seq in sequences], np.int32)
+        plan = self._cache.backend.plan(slots, changing=bool(reading))
+        attend = DecodeAttention(self._cache, plan, reading)
         logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
         queries = attend.queries()

@@ -30,7 +30,7 @@ from kvpilot.v1 import common_pb2, policy_pb2
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.engine.pace import Pace
-from workers.engine.repeating import Repeater, is_missing
+from workers.engine.repeating import Repeater, is_behind, is_missing
 from workers.engine.reports import Reporter
 from workers.engine.sequence import Phase, Sequence
 from workers.errors import (
@@ -41,6 +41,7 @@ from workers.errors import (
     RESOURCE_EXHAUSTED,
     ProblemError,
 )
+from workers.profile.profile import names_of
 from workers.stages.base import LossClass, Pipeline
 from workers.stages.registry import build
 
@@ -117,7 +118,7 @@ class Switching:
         if older:
             why = f"superseded by epoch {directive.epoch} while it was prepared"
             self._fail(older, ProblemError(FAILED_PRECONDITION, why))
-        if seq.phase is Phase.DECODE and (self._is_missing(order) or not self._fits(order)):
+        if seq.phase is Phase.DECODE and (self._is_behind(order) or not self._fits(order)):
             self._orders[seq.job_id] = order
         else:
             self._conclude(order)
@@ -125,7 +126,7 @@ class Switching:
     def _directed_pipeline(self, seq: Sequence, directive: policy_pb2.Directive) -> Pipeline:
         by_operator = directive.ordered_by == common_pb2.ORDERER_OPERATOR
         try:
-            pipeline = build(directive.pipeline, self._cache.shape)
+            pipeline = build(directive.pipeline, self._cache.shape, names_of(self._cache.profile))
         except PipelineError as error:
             raise ProblemError(INVALID_ARGUMENT, str(error), {"pipeline": str(error)}) from None
         if not by_operator and seq.pinned:
@@ -139,9 +140,9 @@ class Switching:
             raise ProblemError(FAILED_PRECONDITION, reason)
         return pipeline
 
-    def _is_missing(self, order: Order) -> bool:
+    def _is_behind(self, order: Order) -> bool:
         """Whether the model must repeat the request's text, or what came since it did, before the switch."""
-        return order.seq.cache is not None and is_missing(order.seq.cache, order.pipeline)
+        return order.seq.cache is not None and is_behind(order.seq.cache, order.pipeline)
 
     def _repeat(self, order: Order) -> None:
         """Has the text repeated, over the next steps; later again what came meanwhile, if it is much."""
@@ -189,7 +190,7 @@ class Switching:
         _check_deadline(order.directive, order.seq)
         if order.seq.to_repeat:
             return True
-        if self._is_missing(order):
+        if self._is_behind(order):
             self._repeat(order)
             return True
         order.longest_pause_ms = max(order.longest_pause_ms, self._repeater.take_pause_ms(order.seq))
@@ -247,7 +248,7 @@ class Switching:
         self._orders.pop(seq.job_id, None)
         orderer = directive.ordered_by or common_pb2.ORDERER_CONTROLLER
         try:
-            if seq.phase is Phase.DECODE and self._is_missing(order):  # others need the memory that it takes
+            if seq.phase is Phase.DECODE and self._is_behind(order):  # others need the memory that it takes
                 raise self._no_room_to_repeat(order)
             if seq.phase is Phase.DECODE:
                 switch = self._apply(seq, order.pipeline, directive.reason, orderer, order.before, order)

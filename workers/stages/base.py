@@ -7,7 +7,8 @@ A stage is a frozen dataclass of parameters; it holds no tensors and no state. W
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ import torch
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
+from workers.profile.profile import LayerProfile, missing
 from workers.stages.budgets import RULES, UNIFORM
 
 
@@ -52,6 +54,8 @@ class LayerView:
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # K and V, each [H, T, D], dequantised where need be
     queries: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     """The last queries, at most so many: [query heads, n, D] and their positions [n], rising. There are 1 to 32."""
+    profile: LayerProfile | None = None
+    """What the model's profile says of this layer. It is there, with all that the stage ``needs``, if that is any."""
     reconstruction: torch.Tensor | None = None
     """float32 [H, T] the most attention each token received while the model repeated the text; 1, the most there can
     be, for tokens that came later. None where it was not made: it is for evictors that say they need it."""
@@ -127,6 +131,8 @@ class Stage:
     name: ClassVar[str]
     kind: ClassVar[Kind]
     summary: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Tensors of the model's profile (``workers.profile.profile``) that it cannot do without."""
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -148,6 +154,10 @@ class Stage:
     def refuses(self, shape: CacheShape) -> str | None:
         """Why this stage cannot serve a model, or None if it can."""
         return None
+
+    def lacks(self, available: Collection[str]) -> str | None:
+        """What it needs of a profile beyond these tensors, and how to get it; None if nothing."""
+        return missing(self.needs, available)
 
     def spec(self) -> StageSpec:
         """This stage as pipeline text writes it; equal stages are written alike."""
@@ -201,8 +211,11 @@ class Evictor(Lossy):
         raise NotImplementedError
 
     def protected(self, seen: int) -> tuple[int, int]:
-        """Tokens kept whatever their score: how many of the first positions, how many of the last (32 or more)."""
-        raise NotImplementedError
+        """Tokens kept whatever their score: how many of the first positions, how many of the last (32 or more).
+
+        Of a stage that does not say: the last block.
+        """
+        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """Importance of each token, float [H, T]; higher stays."""
@@ -231,6 +244,28 @@ class Evictor(Lossy):
 
 
 @dataclass(frozen=True)
+class Share(Evictor):
+    """An evictor that keeps a share of all tokens seen."""
+
+    keep: float = share(0.5)
+
+    def budget(self, seen: int) -> int:
+        """The share ``keep`` of all tokens seen, at least two blocks."""
+        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
+
+
+@dataclass(frozen=True)
+class Fixed(Evictor):
+    """An evictor whose cache does not grow: each head keeps so many tokens."""
+
+    size: int = size()
+
+    def budget(self, seen: int) -> int:
+        """``size``."""
+        return self.size
+
+
+@dataclass(frozen=True)
 class Codec(Lossy):
     """Chooses how full blocks are stored, all but those that hold one of the last 32 tokens."""
 
@@ -247,6 +282,11 @@ class Placer(Stage):
     """Chooses which blocks live on the host tier."""
 
     kind: ClassVar[Kind] = Kind.OFFLOAD
+
+    @property
+    def loss_class(self) -> LossClass:
+        """Exact: what is moved is read as it was."""
+        return LossClass.EXACT
 
     def device_tokens(self) -> int:
         """How many of a head's last tokens stay on the device; blocks wholly older go to the host."""

@@ -9,13 +9,13 @@ import torch
 
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
-from workers.stages.base import Evictor, LayerView, parameter, shadow, size
+from workers.stages.base import Fixed, LayerView, parameter, shadow
 
 ALL_QUERIES = 1 << 20
 
 
 @dataclass(frozen=True)
-class InfiniPot(Evictor):
+class InfiniPot(Fixed):
     """Never more than ``size`` tokens, already while the prompt comes: when there are as many, ``keep`` of them stay.
 
     So the prompt is computed over what is left of it, in a fixed memory, however long it is. What stays is chosen by
@@ -36,7 +36,6 @@ class InfiniPot(Evictor):
     name: ClassVar[str] = "infinipot"
     summary: ClassVar[str] = "A fixed number of tokens from the prompt's first on: telling and surprising ones."
     evicts_while_prefilling: ClassVar[bool] = True
-    size: int = size()
     keep: float = parameter(0.5, Bounds(above=0, most=1), "share of a full pot that stays", minor=True)
     novelty: float = parameter(0.5, Bounds(least=0, most=1), "share of novelty in the score", minor=True)
     shadow: bool = shadow()
@@ -60,10 +59,6 @@ class InfiniPot(Evictor):
         """When the pot is full next."""
         over = seen - self._pot
         return self._pot if over < 0 else seen + self._interval - over % self._interval
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The last block."""
-        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """The catalyst prompt's attention and novelty, weighted."""

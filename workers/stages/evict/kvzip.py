@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from kernels.layout import BLOCK_TOKENS
-from workers.stages.base import Evictor, LayerView, budgets, shadow, share
+from workers.stages.base import LayerView, Share, budgets, shadow
 
 
 @dataclass(frozen=True)
-class KVzip(Evictor):
+class KVzip(Share):
     """Once, after the prompt or at a switch: per head the tokens that the model looks at to repeat the text.
 
     The text is fed again behind the cache, in chunks, each after a request to repeat it (``workers.engine.repeating``).
@@ -31,17 +29,8 @@ class KVzip(Evictor):
     summary: ClassVar[str] = "Tokens the model looks at when it repeats the text, chosen once per head."
     evicts_while_decoding: ClassVar[bool] = False
     needs_reconstruction: ClassVar[bool] = True
-    keep: float = share(0.5)
     budgets: str = budgets()
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """The share ``keep`` of all tokens seen, at least two blocks."""
-        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The last block."""
-        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """The most attention received while the text was repeated.

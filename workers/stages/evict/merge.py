@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
-from workers.stages.base import Evictor, LayerView, budgets, parameter, shadow, share
+from workers.stages.base import LayerView, Share, budgets, parameter, shadow
 
 CAM, D2O = "cam", "d2o"
 CAM_NEIGHBOURS = 32
@@ -20,7 +20,7 @@ ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class Merge(Evictor):
+class Merge(Share):
     """H2O's choice (half the budget to most attention so far, half recent), but what goes is merged into what stays.
 
     ``method="cam"``: an evicted value is added, in equal parts, to the next 32 kept ones. That happens with the odds of
@@ -40,15 +40,10 @@ class Merge(Evictor):
     summary: ClassVar[str] = "Tokens that received most attention and recent ones; others are merged into them."
     needs_prompt_mass: ClassVar[bool] = True
     merges: ClassVar[bool] = True
-    keep: float = share(0.5)
     method: str = parameter(CAM, Bounds(choices=(CAM, D2O)))
     seed: int = parameter(0, Bounds(least=0), minor=True)
     budgets: str = budgets()
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """The share ``keep`` of all tokens seen, at least two blocks."""
-        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
 
     def protected(self, seen: int) -> tuple[int, int]:
         """The recent half."""
