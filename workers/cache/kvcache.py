@@ -26,6 +26,7 @@ from workers.cache.arrangement import (
     Arrangement,
     Blocks,
     Mask,
+    Merging,
     Tokens,
     block_count,
     blocks_of,
@@ -34,16 +35,17 @@ from workers.cache.arrangement import (
     restyle,
     tokens_of,
 )
+from workers.cache.merging import merge
 from workers.cache.pool import RecallCounts
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.reading import Reader, StepReading
 from workers.cache.recall import SelectiveReader
 from workers.cache.recent import RecentQueries
-from workers.cache.selection import Views, choose
+from workers.cache.selection import Queries, Views, choose
 from workers.cache.shadow import Shadow
 from workers.profile.profile import ModelProfile
-from workers.stages.base import LossClass, Pipeline
+from workers.stages.base import Evictor, LossClass, Pipeline
 from workers.stages.selecting import Selector
 
 
@@ -77,6 +79,14 @@ class SequenceCache:
     prompt_votes: F32 | None = None
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
     as often, would depend on where the prompt is cut."""
+    reconstruction: F32 | None = None
+    """[L, H, positions] the most attention each of the first tokens received while the model repeated the text; None
+    until then. Replaced, never changed: forks share it."""
+    novelty: list[float] = field(default_factory=list)
+    """[positions] surprise -log p of each token when it came, NaN where it was not noted, the rest likewise."""
+    merging: Merging | None = None
+    """What its tokens have taken up of evicted ones, since all were last as they had been computed. Replaced, never
+    changed."""
     row_mass: F32 | None = None
     """[L, H, T] attention mass that the queries of the first T tokens pay, T being the prompt's whole rows."""
     peak: CacheUse = field(default_factory=CacheUse)
@@ -90,6 +100,12 @@ class SequenceCache:
     """Its own lots, which its forks read."""
     readers: tuple[Reader, ...] = ()
     """What reads it in decode steps, beside or before the kernels."""
+
+    def note_surprises(self, position: int, surprises: Sequence[float]) -> None:
+        """Notes the surprises of the tokens from ``position`` on, for evictors that go by novelty."""
+        del self.novelty[position:]
+        self.novelty.extend([float("nan")] * (position - len(self.novelty)))
+        self.novelty.extend(surprises)
 
     @property
     def selective(self) -> SelectiveReader | None:
@@ -135,6 +151,9 @@ class KVCache:
         self._selecting: dict[int, SelectiveReader] = {}  # by slot
         self.scaling = shape.head_dim**-0.5
         """The model's factor on attention scores; its attention says if it is another one."""
+        self.catalyse: Callable[[SequenceCache], Queries] | None = None
+        """Runs a catalyst prompt behind a request, without a trace, and gives its queries; None: no model, or none
+        that has words. The last queries then stand in."""
         self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
         self._free_slots = list(range(slots - 1, -1, -1))
         self._row_blocks = shape.layers * shape.kv_heads
@@ -269,6 +288,7 @@ class KVCache:
         self.recent.copy(seq.slot, slot)
         tables.address[slot, :, :, : tail.shape[2]][tail] = addresses
         fork = replace(seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[])
+        fork.novelty = list(seq.novelty)
         fork.lots[Tier.DEVICE, Format.RAW] = lot
         fork.readers = ()
         if seq.selective:
@@ -390,7 +410,7 @@ class KVCache:
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
         values."""
-        return CacheContext(self.backend, blocks_of(self.tables, seq.slot), seq.selective)
+        return CacheContext(self.backend, blocks_of(self.tables, seq.slot), self._positions(seq), seq.selective)
 
     def exact_context(self, seq: SequenceCache, tokens: int) -> TokenContext | None:
         """Reader of the exact keys and values of a request's first ``tokens`` tokens, kept or not. Changes nothing.
@@ -431,6 +451,8 @@ class KVCache:
 
         Without it, the device would hold the whole raw prompt before a pipeline that compresses it takes effect.
         """
+        if seq.evicted and seq.shadow is None:  # rows are not whole any more
+            return 0
         self.abandon(seq)
         away = seq.shadow.rows if seq.shadow else 0
         self._extend_shadow(seq, at_most=self.host.room_bytes // self.worst_bytes(1))
@@ -465,7 +487,7 @@ class KVCache:
                 self._copy_rows(seq, pipeline)
             while True:
                 try:
-                    self._commit(seq, self._arrange(seq, pipeline, occasion))
+                    self._commit_and_clear(seq, self._arrange(seq, pipeline, occasion))
                     break
                 except TierFullError as full:
                     missing_bytes = full.needed_bytes - full.free_bytes
@@ -566,22 +588,89 @@ class KVCache:
 
     def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
         """What evictors may look at of these tokens of a request."""
-        queries = partial(self.recent.read, seq.slot)
-        return Views(tokens, seq.seen, self.scaling, self.backend, queries, self.device.data.device, self.profile)
+        return Views(
+            tokens,
+            seq.seen,
+            self.scaling,
+            self.backend,
+            partial(self.recent.read, seq.slot),
+            self.device.data.device,
+            self.profile,
+            seq.reconstruction,
+            seq.novelty,
+        )
 
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
         evictor, style = pipeline.evictor, _style(pipeline)
-        settle = occasion is Occasion.SETTLE
+        going_on = evictor is not None and evictor.evicts_while_prefilling and occasion is Occasion.PROMPT
+        settle = occasion is Occasion.SETTLE or going_on
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
-            keep = choose(evictor, self.views(seq, tokens))
+            views = self.views(seq, tokens)
+            full = int(tokens.valid.sum(axis=2).max(initial=0)) > evictor.budget(seq.seen)
+            if evictor.evicts_while_prefilling and self.catalyse and full:
+                views = replace(views, queries=self.catalyse(seq))
+            keep = choose(evictor, views)
             if restore or not keep[tokens.valid].all():
-                return regroup(tokens, keep, *style)
+                merging = None if restore else seq.merging
+                if evictor.merges and not keep[tokens.valid].all():
+                    merging = self._merge(seq, evictor, views, keep, merging)
+                target = regroup(tokens, keep, *style)
+                target.merging = merging
+                return target
         elif restore:
             tokens = self._everything(seq)
             return regroup(tokens, tokens.valid, *style)
         return restyle(blocks_of(self.tables, seq.slot), self._positions(seq), *style)
+
+    def _merge(self, seq: SequenceCache, evictor: Evictor, views: Views, keep: Mask, before: Merging | None) -> Merging:
+        """Writes what the kept tokens become to blocks of their own, and has the views' tokens read from there."""
+        tokens, heads = views.tokens, (self.shape.layers, self.shape.kv_heads)
+        found = merge(evictor, views, keep, before.threshold if before else np.full(heads, np.nan, np.float32))
+        merged = np.zeros((*heads, seq.seen), bool)
+        if before:
+            merged[:, :, : before.merged.shape[2]] = before.merged
+        layer, head, _ = found.place
+        merged[layer, head, tokens.position[found.place]] = True
+        count = len(found.k)
+        if not count:
+            return Merging(merged, found.threshold)
+        address, tier = self._allocate_scratch(seq, int(block_count(np.array(count))))
+        whole = torch.zeros(2, len(address) * BLOCK_TOKENS, self.shape.head_dim).to(found.k)
+        whole[0, :count], whole[1, :count] = found.k, found.v
+        payload = whole.view(2, len(address), -1).transpose(0, 1).flatten(1).view(torch.uint8)
+        padding = self.shape.block_bytes(Format.RAW) - payload.shape[1]
+        self.backend.store(tier, address, torch.nn.functional.pad(payload, (0, padding)))
+        at = np.arange(count)
+        tokens.row = tokens.row.copy()  # it may be a view that repeats one row
+        tokens.address[found.place] = address[at // BLOCK_TOKENS]
+        tokens.row[found.place] = (at % BLOCK_TOKENS).astype(np.uint8)
+        tokens.format[found.place], tokens.tier[found.place] = Format.RAW, tier
+        return Merging(merged, found.threshold, {tier: address})
+
+    def _allocate_scratch(self, seq: SequenceCache, blocks: int) -> tuple[I32, Tier]:
+        """Memory for raw blocks that lie beside those in force for a moment, where there is room for them."""
+        try:
+            address = self.device.allocate(self._lot(seq, Tier.DEVICE, Format.RAW), blocks)
+            seq.peak = seq.peak.peak_with(self._measure(seq).plus_raw_device_blocks(self.shape, blocks))
+            return address, Tier.DEVICE
+        except TierFullError:
+            return self.host.allocate(self._lot(seq, Tier.HOST, Format.RAW), blocks), Tier.HOST
+
+    def _commit_and_clear(self, seq: SequenceCache, target: Arrangement) -> None:
+        """Commits, and gives back what was written for it and is not part of a table."""
+        scratch = target.merging.scratch if target.merging else {}
+        try:
+            self._commit(seq, target)
+        except BaseException:
+            for tier, address in scratch.items():
+                self._arenas[tier].release(address)
+            raise
+        for tier, address in scratch.items():
+            self._arenas[tier].release(_without(address, target.blocks.on(tier)))
+        if target.moved is not None:
+            seq.merging = target.merging and replace(target.merging, scratch={})
 
     def _commit(self, seq: SequenceCache, target: Arrangement) -> None:
         now, new = blocks_of(self.tables, seq.slot), target.blocks
@@ -779,6 +868,11 @@ class KVCache:
         if seq.shadow is None:
             return
         rounded = (source.format != Format.RAW) & (position >= 0) & (position < seq.shadow.rows * BLOCK_TOKENS)
+        if seq.merging:  # what a token has taken up, the copy does not have
+            merged = seq.merging.merged
+            known = position < merged.shape[2]
+            place = np.where(known, position, 0).clip(min=0)
+            rounded &= ~(known & merged[layer[:, None], head[:, None], place])
         if not rounded.any():
             return
         row = np.where(rounded, position // BLOCK_TOKENS, 0)  # [N, 32]
@@ -853,6 +947,11 @@ class KVCache:
             use.plus_built_ahead(self.shape, ahead.format[: ahead.built], ahead.tier[: ahead.built]) if ahead else use
         )
 
+    def note_scratch(self, seq: SequenceCache, scratch: SequenceCache) -> None:
+        """Counts the raw device blocks of another cache, which works for this request, in its peak."""
+        blocks = int(block_count(self.tables.length[scratch.slot] + scratch.reserved).sum())
+        seq.peak = seq.peak.peak_with(self._measure(seq).plus_raw_device_blocks(self.shape, blocks))
+
     def _note_peak(self, seq: SequenceCache, extra_rows: I32 | None = None) -> None:
         now = self._measure(seq)
         if extra_rows is not None:  # reserved, but not yet counted by the tables' lengths
@@ -917,10 +1016,14 @@ def _without(addresses: I32, others: I32) -> I32:
 class CacheContext:
     """Keys and values that a request keeps, wherever and however its blocks are stored."""
 
-    def __init__(self, backend: Backend, blocks: Blocks, selective: SelectiveReader | None) -> None:
+    def __init__(
+        self, backend: Backend, blocks: Blocks, position: I32, selective: SelectiveReader | None = None
+    ) -> None:
         self._backend = backend
         self._blocks = blocks
         self.selective = selective
+        self.position = position
+        """[layers, kv_heads, tokens] original positions; not defined beyond ``length``."""
         self.tokens = int(blocks.length.max(initial=0))
         self.length = blocks.length
         """[layers, kv_heads] tokens kept; what :meth:`read` gives beyond them is not defined."""
@@ -951,6 +1054,7 @@ class TokenContext:
         self.selective: SelectiveReader | None = None
         self.tokens = tokens
         self.length = np.full(address.shape[:2], tokens, np.int32)
+        self.position = np.broadcast_to(np.arange(tokens, dtype=np.int32), (*address.shape[:2], tokens))
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each [kv_heads, tokens, head_dim]."""

@@ -166,7 +166,7 @@ class EngineMemory:
         return self._switch(seq, Pipeline(tuple(stages)), "device tier is full and no controller is attached")
 
     def _move_to_host(self, seq: Sequence) -> bool:
-        if seq.phase is Phase.PREFILL:
+        if seq.phase in (Phase.PREFILL, Phase.REPEAT):
             return self.evacuate(seq)
         if seq.phase is not Phase.DECODE or not seq.cache:
             return False
@@ -191,9 +191,11 @@ def _reusable(seq: Sequence) -> tuple[list[int], bool]:
 
     An evictor goes by the attention of the prompt's last queries. They are computed in any case, or what it keeps would
     depend on what others have published. One that goes by all queries can start from a session's rows alone, which come
-    with what their queries paid.
+    with what their queries paid. One that works while the prompt is computed takes none.
     """
     evictor = seq.pipeline.evictor
+    if evictor and evictor.evicts_while_prefilling:
+        return [], evictor.needs_prompt_mass
     end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)
     return seq.token_ids[: max(0, end)], bool(evictor and evictor.needs_prompt_mass)
 

@@ -26,8 +26,11 @@ from workers.stages.evict.dilated import Dilated
 from workers.stages.evict.expected_attention import ExpectedAttention
 from workers.stages.evict.h2o import H2O
 from workers.stages.evict.hashevict import HashEvict
+from workers.stages.evict.infinipot import InfiniPot
 from workers.stages.evict.keydiff import KeyDiff
 from workers.stages.evict.knorm import KNorm
+from workers.stages.evict.kvzip import KVzip
+from workers.stages.evict.merge import Merge
 from workers.stages.evict.morphkv import MorphKV
 from workers.stages.evict.nacl import NaCL
 from workers.stages.evict.rkv import RKV
@@ -52,6 +55,9 @@ BUILT_IN: tuple[type[Stage], ...] = (
     SnapKV,
     KeyDiff,
     KNorm,
+    KVzip,
+    InfiniPot,
+    Merge,
     NaCL,
     HashEvict,
     MorphKV,
