@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import page_blocks
 from workers.cache.arrangement import Mask, blocks_of, tokens_of
+from workers.cache.disk import DiskStore
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.runner import LoadedModel, ModelRunner
@@ -148,7 +152,18 @@ def inspect_request(
         tokens: to generate.
         progress: is told how many tokens are computed.
     """
-    cache = _cache_for(loaded, pipeline, len(prompt) + tokens)
+    with _cache_for(loaded, pipeline, len(prompt) + tokens) as cache:
+        return _inspect(cache, loaded, pipeline, prompt, tokens, progress)
+
+
+def _inspect(
+    cache: KVCache,
+    loaded: LoadedModel,
+    pipeline: Pipeline,
+    prompt: list[int],
+    tokens: int,
+    progress: Callable[[int], None],
+) -> Inspection:
     chosen: dict[int, _Scored] = {}
     watched = _watched(pipeline, chosen)
     seq, ids = cache.open(len(prompt) + tokens), list(prompt)
@@ -177,17 +192,26 @@ def inspect_request(
     )
 
 
-def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> KVCache:
-    """A cache with room for one request: raw on the device, and, unless that is all, twice that on the host."""
+@contextlib.contextmanager
+def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> Iterator[KVCache]:
+    """A cache with room for one request: raw on the device, and, unless that is all, twice that on the host, and on
+    disk where it goes there."""
     parameter = next(loaded.model.parameters())
     shape = cache_shape(loaded.model.config, parameter.dtype)
     rows = -(-tokens // BLOCK_TOKENS) + _SPARE_ROWS
     page = page_blocks(shape)
     row_bytes = -(-shape.layers * shape.kv_heads // page) * page * shape.block_bytes(Format.RAW)  # in whole pages
     host_rows = 0 if pipeline.is_full else 2 * rows
-    return KVCache(
-        shape, rows * row_bytes, host_rows * row_bytes, 1, tokens, loaded.name, parameter.device, backend="auto"
-    )
+    sizes = (rows * row_bytes, host_rows * row_bytes, 1, tokens)
+    if not (pipeline.placer and pipeline.placer.tier is Tier.DISK):
+        yield KVCache(shape, *sizes, loaded.name, parameter.device)
+        return
+    with tempfile.TemporaryDirectory(prefix="kvpilot-") as folder:
+        disk = DiskStore(Path(folder), 2 * host_rows * row_bytes)
+        try:
+            yield KVCache(shape, *sizes, loaded.name, parameter.device, disk=disk)
+        finally:
+            disk.close()
 
 
 def _compute_prompt(
@@ -207,7 +231,7 @@ def _compute_prompt(
         logits = runner.prefill(seq, chunk, len(prompt), all_queries)
         progress(seq.seen)
         if not pipeline.is_full:
-            cache.evacuate(seq)
+            cache.evacuate(seq, pipeline)
         if seq.seen == len(prompt):
             cache.apply(seq, pipeline, Occasion.PROMPT)
             return logits

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kernels.api import I32
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
+from workers.cache.arrangement import Blocks
+from workers.cache.staging import needed, staging_bytes
 from workers.stages.base import Evictor, Pipeline
 from workers.stages.budgets import free_tokens
 
@@ -29,13 +33,15 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse
         format_[younger >= BLOCK_TOKENS] = codec.format
     tier = np.full(valid.shape, Tier.DEVICE, np.uint8)
     if placer:
-        tier[younger >= placer.device_tokens()] = Tier.HOST
+        tier[younger >= placer.device_tokens()] = placer.tier
     shadowed = 0
     if pipeline.wants_shadow:
         shadowed = tokens // BLOCK_TOKENS * length.size
         if (length == tokens).all():  # raw blocks on the host are the copy's own
             shadowed -= int((valid & (tier == Tier.HOST) & (format_ == Format.RAW)).sum())
-    return measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
+    use = measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
+    staged = staging_bytes(shape, needed(Blocks(length, np.zeros(valid.shape, np.int32), format_, tier)))
+    return replace(use, host_bytes=use.host_bytes + staged)
 
 
 def kept_tokens(evictor: Evictor | None, shape: CacheShape, tokens: int) -> I32:

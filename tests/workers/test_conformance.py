@@ -8,8 +8,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from kernels.layout import BLOCK_TOKENS, GROUP, CacheShape, Format, Tier
 from kvpilot.pipeline import PipelineError
 from workers.cache.accounting import CacheUse
 from workers.cache.arena import TierFullError
+from workers.cache.disk import DiskStore
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.stages.base import Codec, Evictor, Kind, LossClass, Pipeline, Placer, Stage
 from workers.stages.budgets import RULES
@@ -109,13 +113,17 @@ class World:
         for _ in range(count):
             self.cache.reserve(self.seq, 1)
             self.cache.advance(self.seq, 1)
-            plan = self.cache.backend.plan(np.array([self.seq.slot], np.int32))
+            reading = self.cache.reading([self.seq])
+            plan = self.cache.backend.plan(np.array([self.seq.slot], np.int32), changing=bool(reading))
             k = torch.randn(shape.layers, shape.kv_heads, shape.head_dim, generator=generator).to(shape.dtype)
             v = torch.randn(shape.layers, shape.kv_heads, shape.head_dim, generator=generator).to(shape.dtype)
             q = torch.randn(shape.layers, shape.query_heads, shape.head_dim, generator=generator).to(shape.dtype)
             for layer in range(shape.layers):
                 numbers = q[layer, None], k[layer, None], v[layer, None]
-                self.cache.backend.decode(plan, layer, *numbers, shape.head_dim**-0.5)
+                parts = reading.before(layer, numbers[0], shape.head_dim**-0.5)
+                self.cache.backend.refresh(plan, layer)
+                self.cache.backend.decode(plan, layer, *numbers, shape.head_dim**-0.5, parts)
+                reading.after(layer)
             self.cache.recent.note(self.seq.slot, self.seq.seen - 1, q[:, :, None])
             self.k, self.v = torch.cat([self.k, k[:, :, None]], 2), torch.cat([self.v, v[:, :, None]], 2)
 
@@ -140,7 +148,7 @@ class World:
         rows = np.broadcast_to(np.arange(BLOCK_TOKENS, dtype=np.uint8), spread.shape).copy()
         source = TokenSource(addresses.astype(np.int32), formats.astype(np.uint8), tiers.astype(np.uint8), rows)
         kept = len(self.positions(layer, head))
-        k, v = (part.reshape(-1, self.shape.head_dim)[:kept] for part in self.cache.backend.read(source))
+        k, v = (part.reshape(-1, self.shape.head_dim)[:kept] for part in self.cache.sources(self.seq).read(source))
         return k, v
 
     def snapshot(self, addresses: bool = True) -> list:
@@ -160,10 +168,25 @@ class World:
         self.cache.prefixes.drop(1 << 40)
         assert self.cache.device.used_bytes == 0
         assert self.cache.host.used_bytes == 0
+        assert self.cache.disk is not None
+        assert self.cache.disk.used_bytes == 0
+
+
+FOLDER = tempfile.TemporaryDirectory()
+STORES: list[DiskStore] = []
+"""Opened in a test and closed after it."""
 
 
 def make_cache(shape: CacheShape = SHAPE, backend: str = "cpu", host_bytes: int = 4 << 20) -> KVCache:
-    return KVCache(shape, 4 << 20, host_bytes, 2, 512, "m", torch.device("cpu"), backend)
+    STORES.append(DiskStore(Path(FOLDER.name), 4 << 20))
+    return KVCache(shape, 4 << 20, host_bytes, 2, 512, "m", torch.device("cpu"), backend, STORES[-1])
+
+
+@pytest.fixture(autouse=True)
+def _no_files_stay() -> Iterator[None]:
+    yield
+    while STORES:
+        STORES.pop().close()
 
 
 def make_world(cache: KVCache | None = None, tokens: int = TOKENS, seed: int = 0, chunk: int = 0) -> World:
@@ -306,7 +329,7 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
                 assert (fmt, tier) == (Format.RAW, Tier.DEVICE) or (behind >= 0 and placer and fmt is Format.RAW)
             elif settled:
                 assert fmt is (codec.format if codec else Format.RAW)
-                assert tier is (Tier.HOST if placer and behind >= placer.device_tokens() else Tier.DEVICE)
+                assert tier is (placer.tier if placer and behind >= placer.device_tokens() else Tier.DEVICE)
             at = torch.tensor(kept[rows])
             check_contents(k[rows], world.k[layer, head, at], fmt, by_channel=True)
             check_contents(v[rows], world.v[layer, head, at], fmt, by_channel=False)
@@ -349,7 +372,8 @@ def check_bytes(world: World) -> None:
     rows = math.ceil(seq.seen / BLOCK_TOKENS) * len(world.heads)
     raw = shape.block_bytes(Format.RAW)
     assert use.device_bytes == count[Tier.DEVICE] + tables
-    assert use.host_bytes == count[Tier.HOST]
+    assert use.host_bytes == count[Tier.HOST] + staged(world)
+    assert use.disk_bytes == count[Tier.DISK]
     assert use.shadow_bytes == (len(shadow) - referred) * raw
     assert use.full_bytes == rows * (raw + 4 + 1 + 1 + 32 * 10)
     assert use.device_bytes_16bit == wide + tables
@@ -357,6 +381,16 @@ def check_bytes(world: World) -> None:
     assert use.peak_device_bytes_16bit >= use.device_bytes_16bit
     assert cache.device.used_bytes >= count[Tier.DEVICE]
     assert cache.host.used_bytes >= use.host_bytes + use.shadow_bytes
+
+
+def staged(world: World) -> int:
+    """Bytes on the host for what passes through it from disk: twice the layer with most."""
+    layers: dict[int, Counter[Format]] = {}
+    for layer, head in world.heads:
+        on_disk = [fmt for fmt, tier, _ in world.blocks(layer, head) if tier is Tier.DISK]
+        layers.setdefault(layer, Counter()).update(on_disk)
+    most = {fmt: max(count[fmt] for count in layers.values()) for fmt in Format}
+    return 2 * sum(count * world.shape.block_bytes(fmt) for fmt, count in most.items())
 
 
 @every_pipeline
@@ -368,7 +402,7 @@ def test_applying_twice_is_applying_once(text: str) -> None:
     assert world.snapshot() == once
     world.apply(text)  # a switch may build blocks anew from the shadow, but they are the same
     assert [entry[:1] + entry[2:] for entry in world.snapshot(addresses=False)] == [e[:1] + e[2:] for e in once]
-    arenas = world.cache.device, world.cache.host
+    arenas = world.cache.device, world.cache.host  # files: every batch goes as a whole
     used = [arena.used_bytes for arena in arenas]
     for _ in range(8):
         world.apply(text)

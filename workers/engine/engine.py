@@ -18,7 +18,9 @@ from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
+from workers.cache.disk import DiskStore
 from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.staging import DamagedCacheError
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
 from workers.engine.audit import Auditor
@@ -73,6 +75,7 @@ class Engine:
         self._context_tokens = min(
             self._loaded.context_tokens, settings.max_context_tokens or self._loaded.context_tokens
         )
+        self._disk = _open_disk(settings)
         self.cache = KVCache(
             self.shape,
             settings.device_budget_bytes,
@@ -82,11 +85,14 @@ class Engine:
             self._loaded.name,
             device,
             settings.kernel_backend.value,
+            self._disk,
         )
         self.cache.backend.warm_up()
         warm_up_signals(self.shape)
         default = build(settings.default_pipeline, self.shape)
-        self._intake = Intake(self._loaded, self.shape, self._limits(), default)
+        if reason := self.cache.refuses(default):
+            raise ValueError(f"default_pipeline {default.text!r}: {reason}")
+        self._intake = Intake(self._loaded, self.shape, self._limits(), default, self.cache.refuses)
         self._runner = ModelRunner(self._loaded, self.cache)
         self._memory = EngineMemory(
             self.cache,
@@ -162,6 +168,8 @@ class Engine:
         self._commands.put(lambda: None)
         if self._thread:
             self._thread.join(timeout_s)
+        if self._disk and not (self._thread and self._thread.is_alive()):
+            self._disk.close()
 
     def submit(self, job: job_pb2.Job, emitted: Ids[int] = (), measured: int = 0) -> None:
         """See EngineApi."""
@@ -230,7 +238,7 @@ class Engine:
                 vocabulary_size=self._loaded.vocabulary_size,
                 chat=self._loaded.chat,
                 workers=1,
-                stages=describe(shape),
+                stages=self._stages(),
                 default_pipeline=self._intake.default_pipeline.text,
                 capacity_bytes=limits.capacity_bytes,
                 raw_bytes_per_token=limits.bytes_per_token,
@@ -247,11 +255,19 @@ class Engine:
                     budget_bytes=arena.budget_bytes,
                     bandwidth_bytes_per_s=self._bandwidths[arena.tier],
                 )
-                for arena in (self.cache.device, self.cache.host)
+                for arena in self.cache.tiers
             ],
             far_horizons_tokens=FAR_HORIZONS_TOKENS,
             feature_schema_hash=SCHEMA_HASH,
         )
+
+    def _stages(self) -> list[generation_pb2.StageInfo]:
+        """All stages; those that need a disk tier are unfit where there is none."""
+        described = describe(self.shape)
+        for info in described:
+            if not info.unfit and (reason := self.cache.refuses(build(info.name, self.shape))):
+                info.unfit = reason
+        return described
 
     def configure(self, welcome: policy_pb2.Welcome) -> None:
         """See EngineApi. An unknown default pipeline is refused with a log line; the worker's own stays."""
@@ -259,7 +275,10 @@ class Engine:
             self._reporter.interval_tokens = welcome.report_interval_tokens
         if welcome.default_pipeline:
             try:
-                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape)
+                default = build(welcome.default_pipeline, self.shape)
+                if reason := self.cache.refuses(default):
+                    raise PipelineError(reason)
+                self._intake.default_pipeline = default
             except PipelineError as error:
                 log.error("controller's default pipeline refused", pipeline=welcome.default_pipeline, why=str(error))
 
@@ -281,6 +300,7 @@ class Engine:
         """Carries out waiting commands, a slice of a switch and one step. False: there was nothing to compute."""
         self._drain_commands()
         self._switching.advance()
+        self._drop_damaged()
         began = time.monotonic()
         step = self._scheduler.schedule()
         for seq in step.stuck:
@@ -296,6 +316,12 @@ class Engine:
         worked = not step.empty or bool(step.stuck) or self._replay()
         self._flush()
         return worked
+
+    def _drop_damaged(self) -> None:
+        """Has requests whose blocks on disk are damaged beyond repair begin again from their tokens."""
+        for seq in [seq for seq in self._scheduler.running if seq.cache and seq.cache.damaged]:
+            log.warning("blocks on disk are damaged; computing the request's tokens again", job=seq.job_id)
+            self._scheduler.preempt(seq)
 
     def _replay(self) -> bool:
         """A piece of a replay, in a moment when no request can be served. False: there is nothing to do."""
@@ -323,28 +349,37 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence]) -> None:
         caches = [seq.cache for seq in sequences if seq.cache]
+        rows = {seq.job_id: row for row, seq in enumerate(sequences)}
         began = time.monotonic()
         logits, plan = self._runner.decode(caches, [seq.token_ids[-1] for seq in sequences])
         decode_ms = (time.monotonic() - began) * 1e3
         self._reporter.decode_ms += decode_ms
         self._pace.stepped(decode_ms)
+        sequences = [seq for seq in sequences if seq.cache and not seq.cache.damaged]
+        if len(sequences) < len(caches):
+            logits = logits[[row for row, cache in enumerate(caches) if not cache.damaged]]
         self._auditor.decoded(sequences, logits, decode_ms)
-        for row, seq in enumerate(sequences):
+        for seq in sequences:
             seq.computed += 1
-            self._reporter.decoded(seq, plan, row)
+            self._reporter.decoded(seq, plan, rows[seq.job_id])
         for seq, choice in zip(sequences, self._sample(logits, sequences), strict=True):
             self._take_token(seq, choice)
         for seq in sequences:
             if seq.cache and seq.cache.seen % BLOCK_TOKENS == 0 and not self._switching.prepares(seq):
                 self._settle(seq)
+        self._drop_damaged()
 
     def _prefill(self, seq: Sequence, count: int) -> None:
         assert seq.cache is not None
         chunk = seq.token_ids[seq.computed : seq.computed + count]
         evictor = seq.pipeline.evictor
-        logits = self._runner.prefill(
-            seq.cache, chunk, len(seq.token_ids), all_queries=bool(evictor and evictor.needs_prompt_mass)
-        )
+        try:
+            logits = self._runner.prefill(
+                seq.cache, chunk, len(seq.token_ids), all_queries=bool(evictor and evictor.needs_prompt_mass)
+            )
+        except DamagedCacheError:
+            self._drop_damaged()
+            return
         seq.computed += count
         if seq.to_compute:
             if not seq.pipeline.is_full:
@@ -420,6 +455,8 @@ class Engine:
             write = log.warning if seq.settled else log.debug  # once, not at every attempt
             write("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
             return False
+        except DamagedCacheError:
+            return False  # it is about to begin again
 
     # -- life of a request ---------------------------------------------------------------------------------------------
 
@@ -503,6 +540,18 @@ class Engine:
             self._on_report(report)
 
 
+def _open_disk(settings: WorkerSettings) -> DiskStore | None:
+    if not settings.disk_budget_bytes:
+        return None
+    try:
+        return DiskStore(settings.disk_folder, settings.disk_budget_bytes)
+    except OSError as error:
+        raise ValueError(
+            f"disk_folder {str(settings.disk_folder)!r}: {error.strerror or error}; a folder that can be written to is"
+            " needed, or disk_budget_bytes = 0 for no disk tier"
+        ) from error
+
+
 def _dtype(settings: WorkerSettings) -> torch.dtype:
     if settings.dtype is not ModelDtype.AUTO:
         return getattr(torch, settings.dtype.value)  # type: ignore[no-any-return]
@@ -510,12 +559,14 @@ def _dtype(settings: WorkerSettings) -> torch.dtype:
 
 
 def _measure_bandwidths(cache: KVCache) -> dict[Tier, float]:
-    """Copy bandwidth in bytes per second: within the device tier, and from the host tier to it."""
+    """Copy bandwidth in bytes per second: within the device tier, from the host tier to it, and from disk to memory."""
     device, host = cache.device.data, cache.host.data
     size = min(len(device) // 2, 16 << 20)
     bandwidths = {Tier.DEVICE: _copy_rate(device[:size], device[size : 2 * size])}
     size = min(size, len(host))
     bandwidths[Tier.HOST] = _copy_rate(host[:size], device[:size]) if size else 0.0
+    if cache.disk:
+        bandwidths[Tier.DISK] = cache.disk.store.measure()
     return bandwidths
 
 

@@ -16,8 +16,9 @@ import structlog
 from kernels.layout import BLOCK_TOKENS, Format
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache
+from workers.cache.staging import DamagedCacheError
 from workers.engine.sequence import Phase, Sequence
-from workers.stages.base import Pipeline
+from workers.stages.base import Pipeline, Placer
 from workers.stages.compress.kivi import Kivi
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 from workers.stages.offload.host import Host
@@ -91,9 +92,12 @@ class EngineMemory:
             seq.cache = None
 
     def evacuate(self, seq: Sequence) -> bool:
-        """Moves what is computed of a prompt to the host tier, as far as there is room. False: not at all."""
+        """Moves what is computed of a prompt off the device, as far as there is room. False: not at all."""
         assert seq.cache is not None
-        return self._cache.evacuate(seq.cache) > 0
+        try:
+            return self._cache.evacuate(seq.cache, seq.pipeline) > 0
+        except DamagedCacheError:
+            return False  # it is about to begin again
 
     def grow(self, seq: Sequence, tokens: int) -> bool:
         """Makes room for so many more tokens of a request, relieving pressure as far as that goes."""
@@ -142,7 +146,7 @@ class EngineMemory:
         recent = max(PRESSURE_RECENT_TOKENS, least)
         if recent >= (placer.device_tokens() if placer else len(seq.token_ids)):
             return False
-        return self._switch(seq, with_host(seq.pipeline, recent), "device tier is full")
+        return self._switch(seq, with_less_on_device(seq.pipeline, recent), "device tier is full")
 
     def _give_up_shadow(self, seq: Sequence) -> bool:
         """Makes a lossy request's loss permanent, for the host bytes of its exact copy."""
@@ -152,7 +156,7 @@ class EngineMemory:
         return self._switch(seq, seq.pipeline.without_shadow(), reason)
 
 
-def with_host(pipeline: Pipeline, recent: int) -> Pipeline:
-    """The same pipeline with older blocks on the host tier."""
-    stages = [stage for stage in (pipeline.evictor, pipeline.codec) if stage]
-    return replace(pipeline, stages=(*stages, Host(recent=recent)))
+def with_less_on_device(pipeline: Pipeline, recent: int) -> Pipeline:
+    """The same pipeline with all but the last ``recent`` tokens' blocks where its placer has them, or on the host."""
+    placer = replace(pipeline.placer, recent=recent) if pipeline.placer else Host(recent=recent)  # type: ignore[call-arg]
+    return replace(pipeline, stages=(*(stage for stage in pipeline.stages if not isinstance(stage, Placer)), placer))

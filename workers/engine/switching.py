@@ -8,6 +8,7 @@ keeps its pipeline and epoch, and nothing is lost if the preparation ends otherw
 - a deadline_token that passes before the commit refuses it with DEADLINE_EXCEEDED: the work done so far is given up;
 - a request that ends takes it along (NOT_FOUND); one that loses its memory begins again with the new pipeline, as one
   does whose prompt is not complete;
+- one whose blocks turn out to be damaged on disk begins again with the pipeline it had (ABORTED);
 - where a tier has no room beside the blocks in force, or where others need memory, the rest is done at once, on the
   memory that it gives back; where even that does not fit, it is refused with RESOURCE_EXHAUSTED.
 
@@ -27,10 +28,12 @@ from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, policy_pb2
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.staging import DamagedCacheError
 from workers.engine.pace import Pace
 from workers.engine.reports import Reporter
 from workers.engine.sequence import Phase, Sequence
 from workers.errors import (
+    ABORTED,
     DEADLINE_EXCEEDED,
     FAILED_PRECONDITION,
     INVALID_ARGUMENT,
@@ -116,6 +119,8 @@ class Switching:
             pipeline = build(directive.pipeline, self._cache.shape)
         except PipelineError as error:
             raise ProblemError(INVALID_ARGUMENT, str(error), {"pipeline": str(error)}) from None
+        if reason := self._cache.refuses(pipeline):
+            raise ProblemError(INVALID_ARGUMENT, reason, {"pipeline": reason})
         if not by_operator and seq.pinned:
             raise ProblemError(FAILED_PRECONDITION, f"the client pinned this request to {seq.pinned.text!r}")
         if not by_operator and seq.objective.max_divergence == 0 and pipeline.loss_class is not LossClass.EXACT:
@@ -195,7 +200,7 @@ class Switching:
         try:
             self._apply(seq, pipeline, reason, common_pb2.ORDERER_WORKER, before)
             return True
-        except TierFullError:
+        except (TierFullError, DamagedCacheError):
             return False
 
     def _conclude(self, order: Order) -> None:
@@ -225,6 +230,8 @@ class Switching:
         self._orders.pop(order.seq.job_id, None)
         if order.seq.cache:
             self._cache.abandon(order.seq.cache)
+        if isinstance(error, DamagedCacheError):
+            error = ProblemError(ABORTED, f"{error}; the request begins again")
         order.answer.set_exception(error)
 
     def _note(self, seq: Sequence, pipeline: Pipeline, reason: str, orderer: common_pb2.Orderer) -> common_pb2.Switch:

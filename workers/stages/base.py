@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
 from workers.stages.budgets import RULES, UNIFORM
@@ -210,12 +210,13 @@ class Codec(Lossy):
 
 @dataclass(frozen=True)
 class Placer(Stage):
-    """Chooses which blocks live on the host tier."""
+    """Chooses which blocks live off the device, on one other tier."""
 
     kind: ClassVar[Kind] = Kind.OFFLOAD
+    tier: ClassVar[Tier] = Tier.HOST
 
     def device_tokens(self) -> int:
-        """How many of a head's last tokens stay on the device; blocks wholly older go to the host."""
+        """How many of a head's last tokens stay on the device; blocks wholly older go to ``tier``."""
         raise NotImplementedError
 
 

@@ -34,6 +34,7 @@ from workers.stages.evict.scissorhands import Scissorhands
 from workers.stages.evict.snapkv import SnapKV
 from workers.stages.evict.tova import Tova
 from workers.stages.evict.window import Window
+from workers.stages.offload.disk import Disk
 from workers.stages.offload.host import Host
 
 BUILT_IN: tuple[type[Stage], ...] = (
@@ -54,6 +55,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Int8,
     Kivi,
     Host,
+    Disk,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
