@@ -493,7 +493,8 @@ def test_every_block_is_counted_once_a_step(engines) -> None:
         drive.engine.step()
     assert recalls.kept + recalls.ahead + recalls.waited - before == 3 * blocks
     assert recalls.moved_bytes[Tier.DISK, Tier.HOST] - bytes_before == 3 * use.disk_bytes
-    assert 0 <= recalls.hit_rate <= 1
+    assert recalls.hit_rate == 1 - recalls.waited / (recalls.kept + recalls.ahead + recalls.waited)
+    assert recalls.summary()["disk_to_host_bytes"] == recalls.moved_bytes[Tier.DISK, Tier.HOST]
 
 
 def test_two_layers_stay_in_the_staging_area(folder: Path) -> None:

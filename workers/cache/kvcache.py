@@ -37,6 +37,7 @@ from workers.cache.arrangement import (
 )
 from workers.cache.disk import DiskStore
 from workers.cache.disk_tier import WRITE_BYTES, DiskTier
+from workers.cache.near import NearReader
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.reading import Reader, StepReading
@@ -128,6 +129,9 @@ class KVCache:
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
         self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self._near = make_backend("cpu", shape, (nothing, self.host.data), self.tables)
+        """Kernels beside the host tier, which read nothing else."""
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
         self.scaling = shape.head_dim**-0.5
@@ -679,8 +683,12 @@ class KVCache:
 
     def _after(self, seq: SequenceCache, pipeline: Pipeline) -> None:
         """Settles what a pipeline means for exactness, and drops a shadow that nothing needs."""
+        if not pipeline.near:
+            seq.readers = tuple(reader for reader in seq.readers if not isinstance(reader, NearReader))
+        elif not any(isinstance(reader, NearReader) for reader in seq.readers):
+            seq.readers = (*seq.readers, NearReader(self._near, self.tables, seq.slot))
         lossy = seq.evicted or bool(self.tables.format[seq.slot][self._valid(seq)].any())
-        if lossy and seq.exact_tokens is None:
+        if (lossy or pipeline.near) and seq.exact_tokens is None:
             seq.exact_tokens = seq.seen
         if lossy and pipeline.loss_class is LossClass.PERMANENT:
             seq.lost = True

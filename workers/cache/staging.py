@@ -54,6 +54,12 @@ class Recalls:
         asked = self.kept + self.ahead + self.waited
         return (self.kept + self.ahead) / asked if asked else 1.0
 
+    def summary(self) -> dict[str, float]:
+        """All of it by name, for a log."""
+        moved = {f"{a.name}_to_{b.name}_bytes".lower(): count for (a, b), count in sorted(self.moved_bytes.items())}
+        blocks = {"disk_kept": self.kept, "disk_ahead": self.ahead, "disk_waited": self.waited}
+        return {**moved, **blocks, "disk_hit_rate": round(self.hit_rate, 3)}
+
 
 @dataclass
 class _DiskBlocks:

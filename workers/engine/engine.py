@@ -170,6 +170,7 @@ class Engine:
             self._thread.join(timeout_s)
         if self._disk and not (self._thread and self._thread.is_alive()):
             self._disk.close()
+        log.info("blocks moved", **self.cache.recalls.summary())
 
     def submit(self, job: job_pb2.Job, emitted: Ids[int] = (), measured: int = 0) -> None:
         """See EngineApi."""

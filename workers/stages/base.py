@@ -240,6 +240,8 @@ class Placer(Stage):
 
     kind: ClassVar[Kind] = Kind.OFFLOAD
     tier: ClassVar[Tier] = Tier.HOST
+    near: ClassVar[bool] = False
+    """Whether the processor beside the tier attends to what is there."""
 
     @property
     def loss_class(self) -> LossClass:
@@ -309,8 +311,13 @@ class Pipeline:
 
     @property
     def wants_shadow(self) -> bool:
-        """Whether what it loses is to be kept exactly on the host tier."""
-        return self.loss_class is LossClass.RECOVERABLE
+        """Whether what it loses is to be kept exactly on the host tier. What is only read otherwise is not lost."""
+        return self.loss_class is LossClass.RECOVERABLE and any(isinstance(stage, Lossy) for stage in self.stages)
+
+    @property
+    def near(self) -> bool:
+        """Whether blocks are attended to beside their memory, which rounds otherwise."""
+        return self.placer is not None and self.placer.near
 
     def without_shadow(self) -> Pipeline:
         """The same without an exact copy of what it loses."""

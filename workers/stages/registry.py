@@ -36,6 +36,7 @@ from workers.stages.evict.tova import Tova
 from workers.stages.evict.window import Window
 from workers.stages.offload.disk import Disk
 from workers.stages.offload.host import Host
+from workers.stages.offload.neardata import NearData
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
@@ -56,6 +57,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Kivi,
     Host,
     Disk,
+    NearData,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
