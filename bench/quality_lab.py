@@ -112,6 +112,7 @@ class Lab:
             room,
             loaded.name,
             parameter.device,
+            profile=loaded.profile,
             disk=disk,
         )
         self._room = room

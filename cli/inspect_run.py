@@ -203,13 +203,14 @@ def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> Iterator
     row_bytes = -(-shape.layers * shape.kv_heads // page) * page * shape.block_bytes(Format.RAW)  # in whole pages
     host_rows = 0 if pipeline.is_full else 2 * rows
     sizes = (rows * row_bytes, host_rows * row_bytes, 1, tokens)
+    rest = (loaded.name, parameter.device)
     if not (pipeline.placer and pipeline.placer.tier is Tier.DISK):
-        yield KVCache(shape, *sizes, loaded.name, parameter.device)
+        yield KVCache(shape, *sizes, *rest, profile=loaded.profile)
         return
     with tempfile.TemporaryDirectory(prefix="kvpilot-") as folder:
         disk = DiskStore(Path(folder), 2 * host_rows * row_bytes)
         try:
-            yield KVCache(shape, *sizes, loaded.name, parameter.device, disk=disk)
+            yield KVCache(shape, *sizes, *rest, profile=loaded.profile, disk=disk)
         finally:
             disk.close()
 

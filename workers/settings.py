@@ -67,6 +67,14 @@ class WorkerSettings(FileSettings):
     disk_budget_bytes: ByteSize = Field(
         ByteSize(2048 * MIB), ge=0, description="most bytes of files on the disk tier; 0: no disk tier"
     )
+    session_host_s: float = Field(
+        60.0,
+        ge=0,
+        description="how long a session's cache stays on the host tier after a turn, then it goes to disk",
+    )
+    session_keep_s: float = Field(
+        3600.0, ge=0, description="how long a session's cache is kept at all between turns; 0: not kept"
+    )
     max_running: int = Field(8, ge=1, description="most requests decoded at once")
     max_context_tokens: int = Field(0, ge=0, description="longest prompt plus answer; 0: the model's own limit")
     step_tokens: int = Field(256, ge=1, description="most tokens computed in one step, decodes first")

@@ -426,6 +426,47 @@ def test_a_replay_that_finds_damage_measures_again(engines, folder: Path) -> Non
     assert replayed(harm=True) == clean
 
 
+def test_a_turn_that_ends_with_damage_parks_nothing_of_it(engines, folder: Path) -> None:
+    engine = engines()
+    drive = Drive(engine)
+    drive.submit("job", IDS, 48, pipeline=DISK, session_id="talk")
+    drive.until(lambda: drive.generated("job") >= 5)
+    flip(files(folder)[0], engine.shape.block_bytes(Format.RAW))
+    engine.cancel("job")
+    drive.finish()
+    assert engine._disk.counts.corrupt_blocks > 0
+    assert engine.sessions.disk_bytes == engine.sessions.host_bytes == 0
+    assert engine.cache.host.used_bytes == engine.cache.disk.used_bytes == 0
+
+
+def test_a_turn_on_disk_is_parked_and_resumed(engines) -> None:
+    engine = engines()
+    drive = Drive(engine)
+    drive.submit("first", IDS, 16, pipeline=DISK, session_id="talk")
+    answer = drive.finish()["first"].token_ids
+    ids = [*IDS, *answer, *prompt(40, 8)]
+    drive.submit("second", ids, 16, pipeline=DISK, session_id="talk")
+    outcome = drive.finish()["second"]
+    assert outcome.finished.usage.reused_prompt_tokens >= len(IDS) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert outcome.token_ids == run(engines(), {"job": ids}, 16)["job"].token_ids
+
+
+def test_sessions_on_disk_give_way_to_blocks(engines) -> None:
+    row = engines().cache.worst_bytes(1)
+    engine = engines(disk_budget_bytes=11 * row, session_host_s=0.0)
+    drive = Drive(engine)
+    drive.submit("turn", IDS, 4, session_id="talk")
+    drive.finish()
+    while not engine.sessions.disk_bytes:
+        engine.step()
+    assert engine.sessions.disk_bytes > 8 * row
+    drive.submit("job", prompt(301, 4), 48, pipeline=DISK)
+    drive.until(lambda: drive.generated("job") >= 5)
+    assert engine.cache.use(engine._live["job"].cache).disk_bytes == 7 * row
+    assert engine.sessions.disk_bytes == 0
+    drive.finish()
+
+
 # -- the tier itself -------------------------------------------------------------------------------------------------
 
 

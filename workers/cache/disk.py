@@ -221,12 +221,14 @@ class DiskStore:
             batch.written.result()
         except DiskFullError:
             return 0.0
-        began = time.monotonic()
-        self.read(batch).result()
-        rate = batch.nbytes / (time.monotonic() - began)
+        best = float("inf")
+        for _ in range(3):
+            began = time.monotonic()
+            self.read(batch).result()
+            best = min(best, time.monotonic() - began)
         self.free(batch)
         self.counts = DiskCounts()
-        return rate
+        return batch.nbytes / best
 
     def close(self) -> None:
         """Waits for what is under way and removes all files."""

@@ -6,7 +6,7 @@ block is released. A full block never changes, so it is written once, for as lon
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,6 +48,8 @@ class DiskTier:
     def __init__(self, store: DiskStore, shape: CacheShape) -> None:
         self.store = store
         self.shape = shape
+        self.make_room: Callable[[int], object] = lambda nbytes: False
+        """Frees so many bytes of what others keep in the store, as far as it gives way; false: it does not."""
         self._files: dict[int, _File] = {}  # by the id of their lot
         self._next_lot = 1
         self._lot_of: I32 = np.zeros(0, np.int32)  # of each number; _NONE: it is free
@@ -77,6 +79,8 @@ class DiskTier:
         """
         needed = sum(blocks * self.shape.block_bytes(fmt) for _, fmt, blocks in wanted)
         if needed > self.free_bytes:
+            self.make_room(needed)
+        if needed > self.free_bytes:
             raise TierFullError(Tier.DISK, needed, self.free_bytes)
 
     def write(self, pieces: Iterable[torch.Tensor], fmt: Format) -> I32:
@@ -93,7 +97,7 @@ class DiskTier:
             for piece in pieces:
                 if len(batches) >= WRITES_AT_ONCE:
                     batches[-WRITES_AT_ONCE].written.result()
-                batches.append(self.store.write(piece.cpu().numpy()))
+                batches.append(self._write(piece.cpu().numpy()))
             for batch in batches:
                 batch.written.result()
         except BaseException as error:
@@ -104,6 +108,14 @@ class DiskTier:
             raise
         numbers = [self._enter(batch, fmt) for batch in batches]
         return np.concatenate(numbers) if numbers else np.zeros(0, np.int32)
+
+    def _write(self, blocks: U8) -> Batch:
+        try:
+            return self.store.write(blocks)
+        except DiskFullError as full:
+            if not self.make_room(full.needed_bytes):
+                raise
+        return self.store.write(blocks)
 
     def read(self, numbers: I32, into: list[U8]) -> Future[list[int]]:
         """Starts to read blocks into rows [block_bytes] of memory, which nobody else may touch until it is done.

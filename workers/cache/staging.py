@@ -178,6 +178,7 @@ class Staging:
 
     def close(self) -> None:
         """Gives the area back."""
+        self.quiet()
         self._host.release(self.surplus({}))
         self.resize({})
 

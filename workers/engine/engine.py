@@ -18,8 +18,9 @@ from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
-from workers.cache.disk import DiskStore
+from workers.cache.disk import DiskCounts, DiskStore
 from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.sessions import ParkedSessions
 from workers.cache.staging import DamagedCacheError
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
@@ -40,6 +41,7 @@ from workers.errors import (
     RESOURCE_EXHAUSTED,
     ProblemError,
 )
+from workers.profile.profile import names_of
 from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
@@ -85,11 +87,24 @@ class Engine:
             self._loaded.name,
             device,
             settings.kernel_backend.value,
+            self._loaded.profile,
             self._disk,
         )
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.sessions = ParkedSessions(
+            self.cache,
+            self._disk,
+            settings.session_host_s,
+            settings.session_keep_s,
+            lambda: self._commands.put(lambda: None),
+        )
+        if self.cache.disk:
+            self.cache.disk.make_room = self.sessions.give_up_disk
+        self._restoring: list[Sequence] = []
         self.cache.backend.warm_up()
         warm_up_signals(self.shape)
-        default = build(settings.default_pipeline, self.shape)
+        profiled = names_of(self._loaded.profile)
+        default = build(settings.default_pipeline, self.shape, profiled)
         if reason := self.cache.refuses(default):
             raise ValueError(f"default_pipeline {default.text!r}: {reason}")
         self._intake = Intake(self._loaded, self.shape, self._limits(), default, self.cache.refuses)
@@ -99,10 +114,12 @@ class Engine:
             lambda: list(self._scheduler.running),
             lambda seq, pipeline, reason: self._switching.for_pressure(seq, pipeline, reason),
             lambda: self._replayer.give_way() or self._switching.hurry(),
+            self.sessions,
         )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
         self._bandwidths = _measure_bandwidths(self.cache)
         self._reporter = Reporter(self.cache, settings.report_interval_tokens)
+        self._reporter.sessions = self.sessions
         self._pace = Pace(settings.switch_step_share, settings.switch_least_blocks, self.shape.block_bytes(Format.RAW))
         self._switching = Switching(
             self.cache, self._reporter, self._pace, lambda seq, switch: self._emit(seq, switch=switch)
@@ -126,7 +143,6 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._replays: dict[str, Replay] = {}
         self._lock = threading.Lock()  # guards _live, which other threads read
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._events: list[Event] = []
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -264,11 +280,25 @@ class Engine:
 
     def _stages(self) -> list[generation_pb2.StageInfo]:
         """All stages; those that need a disk tier are unfit where there is none."""
-        described = describe(self.shape)
+        profiled = names_of(self._loaded.profile)
+        described = describe(self.shape, profiled)
         for info in described:
-            if not info.unfit and (reason := self.cache.refuses(build(info.name, self.shape))):
+            if not info.unfit and (reason := self.cache.refuses(build(info.name, self.shape, profiled))):
                 info.unfit = reason
         return described
+
+    @property
+    def disk_counts(self) -> DiskCounts | None:
+        """What the disk tier has written and read so far; None: there is none."""
+        return self._disk.counts if self._disk else None
+
+    def forget_prefixes(self) -> None:
+        """Drops published prefixes that nobody uses, before the next step: for measurements of what is without them."""
+
+        def drop() -> None:
+            self.cache.prefixes.drop(self.cache.device.budget_bytes)
+
+        self._commands.put(drop)
 
     def configure(self, welcome: policy_pb2.Welcome) -> None:
         """See EngineApi. An unknown default pipeline is refused with a log line; the worker's own stays."""
@@ -276,7 +306,7 @@ class Engine:
             self._reporter.interval_tokens = welcome.report_interval_tokens
         if welcome.default_pipeline:
             try:
-                default = build(welcome.default_pipeline, self.shape)
+                default = build(welcome.default_pipeline, self.shape, names_of(self._loaded.profile))
                 if reason := self.cache.refuses(default):
                     raise PipelineError(reason)
                 self._intake.default_pipeline = default
@@ -300,6 +330,7 @@ class Engine:
     def step(self) -> bool:
         """Carries out waiting commands, a slice of a switch and one step. False: there was nothing to compute."""
         self._drain_commands()
+        self._restore()
         self._switching.advance()
         self._drop_damaged()
         began = time.monotonic()
@@ -323,6 +354,13 @@ class Engine:
         for seq in [seq for seq in self._scheduler.running if seq.cache and seq.cache.damaged]:
             log.warning("blocks on disk are damaged; computing the request's tokens again", job=seq.job_id)
             self._scheduler.preempt(seq)
+
+    def _restore(self) -> None:
+        """Goes on with what sessions have under way, and queues the requests whose session is back from disk."""
+        self.sessions.tick()
+        for seq in [seq for seq in self._restoring if seq.session and not self.sessions.fetching(seq.session)]:
+            self._restoring.remove(seq)
+            self._scheduler.add(seq)
 
     def _replay(self) -> bool:
         """A piece of a replay, in a moment when no request can be served. False: there is nothing to do."""
@@ -372,22 +410,28 @@ class Engine:
 
     def _prefill(self, seq: Sequence, count: int) -> None:
         assert seq.cache is not None
-        chunk = seq.token_ids[seq.computed : seq.computed + count]
         evictor = seq.pipeline.evictor
+        all_queries = bool(evictor and evictor.needs_prompt_mass)
+        end, rows_end = seq.computed + count, len(seq.token_ids) // BLOCK_TOKENS * BLOCK_TOKENS
         try:
-            logits = self._runner.prefill(
-                seq.cache, chunk, len(seq.token_ids), all_queries=bool(evictor and evictor.needs_prompt_mass)
-            )
+            if all_queries and seq.session and seq.computed < rows_end <= end:
+                chunk = seq.token_ids[seq.computed : rows_end]
+                logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
+                self.cache.note_row_mass(seq.cache)
+                seq.computed = rows_end
+            if seq.computed < end:
+                chunk = seq.token_ids[seq.computed : end]
+                logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
+                seq.computed = end
         except DamagedCacheError:
             self._drop_damaged()
             return
-        seq.computed += count
         if seq.to_compute:
-            if not seq.pipeline.is_full:
+            if not seq.pipeline.moves_nothing:
                 self._memory.evacuate(seq)
             return
         self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
-        if not seq.pipeline.is_full:
+        if not seq.pipeline.moves_nothing:
             self._memory.evacuate(seq)
         seq.phase = Phase.DECODE
         seq.settled = self._try_apply(seq, Occasion.PROMPT)
@@ -472,6 +516,8 @@ class Engine:
         )
         if reason := self._finish_reason(seq):  # an earlier worker delivered the last token, but not the end
             self._finish(seq, reason)
+        elif self._memory.fetch(seq):
+            self._restoring.append(seq)
         else:
             self._scheduler.add(seq)
 
@@ -495,8 +541,13 @@ class Engine:
         cache_bytes = self._reporter.cache_bytes(seq)
         if seq.cache:
             self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
-            self.cache.close(seq.cache)
+            if seq.session and reason != generation_pb2.FINISH_REASON_FAILED and self._settings.session_keep_s:
+                self.sessions.park(seq.session, seq.token_ids, seq.cache)
+            else:
+                self.cache.close(seq.cache)
             seq.cache = None
+        if seq in self._restoring:
+            self._restoring.remove(seq)
         self._scheduler.remove(seq)
         self._reporter.preemptions += seq.preemptions
         self._reporter.ended(seq)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 
 from kernels.api import DecodePlan
 from kernels.layout import Tier
 from kvpilot.v1 import common_pb2, policy_pb2
 from workers.cache.kvcache import KVCache
+from workers.cache.sessions import ParkedSessions
 from workers.engine.sampler import Choice
 from workers.engine.sequence import Phase, Sequence
 from workers.signals import SignalMeter
@@ -41,6 +42,7 @@ class Reporter:
         self.preemptions = 0
         self.audits = self.audits_skipped = 0
         self.audit_ms = self.signal_ms = self.decode_ms = 0.0
+        self.sessions: ParkedSessions | None = None
 
     def started(self, seq: Sequence) -> None:
         """A request was admitted."""
@@ -116,7 +118,11 @@ class Reporter:
 
     def worker_state(self, running: int, waiting: int) -> policy_pb2.WorkerState:
         """The worker's load now."""
-        idle = Counter({Tier.DEVICE: self._cache.prefixes.unused_bytes()})
+        idle = {  # what gives way at once
+            Tier.DEVICE: self._cache.prefixes.unused_bytes(),
+            Tier.HOST: self._cache.host.guest_bytes,
+            Tier.DISK: self.sessions.disk_bytes if self.sessions else 0,
+        }
         return policy_pb2.WorkerState(
             running=running,
             waiting=waiting,
@@ -136,6 +142,7 @@ class Reporter:
             audit_ms=self.audit_ms,
             signal_ms=self.signal_ms,
             decode_ms=self.decode_ms,
+            sessions=self.sessions.to_proto() if self.sessions else None,
         )
 
     def _request_state(self, seq: Sequence) -> policy_pb2.RequestState:
