@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from kernels.layout import BLOCK_TOKENS, Format, Tier
 from workers.cache.accounting import TABLE_BYTES_PER_BLOCK, measure
 from workers.cache.arena import page_blocks
 from workers.cache.arrangement import blocks_of
+from workers.cache.disk import DiskStore
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.catalyst import catalyst
@@ -91,7 +95,7 @@ class Lab:
         loaded: the model.
         tokens: of the longest sequence.
         forks: most pipelines that have a fork at once.
-        placed: most of them that put blocks on the host tier.
+        placed: most of them that put blocks on a lower tier.
         clock: counts prompts, repetitions, switches, scores and decode steps.
     """
 
@@ -102,6 +106,9 @@ class Lab:
         row_bytes = row_bytes_of(loaded)
         rows = -(-room // BLOCK_TOKENS)
         parameter = next(loaded.model.parameters())
+        self._folder = tempfile.TemporaryDirectory(prefix="kvpilot-")
+        disk = DiskStore(Path(self._folder.name), 2 * rows * placed * row_bytes)
+        weakref.finalize(self, disk.close)
         self.cache = KVCache(
             cache_shape(loaded.model.config, parameter.dtype),
             (rows * (2 + forks) + _SPARE_ROWS) * row_bytes,  # one for what is repeated
@@ -111,6 +118,7 @@ class Lab:
             loaded.name,
             parameter.device,
             profile=loaded.profile,
+            disk=disk,
         )
         self._room = room
         self._runner = ModelRunner(loaded, self.cache)

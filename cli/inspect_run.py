@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import page_blocks
 from workers.cache.arrangement import Mask, blocks_of, tokens_of
+from workers.cache.disk import DiskStore
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.catalyst import catalyst
@@ -156,7 +160,19 @@ def inspect_request(
     words = Words.of(loaded)
     if reason := refusal(pipeline, words, len(prompt), loaded.context_tokens):
         raise ValueError(reason)
-    cache = _cache_for(loaded, pipeline, len(prompt) + tokens)
+    with _cache_for(loaded, pipeline, len(prompt) + tokens) as cache:
+        return _inspect(cache, loaded, words, pipeline, prompt, tokens, progress)
+
+
+def _inspect(
+    cache: KVCache,
+    loaded: LoadedModel,
+    words: Words | None,
+    pipeline: Pipeline,
+    prompt: list[int],
+    tokens: int,
+    progress: Callable[[int], None],
+) -> Inspection:
     chosen: dict[int, _Scored] = {}
     watched = _watched(pipeline, chosen)
     seq, ids = cache.open(len(prompt) + tokens), list(prompt)
@@ -193,25 +209,27 @@ def inspect_request(
     )
 
 
-def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> KVCache:
+@contextlib.contextmanager
+def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> Iterator[KVCache]:
     """A cache with room for one request, and for what it may have the model repeat: raw on the device, and, unless
-    that is all, twice that on the host."""
+    that is all, twice that on the host, and on disk where it goes there."""
     parameter = next(loaded.model.parameters())
     shape = cache_shape(loaded.model.config, parameter.dtype)
     rows = -(-tokens // BLOCK_TOKENS) + _SPARE_ROWS
     page = page_blocks(shape)
     row_bytes = -(-shape.layers * shape.kv_heads // page) * page * shape.block_bytes(Format.RAW)  # in whole pages
     host_rows = 0 if pipeline.is_full else 2 * rows
-    return KVCache(
-        shape,
-        rows * row_bytes,
-        host_rows * row_bytes,
-        2,
-        tokens,
-        loaded.name,
-        parameter.device,
-        profile=loaded.profile,
-    )
+    sizes = (rows * row_bytes, host_rows * row_bytes, 2, tokens)
+    rest = (loaded.name, parameter.device)
+    if not (pipeline.placer and pipeline.placer.tier is Tier.DISK):
+        yield KVCache(shape, *sizes, *rest, profile=loaded.profile)
+        return
+    with tempfile.TemporaryDirectory(prefix="kvpilot-") as folder:
+        disk = DiskStore(Path(folder), 2 * host_rows * row_bytes)
+        try:
+            yield KVCache(shape, *sizes, *rest, profile=loaded.profile, disk=disk)
+        finally:
+            disk.close()
 
 
 def _compute_prompt(
@@ -236,7 +254,7 @@ def _compute_prompt(
         if pot and seq.seen == full_at:
             cache.apply(seq, Pipeline((pot,)), Occasion.SETTLE)
         elif not (pot or pipeline.is_full):
-            cache.evacuate(seq)
+            cache.evacuate(seq, pipeline)
         if seq.seen == len(prompt):
             return logits
 

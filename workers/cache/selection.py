@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.api import F32, Backend, TokenSource
+from kernels.api import F32, TokenSource
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Mask, Tokens
+from workers.cache.staging import Sources
 from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, LayerView
 from workers.stages.budgets import best, free_tokens
@@ -28,7 +29,7 @@ class Views:
     tokens: Tokens
     seen: int  # tokens of the request so far
     scaling: float  # the model's factor on attention scores
-    backend: Backend
+    sources: Sources
     queries: Queries
     device: torch.device
     profile: ModelProfile | None = None
@@ -85,7 +86,7 @@ class Views:
             by_block(tokens.tier, 0),
             by_block(tokens.row, 0),
         )
-        k, v = self.backend.read(source)
+        k, v = self.sources.read(source)
         return k.reshape(heads, padded, -1)[:, :count], v.reshape(heads, padded, -1)[:, :count]
 
 

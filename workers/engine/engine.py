@@ -21,6 +21,7 @@ from workers.cache.arena import TierFullError
 from workers.cache.disk import DiskCounts, DiskStore
 from workers.cache.kvcache import KVCache, Occasion
 from workers.cache.sessions import ParkedSessions
+from workers.cache.staging import DamagedCacheError
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
 from workers.engine.audit import Auditor
@@ -79,6 +80,7 @@ class Engine:
         self._context_tokens = min(
             self._loaded.context_tokens, settings.max_context_tokens or self._loaded.context_tokens
         )
+        self._disk = _open_disk(settings)
         self.cache = KVCache(
             self.shape,
             settings.device_budget_bytes,
@@ -89,9 +91,9 @@ class Engine:
             device,
             settings.kernel_backend.value,
             self._loaded.profile,
+            self._disk,
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._disk = _open_disk(settings)
         self.sessions = ParkedSessions(
             self.cache,
             self._disk,
@@ -99,12 +101,16 @@ class Engine:
             settings.session_keep_s,
             lambda: self._commands.put(lambda: None),
         )
+        if self.cache.disk:
+            self.cache.disk.make_room = self.sessions.give_up_disk
         self._restoring: list[Sequence] = []
         self.cache.backend.warm_up()
         warm_up_signals(self.shape)
         profiled = names_of(self._loaded.profile)
         default = build(settings.default_pipeline, self.shape, profiled)
-        self._intake = Intake(self._loaded, self.shape, self._limits(), default)
+        if reason := self.cache.refuses(default):
+            raise ValueError(f"default_pipeline {default.text!r}: {reason}")
+        self._intake = Intake(self._loaded, self.shape, self._limits(), default, self.cache.refuses)
         self._runner = ModelRunner(self._loaded, self.cache)
         self._repeater = Repeater(self.cache, self._runner, Words.of(self._loaded), self._context_tokens)
         self.cache.catalyse = catalyst(self._runner, self._loaded, self._context_tokens)
@@ -193,6 +199,7 @@ class Engine:
             self._thread.join(timeout_s)
         if self._disk and not (self._thread and self._thread.is_alive()):
             self._disk.close()
+        log.info("blocks moved", **self.cache.recalls.summary())
 
     def submit(self, job: job_pb2.Job, emitted: Ids[int] = (), measured: int = 0) -> None:
         """See EngineApi."""
@@ -261,7 +268,7 @@ class Engine:
                 vocabulary_size=self._loaded.vocabulary_size,
                 chat=self._loaded.chat,
                 workers=1,
-                stages=describe(shape, names_of(self._loaded.profile)),
+                stages=self._stages(),
                 default_pipeline=self._intake.default_pipeline.text,
                 capacity_bytes=limits.capacity_bytes,
                 raw_bytes_per_token=limits.bytes_per_token,
@@ -278,11 +285,20 @@ class Engine:
                     budget_bytes=arena.budget_bytes,
                     bandwidth_bytes_per_s=self._bandwidths[arena.tier],
                 )
-                for arena in (self.cache.device, self.cache.host)
+                for arena in self.cache.tiers
             ],
             far_horizons_tokens=FAR_HORIZONS_TOKENS,
             feature_schema_hash=SCHEMA_HASH,
         )
+
+    def _stages(self) -> list[generation_pb2.StageInfo]:
+        """All stages; those that need a disk tier are unfit where there is none."""
+        profiled = names_of(self._loaded.profile)
+        described = describe(self.shape, profiled)
+        for info in described:
+            if not info.unfit and (reason := self.cache.refuses(build(info.name, self.shape, profiled))):
+                info.unfit = reason
+        return described
 
     @property
     def disk_counts(self) -> DiskCounts | None:
@@ -303,8 +319,10 @@ class Engine:
             self._reporter.interval_tokens = welcome.report_interval_tokens
         if welcome.default_pipeline:
             try:
-                profiled = names_of(self._loaded.profile)
-                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape, profiled)
+                default = build(welcome.default_pipeline, self.shape, names_of(self._loaded.profile))
+                if reason := self.cache.refuses(default):
+                    raise PipelineError(reason)
+                self._intake.default_pipeline = default
             except PipelineError as error:
                 log.error("controller's default pipeline refused", pipeline=welcome.default_pipeline, why=str(error))
 
@@ -327,6 +345,7 @@ class Engine:
         self._drain_commands()
         self._restore()
         self._switching.advance()
+        self._drop_damaged()
         began = time.monotonic()
         step = self._scheduler.schedule()
         for seq in step.preempted:
@@ -346,6 +365,12 @@ class Engine:
         worked = not step.empty or bool(step.stuck) or self._replay() or self.sessions.parking
         self._flush()
         return worked
+
+    def _drop_damaged(self) -> None:
+        """Has requests whose blocks on disk are damaged beyond repair begin again from their tokens."""
+        for seq in [seq for seq in self._scheduler.running if seq.cache and seq.cache.damaged]:
+            log.warning("blocks on disk are damaged; computing the request's tokens again", job=seq.job_id)
+            self._scheduler.preempt(seq)
 
     def _restore(self) -> None:
         """Goes on with what sessions have under way, and queues the requests whose session is back from disk."""
@@ -380,20 +405,25 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence]) -> None:
         caches = [seq.cache for seq in sequences if seq.cache]
+        rows = {seq.job_id: row for row, seq in enumerate(sequences)}
         began = time.monotonic()
         logits, plan = self._runner.decode(caches, [seq.token_ids[-1] for seq in sequences])
         decode_ms = (time.monotonic() - began) * 1e3
         self._reporter.decode_ms += decode_ms
         self._pace.stepped(decode_ms)
+        sequences = [seq for seq in sequences if seq.cache and not seq.cache.damaged]
+        if len(sequences) < len(caches):
+            logits = logits[[row for row, cache in enumerate(caches) if not cache.damaged]]
         self._auditor.decoded(sequences, logits, decode_ms)
-        for row, seq in enumerate(sequences):
+        for seq in sequences:
             seq.computed += 1
-            self._reporter.decoded(seq, plan, row)
+            self._reporter.decoded(seq, plan, rows[seq.job_id])
         for seq, choice in zip(sequences, self._sample(logits, sequences), strict=True):
             self._take_token(seq, choice)
         for seq in sequences:
             if seq.cache and seq.cache.seen % BLOCK_TOKENS == 0 and not self._switching.prepares(seq):
                 self._settle(seq)
+        self._drop_damaged()
 
     def _prefill(self, seq: Sequence, count: int) -> None:
         assert seq.cache is not None
@@ -402,18 +432,22 @@ class Engine:
         all_queries = bool(evictor and evictor.needs_prompt_mass)
         end, rows_end = seq.computed + count, len(seq.token_ids) // BLOCK_TOKENS * BLOCK_TOKENS
         full = pot is not None and pot.next_eviction(seq.computed) == end
-        if all_queries and seq.session and seq.computed < rows_end <= end:
-            chunk = seq.token_ids[seq.computed : rows_end]
-            logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
-            self.cache.note_row_mass(seq.cache)
-            seq.computed = rows_end
-        if seq.computed < end:
-            chunk = seq.token_ids[seq.computed : end]
-            following = seq.token_ids[seq.computed + 1 : end + 1] if pot else ()
-            logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries, following)
-            seq.computed = end
-        if full:
-            self._boil_down(seq)
+        try:
+            if all_queries and seq.session and seq.computed < rows_end <= end:
+                chunk = seq.token_ids[seq.computed : rows_end]
+                logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
+                self.cache.note_row_mass(seq.cache)
+                seq.computed = rows_end
+            if seq.computed < end:
+                chunk = seq.token_ids[seq.computed : end]
+                following = seq.token_ids[seq.computed + 1 : end + 1] if pot else ()
+                logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries, following)
+                seq.computed = end
+            if full:
+                self._boil_down(seq)
+        except DamagedCacheError:
+            self._drop_damaged()
+            return
         if seq.to_compute:
             if not (seq.pipeline.moves_nothing or pot):
                 self._memory.evacuate(seq)
@@ -524,6 +558,8 @@ class Engine:
             write = log.warning if seq.settled else log.debug  # once, not at every attempt
             write("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
             return False
+        except DamagedCacheError:
+            return False  # it is about to begin again
 
     # -- life of a request ---------------------------------------------------------------------------------------------
 
@@ -634,12 +670,14 @@ def _dtype(settings: WorkerSettings) -> torch.dtype:
 
 
 def _measure_bandwidths(cache: KVCache) -> dict[Tier, float]:
-    """Copy bandwidth in bytes per second: within the device tier, and from the host tier to it."""
+    """Copy bandwidth in bytes per second: within the device tier, from the host tier to it, and from disk to memory."""
     device, host = cache.device.data, cache.host.data
     size = min(len(device) // 2, 16 << 20)
     bandwidths = {Tier.DEVICE: _copy_rate(device[:size], device[size : 2 * size])}
     size = min(size, len(host))
     bandwidths[Tier.HOST] = _copy_rate(host[:size], device[:size]) if size else 0.0
+    if cache.disk:
+        bandwidths[Tier.DISK] = cache.disk.store.measure()
     return bandwidths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
@@ -45,14 +46,23 @@ class Intake:
         shape: its cache dimensions.
         limits: what the worker can take on.
         default_pipeline: pipeline of requests that name none; may be changed later.
+        refuses: says why no request can have a pipeline on this worker.
     """
 
-    def __init__(self, loaded: LoadedModel, shape: CacheShape, limits: Limits, default_pipeline: Pipeline) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        shape: CacheShape,
+        limits: Limits,
+        default_pipeline: Pipeline,
+        refuses: Callable[[Pipeline], str | None],
+    ) -> None:
         self._loaded = loaded
         self._shape = shape
         self._limits = limits
         self._words = Words.of(loaded)
         self.default_pipeline = default_pipeline
+        self._refuses = refuses
 
     def read(self, job: job_pb2.Job, emitted: Ids[int]) -> Sequence:
         """The sequence of a job.
@@ -168,10 +178,14 @@ class Intake:
 
     def _named_pipeline(self, field: str, text: str, violations: dict[str, str]) -> Pipeline | None:
         try:
-            return build(text, self._shape, names_of(self._loaded.profile))
+            pipeline = build(text, self._shape, names_of(self._loaded.profile))
         except PipelineError as error:
             violations[field] = str(error)
             return None
+        if reason := self._refuses(pipeline):
+            violations[field] = reason
+            return None
+        return pipeline
 
     def _check_capacity(self, tokens: int) -> None:
         needed, capacity = tokens * self._limits.bytes_per_token, self._limits.capacity_bytes

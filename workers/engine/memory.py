@@ -16,12 +16,13 @@ from dataclasses import replace
 
 import structlog
 
-from kernels.layout import BLOCK_TOKENS, Format
+from kernels.layout import BLOCK_TOKENS, Format, Tier
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.cache.sessions import ParkedSessions
+from workers.cache.staging import DamagedCacheError
 from workers.engine.sequence import Phase, Sequence
-from workers.stages.base import Pipeline
+from workers.stages.base import Pipeline, Placer
 from workers.stages.compress.kivi import Kivi
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 from workers.stages.offload.host import Host
@@ -122,9 +123,12 @@ class EngineMemory:
             seq.cache = None
 
     def evacuate(self, seq: Sequence) -> bool:
-        """Moves what is computed of a prompt to the host tier, as far as there is room. False: not at all."""
+        """Moves what is computed of a prompt off the device, as far as there is room. False: not at all."""
         assert seq.cache is not None
-        return self._cache.evacuate(seq.cache) > 0
+        try:
+            return self._cache.evacuate(seq.cache, seq.pipeline) > 0
+        except DamagedCacheError:
+            return False  # it is about to begin again
 
     def grow(self, seq: Sequence, tokens: int) -> bool:
         """Makes room for so many more tokens of a request, relieving pressure as far as that goes."""
@@ -176,7 +180,7 @@ class EngineMemory:
         stays = placer.device_tokens() if placer else None
         if recent >= (len(seq.token_ids) if stays is None else stays):
             return False
-        return self._switch(seq, with_host(seq.pipeline, recent), "device tier is full")
+        return self._switch(seq, with_less_on_device(seq.pipeline, recent), "device tier is full")
 
     def _give_up_shadow(self, seq: Sequence) -> bool:
         """Makes a lossy request's loss permanent, for the host bytes of its exact copy."""
@@ -200,7 +204,11 @@ def _reusable(seq: Sequence) -> tuple[list[int], bool]:
     return seq.token_ids[: max(0, end)], bool(evictor and evictor.needs_prompt_mass)
 
 
-def with_host(pipeline: Pipeline, recent: int) -> Pipeline:
-    """The same pipeline with older blocks on the host tier."""
-    stages = [stage for stage in (pipeline.evictor, pipeline.codec) if stage]
-    return replace(pipeline, stages=(*stages, Host(recent=recent)))
+def with_less_on_device(pipeline: Pipeline, recent: int) -> Pipeline:
+    """The same pipeline with all but the last ``recent`` tokens' blocks on disk, if they go there, else on the host."""
+    placer = pipeline.placer
+    if placer and (placer.tier is Tier.DISK or placer.near):
+        placer = replace(placer, recent=recent)  # type: ignore[call-arg]
+    else:
+        placer = Host(recent=recent)
+    return replace(pipeline, stages=(*(stage for stage in pipeline.stages if not isinstance(stage, Placer)), placer))

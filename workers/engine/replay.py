@@ -21,11 +21,13 @@ import numpy as np
 import structlog
 import torch
 
+from kernels.api import DecodePlan
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.staging import DamagedCacheError
 from workers.engine.repeating import Repetition, Words, is_missing
 from workers.engine.runner import ModelRunner
 from workers.engine.scoring import divergences
@@ -161,6 +163,9 @@ class Replayer:
         except TierFullError as full:
             message = f"the text and its forks do not fit this worker: {full}"
             self._end(replay, generation_pb2.FINISH_REASON_FAILED, RESOURCE_EXHAUSTED, message)
+        except DamagedCacheError as error:
+            log.warning("replay begins again where it was", job=replay.job_id, why=str(error))
+            self.give_way()
         except Exception as error:
             log.exception("replay failed", job=replay.job_id)
             self._end(replay, generation_pb2.FINISH_REASON_FAILED, INTERNAL, f"the replay failed: {error!r}")
@@ -249,7 +254,7 @@ class Replayer:
         for index in range(first, place.at_token):
             for cache in both:
                 self._reserve(cache, 1)
-            logits, plan = self._runner.decode(both, [tokens[index]] * len(both))
+            logits, plan = self._decode(both, tokens[index])
             meter.note_attention(plan, len(both) - 1, self._cache.tables)
             _note_token(meter, logits[-1], tokens[index + 1])
             if audited:
@@ -316,7 +321,7 @@ class Replayer:
         lossy = scored[key]
         self._reserve(fork, 1)
         began = time.perf_counter()
-        self._runner.decode([fork], [horizon[0]])
+        self._decode([fork], horizon[0])
         step_s = time.perf_counter() - began
         self._release(fork)
         divergence = divergences(exact, lossy)
@@ -330,6 +335,13 @@ class Replayer:
             loss=_loss(lossy, horizon),
             full_loss=_loss(exact, horizon),
         )
+
+    def _decode(self, caches: list[SequenceCache], token_id: int) -> tuple[torch.Tensor, DecodePlan]:
+        """The same token for each; DamagedCacheError where one could not read all that it should."""
+        logits, plan = self._runner.decode(caches, [token_id] * len(caches))
+        if any(cache.damaged for cache in caches):
+            raise DamagedCacheError("blocks on disk were damaged")
+        return logits, plan
 
     def _score(self, seq: SequenceCache, horizon: Sequence[int]) -> torch.Tensor:
         """Log-probabilities [horizon, V] behind each of the horizon's tokens."""

@@ -98,6 +98,15 @@ class Scheduler:
             self.running.remove(seq)
         seq.phase = Phase.FINISHED
 
+    def preempt(self, seq: Sequence) -> None:
+        """Takes a running request's memory; it waits to be computed again from its tokens."""
+        self._memory.evict(seq)
+        self.running.remove(seq)
+        self.waiting.appendleft(seq)
+        seq.phase = Phase.WAITING
+        seq.computed = seq.to_repeat = 0
+        seq.preemptions += 1
+
     def schedule(self) -> Step:
         """Plans the next step and takes the memory it needs."""
         step = Step()
@@ -150,7 +159,7 @@ class Scheduler:
             if victim is seq and len(self.running) == 1:
                 step.stuck.append(seq)
                 return False
-            self._preempt(victim)
+            self.preempt(victim)
             step.preempted.append(victim)
             if victim is seq:
                 return False
@@ -159,11 +168,3 @@ class Scheduler:
     def _victim(self) -> Sequence:
         """The least computed request: the one whose work is cheapest to repeat; the latest among equals."""
         return min(reversed(self.running), key=lambda seq: seq.computed)
-
-    def _preempt(self, seq: Sequence) -> None:
-        self._memory.evict(seq)
-        self.running.remove(seq)
-        self.waiting.appendleft(seq)
-        seq.phase = Phase.WAITING
-        seq.computed = seq.to_repeat = 0
-        seq.preemptions += 1

@@ -10,6 +10,7 @@ keeps its pipeline and epoch, and nothing is lost if the preparation ends otherw
   does whose prompt is not complete;
 - where the evictor asks for a text that the model has repeated (``repeating.py``), that comes first, in pieces of the
   step's token budget; without room for it the directive is refused with RESOURCE_EXHAUSTED;
+- one whose blocks turn out to be damaged on disk begins again with the pipeline it had (ABORTED);
 - where a tier has no room beside the blocks in force, or where others need memory, the rest is done at once, on the
   memory that it gives back; where even that does not fit, it is refused with RESOURCE_EXHAUSTED.
 
@@ -29,11 +30,13 @@ from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, policy_pb2
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.staging import DamagedCacheError
 from workers.engine.pace import Pace
 from workers.engine.repeating import Repeater, is_behind, is_missing
 from workers.engine.reports import Reporter
 from workers.engine.sequence import Phase, Sequence
 from workers.errors import (
+    ABORTED,
     DEADLINE_EXCEEDED,
     FAILED_PRECONDITION,
     INVALID_ARGUMENT,
@@ -129,6 +132,8 @@ class Switching:
             pipeline = build(directive.pipeline, self._cache.shape, names_of(self._cache.profile))
         except PipelineError as error:
             raise ProblemError(INVALID_ARGUMENT, str(error), {"pipeline": str(error)}) from None
+        if reason := self._cache.refuses(pipeline):
+            raise ProblemError(INVALID_ARGUMENT, reason, {"pipeline": reason})
         if not by_operator and seq.pinned:
             raise ProblemError(FAILED_PRECONDITION, f"the client pinned this request to {seq.pinned.text!r}")
         if not by_operator and seq.objective.max_divergence == 0 and pipeline.loss_class is not LossClass.EXACT:
@@ -239,7 +244,7 @@ class Switching:
         try:
             self._apply(seq, pipeline, reason, common_pb2.ORDERER_WORKER, before)
             return True
-        except TierFullError:
+        except (TierFullError, DamagedCacheError):
             return False
 
     def _conclude(self, order: Order) -> None:
@@ -272,6 +277,8 @@ class Switching:
         self._repeater.drop(order.seq)
         if order.seq.cache:
             self._cache.abandon(order.seq.cache)
+        if isinstance(error, DamagedCacheError):
+            error = ProblemError(ABORTED, f"{error}; the request begins again")
         order.answer.set_exception(error)
 
     def _note(self, seq: Sequence, pipeline: Pipeline, reason: str, orderer: common_pb2.Orderer) -> common_pb2.Switch:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
 from workers.profile.profile import LayerProfile, missing
@@ -279,9 +279,13 @@ class Codec(Lossy):
 
 @dataclass(frozen=True)
 class Placer(Stage):
-    """Chooses which blocks live on the host tier, and maybe which ones a query reads (``workers.stages.selecting``)."""
+    """Chooses which blocks live off the device, on one other tier, and maybe which ones a query reads
+    (``workers.stages.selecting``)."""
 
     kind: ClassVar[Kind] = Kind.OFFLOAD
+    tier: ClassVar[Tier] = Tier.HOST
+    near: ClassVar[bool] = False
+    """Whether the processor beside the tier attends to what is there."""
     selects: ClassVar[bool] = False
     """Whether queries read only some blocks."""
 
@@ -291,7 +295,7 @@ class Placer(Stage):
         return LossClass.RECOVERABLE if self.selects else LossClass.EXACT
 
     def device_tokens(self) -> int | None:
-        """How many of a head's last tokens stay on the device; blocks wholly older go to the host. None: all stay."""
+        """How many of a head's last tokens stay on the device; blocks wholly older go to ``tier``. None: all stay."""
         raise NotImplementedError
 
 
@@ -353,8 +357,13 @@ class Pipeline:
 
     @property
     def wants_shadow(self) -> bool:
-        """Whether what it loses is to be kept exactly on the host tier. What is only not read is not lost."""
+        """Whether what it loses is to be kept exactly on the host tier. What is only read otherwise is not lost."""
         return self.loss_class is LossClass.RECOVERABLE and any(isinstance(stage, Lossy) for stage in self.stages)
+
+    @property
+    def near(self) -> bool:
+        """Whether blocks are attended to beside their memory, which rounds otherwise."""
+        return self.placer is not None and self.placer.near
 
     @property
     def selects(self) -> bool:

@@ -41,8 +41,10 @@ from workers.stages.evict.window import Window
 from workers.stages.offload.arkvale import ArkVale
 from workers.stages.offload.clo import CLO
 from workers.stages.offload.conversation import Conversation
+from workers.stages.offload.disk import Disk
 from workers.stages.offload.host import Host
 from workers.stages.offload.infinigen import InfiniGen
+from workers.stages.offload.neardata import NearData
 from workers.stages.offload.quest import Quest
 
 BUILT_IN: tuple[type[Stage], ...] = (
@@ -67,6 +69,8 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Int8,
     Kivi,
     Host,
+    Disk,
+    NearData,
     Quest,
     ArkVale,
     InfiniGen,
