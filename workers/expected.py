@@ -43,8 +43,6 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse
         if (length == tokens).all():  # raw blocks on the host are the copy's own
             shadowed -= int((valid & (tier == Tier.HOST) & (format_ == Format.RAW)).sum())
     use = measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
-    staged = staging_bytes(shape, needed(Blocks(length, np.zeros(valid.shape, np.int32), format_, tier)))
-    return replace(use, host_bytes=use.host_bytes + staged)
     if isinstance(placer, Selector):
         pooled = codec.format if codec else Format.RAW
         older = max(0, int(length.max(initial=0)) - placer.always()) // BLOCK_TOKENS
@@ -52,7 +50,8 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse
         places = placer.pool_blocks(older) * length.size
         sizes = (shape.block_bytes(pooled), shape.block_bytes_16bit(pooled))
         use = use.plus_device_bytes(*(more + places * size for more, size in zip(digests, sizes, strict=True)))
-    return use
+    staged = staging_bytes(shape, needed(Blocks(length, np.zeros(valid.shape, np.int32), format_, tier)))
+    return replace(use, host_bytes=use.host_bytes + staged)
 
 
 def kept_tokens(evictor: Evictor | None, shape: CacheShape, tokens: int) -> I32:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from kernels.layout import CacheShape, Format
 from kvpilot.recipes import Recipe, recipes
 from models.scenarios import PRESETS
 from workers.cache.accounting import TABLE_BYTES_PER_BLOCK, CacheUse
+from workers.cache.disk import DiskStore
 from workers.cache.kvcache import KVCache, Occasion
 from workers.expected import expected_use
 from workers.stages.base import LossClass, Pipeline
@@ -21,13 +24,14 @@ SHAPES = {
 }
 STATICS = sorted({preset.static for preset in PRESETS.values()})
 MORE = ("full", "fp8", "dilated", "rkv(size=128)", "snapkv(keep=0.5) | host(recent=64)", "int8(shadow=false)", "quest")
+ON_DISK = ("disk(recent=64)", "snapkv(keep=0.5) | kivi(bits=4) | disk(recent=64)")
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_recipe = pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
 
 
-def measured(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse:
+def measured(pipeline: Pipeline, shape: CacheShape, tokens: int, disk: DiskStore | None = None) -> CacheUse:
     """What a cache of random numbers takes under the pipeline, at the end of a prompt."""
-    cache = KVCache(shape, 16 << 20, 16 << 20, 1, 2048, "m", torch.device("cpu"), "cpu")
+    cache = KVCache(shape, 16 << 20, 16 << 20, 1, 2048, "m", torch.device("cpu"), "cpu", disk=disk)
     generator = torch.Generator().manual_seed(tokens)
     seq = cache.open(2048)
     cache.reserve(seq, tokens)
@@ -72,6 +76,18 @@ def test_expected_bytes_are_those_of_a_real_cache(text: str, shape: CacheShape, 
     assert abs(expected.device_bytes_16bit - found.device_bytes_16bit) <= slack
     assert (expected.host_bytes, expected.shadow_bytes) == (found.host_bytes, found.shadow_bytes)
     assert (expected.full_bytes, expected.full_bytes_16bit) == (found.full_bytes, found.full_bytes_16bit)
+
+
+@pytest.mark.parametrize("tokens", [33, 320])
+@every_shape
+@pytest.mark.parametrize("text", ON_DISK)
+def test_expected_bytes_on_disk_and_on_the_way(text: str, shape: CacheShape, tokens: int, tmp_path: Path) -> None:
+    pipeline, disk = build(text, shape), DiskStore(tmp_path, 16 << 20)
+    expected, found = expected_use(pipeline, shape, tokens), measured(pipeline, shape, tokens, disk)
+    disk.close()
+    for name in ("device_bytes", "host_bytes", "disk_bytes", "shadow_bytes"):
+        assert getattr(expected, name) == getattr(found, name)
+    assert bool(found.disk_bytes) == (tokens > 64)
 
 
 def test_the_exact_scenario_has_an_exact_static_pipeline() -> None:
