@@ -16,8 +16,9 @@ class KVzip(Share):
 
     The text is fed again behind the cache, in chunks, each after a request to repeat it (``workers.engine.repeating``).
     A token's score is the most attention that one of these queries pays it, over the KV head's query group and the
-    chunk that it is in. The pass takes 2-3 times as long as the prompt did, and other requests go on meanwhile. Tokens
-    generated later all stay. Query-agnostic: what stays does not depend on what is asked last.
+    chunk that it is in. The pass takes about twice as long as the prompt did (measured: 1.8 to 1.9 times, at 600
+    tokens of SmolLM2-135M on a CPU), and other requests go on meanwhile. Tokens generated later all stay.
+    Query-agnostic: what stays does not depend on what is asked last.
 
     Head budgets are uniform unless ``budgets=ada`` shares them out among the heads of a layer; the paper takes the best
     of all heads of all layers together. It keeps the system prompt; here it must earn its place like other tokens.
