@@ -460,11 +460,35 @@ def model_fetch(
 
 @model_app.command("list")
 def model_list() -> None:
-    """List the models in the store and those that can be fetched."""
+    """List the models in the store and those that can be fetched.
+
+    A line each: name, folder or how to get it, what it is, and, of those in the store, whether it has a profile.
+    """
     with reported():
         from cli import model as command
 
         command.show()
+
+
+@model_app.command("profile")
+def model_profile(
+    model: Annotated[str, typer.Argument(help="A name from the store, or a folder written with a slash.")],
+    tokens: Annotated[int, typer.Option(min=1024, metavar="N", help="Tokens of text to find it from.")] = 8192,
+    force: Annotated[bool, typer.Option("--force", help="Find it anew although there is one.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the file's name.")] = False,
+) -> None:
+    """Find out once about a model what some stages need: how it asks, which heads retrieve, how its keys are spread.
+
+    Runs the model over real text of this machine (licences, manuals, Python's library) in this process, and keeps
+    the profile in $KVPILOT_CACHE/profiles under the hash of the model. Workers that start afterwards load it. Does
+    nothing if it is there. `kvpilot model list` shows which models have one.
+
+      kvpilot model profile smollm2
+    """
+    with reported():
+        from cli import profile as command
+
+        command.profile(model, tokens, force, json)
 
 
 @app.command(rich_help_panel=SETUP)
@@ -555,6 +579,43 @@ def bench_decode(
         from bench import decode as command
 
         command.bench(json, model, pipelines, contexts, tokens, rounds, switches, threads)
+
+
+@bench_app.command("quality")
+def bench_quality(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with tables and pictures to this file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures into this PNG file.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer texts, at 1,024 and 2,048 tokens: minutes instead of hours.")
+    ] = False,
+    model: ModelOption = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A stage, recipe or combination, measured beside the full cache; may be given several times. "
+            "Default: all.",
+        ),
+    ] = None,
+) -> None:
+    """What every stage and recipe costs in quality, at a half, a quarter and an eighth of the full cache's bytes.
+
+    Four tables: the tokens behind real texts; needles in them, with the question in the prompt and behind the reduced
+    cache; a conversation whose last turn needs the first; a long generation, with evictors at work. Device bytes count
+    scales, zero points and tables, raw blocks as of 16 bits. Where a stage cannot reach a share or serve the model, its
+    row says why; one that raises has its error there, and the exit code is 1 at the end.
+
+      kvpilot bench quality --quick --json quality.json --html quality.html
+
+      kvpilot bench quality --quick --only snapkv --only kivi-2bit
+    """
+    with reported():
+        from bench import quality as command
+
+        command.bench(quick, model, tuple(dict.fromkeys(only or ())), command.Files(json, html, plot))
 
 
 @bench_app.command("sessions")

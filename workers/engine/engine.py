@@ -40,6 +40,7 @@ from workers.errors import (
     RESOURCE_EXHAUSTED,
     ProblemError,
 )
+from workers.profile.profile import names_of
 from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
@@ -85,6 +86,7 @@ class Engine:
             self._loaded.name,
             device,
             settings.kernel_backend.value,
+            self._loaded.profile,
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._disk = _open_disk(settings)
@@ -98,7 +100,8 @@ class Engine:
         self._restoring: list[Sequence] = []
         self.cache.backend.warm_up()
         warm_up_signals(self.shape)
-        default = build(settings.default_pipeline, self.shape)
+        profiled = names_of(self._loaded.profile)
+        default = build(settings.default_pipeline, self.shape, profiled)
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)
         self._memory = EngineMemory(
@@ -246,7 +249,7 @@ class Engine:
                 vocabulary_size=self._loaded.vocabulary_size,
                 chat=self._loaded.chat,
                 workers=1,
-                stages=describe(shape),
+                stages=describe(shape, names_of(self._loaded.profile)),
                 default_pipeline=self._intake.default_pipeline.text,
                 capacity_bytes=limits.capacity_bytes,
                 raw_bytes_per_token=limits.bytes_per_token,
@@ -288,7 +291,8 @@ class Engine:
             self._reporter.interval_tokens = welcome.report_interval_tokens
         if welcome.default_pipeline:
             try:
-                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape)
+                profiled = names_of(self._loaded.profile)
+                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape, profiled)
             except PipelineError as error:
                 log.error("controller's default pipeline refused", pipeline=welcome.default_pipeline, why=str(error))
 
@@ -390,11 +394,11 @@ class Engine:
             logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
             seq.computed = end
         if seq.to_compute:
-            if not seq.pipeline.is_full:
+            if not seq.pipeline.moves_nothing:
                 self._memory.evacuate(seq)
             return
         self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
-        if not seq.pipeline.is_full:
+        if not seq.pipeline.moves_nothing:
             self._memory.evacuate(seq)
         seq.phase = Phase.DECODE
         seq.settled = self._try_apply(seq, Occasion.PROMPT)

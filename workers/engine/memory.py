@@ -11,6 +11,7 @@ scheduler preempt.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -67,8 +68,8 @@ class EngineMemory:
         """Whether a controller is attached; it then decides on lossy pipelines."""
 
     def free_bytes(self) -> int:
-        """Device bytes free now, unused prefixes counted as free."""
-        return self._cache.device.free_bytes + self._cache.prefixes.unused_bytes()
+        """Device bytes free now, unused prefixes and pools of recalled blocks counted as free."""
+        return self._cache.device.free_bytes + self._cache.prefixes.unused_bytes() + self._cache.pool_bytes()
 
     def watermark_bytes(self) -> int:
         """Device bytes to leave free when a request is admitted."""
@@ -85,7 +86,7 @@ class EngineMemory:
         seq.computed = self._resume(seq, token_ids, with_mass)
         if not (seq.computed or with_mass):
             seq.computed = self._cache.reuse_prefix(seq.cache, token_ids)
-        if seq.computed and not seq.pipeline.is_full:
+        if seq.computed and not seq.pipeline.moves_nothing:
             self.evacuate(seq)
         seq.reused_prompt_tokens = min(seq.computed, seq.prompt_tokens)
 
@@ -110,9 +111,10 @@ class EngineMemory:
         shadow, row_mass = self._sessions.take(seq.session, token_ids, seq.most_tokens, with_mass)
         tokens = self._cache.resume(seq.cache, shadow, row_mass)
         needed = self._cache.worst_bytes(tokens) + self.watermark_bytes()
-        if seq.pipeline.is_full and self.free_bytes() >= needed:
+        if seq.pipeline.moves_nothing and self.free_bytes() >= needed:
             # Chunks of the prompt read them again and again. Otherwise it is done when the prompt is complete.
-            self._cache.apply(seq.cache, seq.pipeline, Occasion.SWITCH)
+            with contextlib.suppress(TierFullError):
+                self._cache.apply(seq.cache, Pipeline(), Occasion.SWITCH)
         return tokens
 
     def evict(self, seq: Sequence) -> None:
@@ -141,7 +143,7 @@ class EngineMemory:
         """Frees some device memory by the mildest means there is. False: there is none."""
         if self._sessions and self._sessions.conclude():
             return True
-        if self._cache.prefixes.drop(missing_bytes) or self._interrupt():
+        if self._cache.prefixes.drop(missing_bytes) or self._interrupt() or self._cache.give_up_pools(missing_bytes):
             return True
         holders = sorted(self._running(), key=self._device_bytes, reverse=True)
         measures = (self._compress, self._move_to_host) if not self.steered else (self._move_to_host,)
@@ -173,7 +175,8 @@ class EngineMemory:
         placer, codec = seq.pipeline.placer, seq.pipeline.codec
         least = self._cache.device_tokens_at_least(seq.cache, codec.format if codec else Format.RAW)
         recent = max(PRESSURE_RECENT_TOKENS, least)
-        if recent >= (placer.device_tokens() if placer else len(seq.token_ids)):
+        stays = placer.device_tokens() if placer else None
+        if recent >= (len(seq.token_ids) if stays is None else stays):
             return False
         return self._switch(seq, with_host(seq.pipeline, recent), "device tier is full")
 

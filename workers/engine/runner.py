@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,13 @@ from workers.engine.attention import (
     Attend,
     DecodeAttention,
     PromptAttention,
+    cache_shape,
     check_servable,
 )
+from workers.engine.guessing import QueryGuesser
 from workers.engine.scoring import Context, ScoringAttention
+from workers.profile.files import load_if_there
+from workers.profile.profile import ModelProfile
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class LoadedModel:
     context_tokens: int
     vocabulary_size: int
     eos_token_ids: frozenset[int]
+    profile: ModelProfile | None = None
+    """What was found out about it, for stages that need it."""
 
     @property
     def chat(self) -> bool:
@@ -42,15 +49,17 @@ class LoadedModel:
 
 
 def load_model(path: Path, name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Loads a transformers model folder.
+    """Loads a transformers model folder, and the model's profile where the cache folder has one.
 
     Raises:
         ValueError: a model that kvpilot does not serve, saying why.
         OSError: a folder that holds no model.
     """
-    load_config(path)
+    config = load_config(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
-    return wrap_model(model.to(device), AutoTokenizer.from_pretrained(path), name)
+    model = model.to(device)
+    profile = load_if_there(path, name, model, cache_shape(config, dtype))
+    return wrap_model(model, AutoTokenizer.from_pretrained(path), name, profile)
 
 
 def load_config(path: Path) -> Any:
@@ -65,7 +74,7 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+def wrap_model(model: Any, tokenizer: Any, name: str, profile: ModelProfile | None = None) -> LoadedModel:
     """Describes a model object that already uses kvpilot's attention."""
     eos = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -76,6 +85,7 @@ def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
         context_tokens=model.config.max_position_embeddings,
         vocabulary_size=model.config.vocab_size,
         eos_token_ids=frozenset(eos_ids),
+        profile=profile,
     )
 
 
@@ -86,6 +96,7 @@ class ModelRunner:
         self._model = loaded.model
         self._cache = cache
         self._device = next(loaded.model.parameters()).device
+        self._guesser = QueryGuesser(loaded.model)
 
     @torch.inference_mode()
     def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> tuple[torch.Tensor, DecodePlan]:
@@ -100,8 +111,10 @@ class ModelRunner:
         reading = self._cache.reading(sequences)
         slots = np.array([seq.slot for seq in sequences], np.int32)
         plan = self._cache.backend.plan(slots, changing=bool(reading))
-        attend = DecodeAttention(self._cache, plan, reading)
-        logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
+        guesser = self._guesser if reading.guesses else None
+        attend = DecodeAttention(self._cache, plan, reading, guesser.next_queries if guesser else None)
+        with guesser.watching() if guesser else contextlib.nullcontext():
+            logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
         queries = attend.queries()
         for row, seq in enumerate(sequences):
@@ -147,7 +160,10 @@ class ModelRunner:
             Logits [len(token_ids), vocabulary]; row i is the distribution of the token behind token i.
         """
         positions = list(range(start, start + len(token_ids)))
-        return self._run([list(token_ids)], [positions], ScoringAttention(context), keep=len(token_ids))[0]
+        guesser = self._guesser if context.selective and context.selective.stage.guesses else None
+        with guesser.watching() if guesser else contextlib.nullcontext():
+            attend = ScoringAttention(context, guesser)
+            return self._run([list(token_ids)], [positions], attend, keep=len(token_ids))[0]
 
     def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
         return self._run(token_ids, positions, attend, keep=1)[:, -1]

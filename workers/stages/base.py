@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ import torch
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
+from workers.profile.profile import LayerProfile, missing
 from workers.stages.budgets import RULES, UNIFORM
 
 
@@ -53,6 +54,8 @@ class LayerView:
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # K and V, each [H, T, D], dequantised where need be
     queries: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     """The last queries, at most so many: [query heads, n, D] and their positions [n], rising. There are 1 to 32."""
+    profile: LayerProfile | None = None
+    """What the model's profile says of this layer. It is there, with all that the stage ``needs``, if that is any."""
 
     def attention(self, last: int) -> torch.Tensor:
         """What the last queries, at most ``last``, pay to the tokens that are kept now: float32 [H, G, n, T].
@@ -123,6 +126,8 @@ class Stage:
     name: ClassVar[str]
     kind: ClassVar[Kind]
     summary: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Tensors of the model's profile (``workers.profile.profile``) that it cannot do without."""
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -144,6 +149,10 @@ class Stage:
     def refuses(self, shape: CacheShape) -> str | None:
         """Why this stage cannot serve a model, or None if it can."""
         return None
+
+    def lacks(self, available: Collection[str]) -> str | None:
+        """What it needs of a profile beyond these tensors, and how to get it; None if nothing."""
+        return missing(self.needs, available)
 
     def spec(self) -> StageSpec:
         """This stage as pipeline text writes it; equal stages are written alike."""
@@ -236,17 +245,19 @@ class Codec(Lossy):
 
 @dataclass(frozen=True)
 class Placer(Stage):
-    """Chooses which blocks live on the host tier."""
+    """Chooses which blocks live on the host tier, and maybe which ones a query reads (``workers.stages.selecting``)."""
 
     kind: ClassVar[Kind] = Kind.OFFLOAD
+    selects: ClassVar[bool] = False
+    """Whether queries read only some blocks."""
 
     @property
     def loss_class(self) -> LossClass:
-        """Exact: what is moved is read as it was."""
-        return LossClass.EXACT
+        """Exact: what is moved is read as it was. One that selects is recoverable: what a query skips stays."""
+        return LossClass.RECOVERABLE if self.selects else LossClass.EXACT
 
-    def device_tokens(self) -> int:
-        """How many of a head's last tokens stay on the device; blocks wholly older go to the host."""
+    def device_tokens(self) -> int | None:
+        """How many of a head's last tokens stay on the device; blocks wholly older go to the host. None: all stay."""
         raise NotImplementedError
 
 
@@ -308,8 +319,18 @@ class Pipeline:
 
     @property
     def wants_shadow(self) -> bool:
-        """Whether what it loses is to be kept exactly on the host tier."""
-        return self.loss_class is LossClass.RECOVERABLE
+        """Whether what it loses is to be kept exactly on the host tier. What is only not read is not lost."""
+        return self.loss_class is LossClass.RECOVERABLE and any(isinstance(stage, Lossy) for stage in self.stages)
+
+    @property
+    def selects(self) -> bool:
+        """Whether queries read only some blocks."""
+        return self.placer is not None and self.placer.selects
+
+    @property
+    def moves_nothing(self) -> bool:
+        """Whether every block stays raw on the device, read or not."""
+        return not (self.evictor or self.codec or (self.placer and self.placer.device_tokens() is not None))
 
     def without_shadow(self) -> Pipeline:
         """The same without an exact copy of what it loses."""

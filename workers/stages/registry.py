@@ -7,7 +7,7 @@ A new stage is one file and one line in ``BUILT_IN``; a package from outside add
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -23,6 +23,7 @@ from workers.stages.compress.fp8 import FP8
 from workers.stages.compress.int8 import Int8
 from workers.stages.compress.kivi import Kivi
 from workers.stages.evict.dilated import Dilated
+from workers.stages.evict.expected_attention import ExpectedAttention
 from workers.stages.evict.h2o import H2O
 from workers.stages.evict.hashevict import HashEvict
 from workers.stages.evict.keydiff import KeyDiff
@@ -34,7 +35,12 @@ from workers.stages.evict.scissorhands import Scissorhands
 from workers.stages.evict.snapkv import SnapKV
 from workers.stages.evict.tova import Tova
 from workers.stages.evict.window import Window
+from workers.stages.offload.arkvale import ArkVale
+from workers.stages.offload.clo import CLO
+from workers.stages.offload.conversation import Conversation
 from workers.stages.offload.host import Host
+from workers.stages.offload.infinigen import InfiniGen
+from workers.stages.offload.quest import Quest
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
@@ -50,10 +56,16 @@ BUILT_IN: tuple[type[Stage], ...] = (
     HashEvict,
     MorphKV,
     RKV,
+    ExpectedAttention,
     FP8,
     Int8,
     Kivi,
     Host,
+    Quest,
+    ArkVale,
+    InfiniGen,
+    CLO,
+    Conversation,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
@@ -110,15 +122,16 @@ def _unusable(stage: Any) -> str:
     return ""
 
 
-def build(text: str, shape: CacheShape) -> Pipeline:
-    """The pipeline that the text names, if it can serve a cache of this shape.
+def build(text: str, shape: CacheShape, profiled: frozenset[str] = frozenset()) -> Pipeline:
+    """The pipeline that the text names, if it can serve a model; arguments are those of :func:`catalog`.
 
     Raises:
         PipelineError: for text that does not parse, an unknown stage or parameter, a value out of range, kinds that do
-            not go together, or a stage that cannot serve the model; says what would be accepted.
+            not go together, or a stage that cannot serve the model or lacks something of its profile; says what would
+            be accepted.
     """
     built = []
-    for spec in catalog(shape).check(text):
+    for spec in catalog(shape, profiled).check(text):
         try:
             built.append(stages()[spec.name](**dict(spec.parameters)))
         except ValueError as error:  # a condition that bounds cannot state
@@ -130,13 +143,18 @@ def build(text: str, shape: CacheShape) -> Pipeline:
 
 
 @cache
-def catalog(shape: CacheShape) -> StageCatalog:
-    """The stages as the catalog that reads pipeline text."""
-    return StageCatalog(describe(shape))
+def catalog(shape: CacheShape, profiled: frozenset[str] = frozenset()) -> StageCatalog:
+    """The stages as the catalog that reads pipeline text.
+
+    Args:
+        shape: the model's cache dimensions.
+        profiled: the tensors that its profile has.
+    """
+    return StageCatalog(describe(shape, profiled))
 
 
-def describe(shape: CacheShape) -> list[generation_pb2.StageInfo]:
-    """What clients and controllers are told of the stages, for a cache of this shape."""
+def describe(shape: CacheShape, profiled: Collection[str] = ()) -> list[generation_pb2.StageInfo]:
+    """What clients and controllers are told of the stages, for a model; arguments are those of :func:`catalog`."""
     return [
         generation_pb2.StageInfo(
             name=name,
@@ -153,7 +171,7 @@ def describe(shape: CacheShape) -> list[generation_pb2.StageInfo]:
                 )
                 for field in dataclasses.fields(stage)
             ],
-            unfit=stage().refuses(shape) or "",
+            unfit=stage().refuses(shape) or stage().lacks(profiled) or "",
         )
         for name, stage in stages().items()
     ]
