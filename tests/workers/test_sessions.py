@@ -116,7 +116,15 @@ def rows_of(engine: Engine, seq: Sequence, rows: int) -> np.ndarray:
 
 
 EXACT = ["", "host(recent=64)"]
-PIPELINES = [*EXACT, "kivi(bits=4)", "h2o(keep=0.5)", "snapkv(keep=0.5)", "kivi | host(recent=64)", "window(recent=64)"]
+PIPELINES = [
+    *EXACT,
+    "kivi(bits=4)",
+    "h2o(keep=0.5)",
+    "snapkv(keep=0.5)",
+    "kivi | host(recent=64)",
+    "window(recent=64)",
+    "conversation",
+]
 
 
 # -- what a turn answers -----------------------------------------------------------------------------------------------

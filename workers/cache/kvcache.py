@@ -222,6 +222,7 @@ class KVCache:
             Rows copied; fewer than ``at_most``: there are no more, or the host has no room for them.
         """
         self.abandon(seq)
+        self._stop_selecting(seq)
         have = seq.shadow.rows if seq.shadow else 0
         row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
         rows = min(self._exact_rows(seq) - have, self.host.room_bytes // row_bytes, at_most)

@@ -11,6 +11,7 @@ scheduler preempt.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -111,9 +112,10 @@ class EngineMemory:
         shadow, row_mass = self._sessions.take(seq.session, token_ids, seq.most_tokens, with_mass)
         tokens = self._cache.resume(seq.cache, shadow, row_mass)
         needed = self._cache.worst_bytes(tokens) + self.watermark_bytes()
-        if seq.pipeline.is_full and self.free_bytes() >= needed:
+        if seq.pipeline.moves_nothing and self.free_bytes() >= needed:
             # Chunks of the prompt read them again and again. Otherwise it is done when the prompt is complete.
-            self._cache.apply(seq.cache, seq.pipeline, Occasion.SWITCH)
+            with contextlib.suppress(TierFullError):
+                self._cache.apply(seq.cache, Pipeline(), Occasion.SWITCH)
         return tokens
 
     def evict(self, seq: Sequence) -> None:
