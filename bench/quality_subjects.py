@@ -129,12 +129,21 @@ def _at_targets(
     name: str, kind: str, pipeline: Pipeline, shape: CacheShape, targets: Sequence[float], variant: str = ""
 ) -> Iterator[Subject]:
     """One for each share if a parameter of the first stage changes the bytes, else one as it is."""
-    knob = _knob(pipeline, shape)
-    if knob is None:
+    knobs = _knobs(pipeline, shape)
+    made = [Subject(name, kind, target, _set_to(pipeline, knobs, shape, target), variant) for target in targets]
+    if not (knobs and any(_reaches(subject) for subject in made)):
         yield Subject(name, kind, None, lambda tokens: pipeline, variant)
-    else:
-        for target in targets:
-            yield Subject(name, kind, target, _set_to(pipeline, knob, shape, target), variant)
+    if knobs:
+        yield from made
+
+
+def _reaches(subject: Subject) -> bool:
+    """Whether it can be set to its share at all."""
+    try:
+        subject.make(PROBE_TOKENS)
+    except LeftOut:
+        return False
+    return True
 
 
 # -- the parameter that counts -----------------------------------------------------------------------------------------
@@ -146,10 +155,11 @@ def fraction(pipeline: Pipeline, shape: CacheShape, tokens: int) -> float:
     return use.device_bytes_16bit / use.full_bytes_16bit
 
 
-def _knob(pipeline: Pipeline, shape: CacheShape) -> str | None:
-    """The parameter of the first stage that changes its bytes; None: none does."""
+def _knobs(pipeline: Pipeline, shape: CacheShape) -> tuple[str, ...]:
+    """The parameters of the first stage that change its bytes, in the order in which they are turned."""
     fields = [field for field in dataclasses.fields(pipeline.stages[0]) if _major(field)]
     order = {name: place for place, name in enumerate(_PREFERRED)}
+    found = []
     for field in sorted(fields, key=lambda field: order.get(field.name, len(order))):
         if field.type not in ("int", "float", int, float) or field.metadata["bounds"].choices:
             continue
@@ -159,40 +169,46 @@ def _knob(pipeline: Pipeline, shape: CacheShape) -> str | None:
         except ValueError:  # not without another parameter
             continue
         if first != last:
-            return field.name
-    return None
+            found.append(field.name)
+    return tuple(found)
 
 
-def _set_to(pipeline: Pipeline, knob: str, shape: CacheShape, target: float) -> Callable[[int], Pipeline]:
+def _set_to(pipeline: Pipeline, knobs: Sequence[str], shape: CacheShape, target: float) -> Callable[[int], Pipeline]:
+    """Turns one parameter after the other: the next one where those before it, turned down, do not do."""
+
     @cache
     def make(tokens: int) -> Pipeline:
-        field = next(field for field in dataclasses.fields(pipeline.stages[0]) if field.name == knob)
-
-        def taken(value: float) -> float:
-            return fraction(_turned(pipeline, knob, value), shape, tokens)
-
-        try:
-            value, reached = _most_within(_values(field, tokens), taken, target, tokens)
-        except ValueError as error:
-            raise LeftOut(f"cannot be set to {target:.3g} of the bytes by {knob}: {error}") from None
+        turned, reached, set_to = pipeline, math.inf, ""
+        for knob in knobs:
+            try:
+                value, reached = _most_within(turned, knob, shape, tokens, target)
+            except ValueError as error:
+                raise LeftOut(f"cannot be set to {target:.3g} of the bytes by {knob}: {error}") from None
+            turned, set_to = _turned(turned, knob, value), f"{set_to} {knob}={value:g}"
+            if reached <= target + _SLACK:
+                break
         if reached > target + _SLACK:
-            raise LeftOut(f"takes {reached:.3g} of the bytes at least, at {tokens} tokens with {knob}={value:g}")
+            raise LeftOut(f"takes {reached:.3g} of the bytes at least, at {tokens} tokens with{set_to}")
         if reached < ENOUGH * target:
-            raise LeftOut(f"comes no nearer to it than {reached:.3g}, at {tokens} tokens with {knob}={value:g}")
-        return _turned(pipeline, knob, value)
+            raise LeftOut(f"comes no nearer to it than {reached:.3g}, at {tokens} tokens with{set_to}")
+        return turned
 
     return make
 
 
-def _most_within(
-    values: Sequence[float], taken: Callable[[float], float], target: float, tokens: int
-) -> tuple[float, float]:
+def _most_within(pipeline: Pipeline, knob: str, shape: CacheShape, tokens: int, target: float) -> tuple[float, float]:
     """The value that takes most of what the target allows, and what it takes; if none fits, the one that takes least.
 
     What is taken rises or falls with the value, but for a little to and fro at the edges of blocks, where a few more
     tokens fill a block that can then be coded. So the values around are looked at, and of those that take about the
     same the one that keeps most counts.
     """
+    field = next(field for field in dataclasses.fields(pipeline.stages[0]) if field.name == knob)
+    values = _values(field, tokens)
+
+    def taken(value: float) -> float:
+        return fraction(_turned(pipeline, knob, value), shape, tokens)
+
     if taken(values[0]) > taken(values[-1]):
         values = values[::-1]
     place = max(bisect_right(values, target + _SLACK, key=taken) - 1, 0)

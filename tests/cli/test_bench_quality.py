@@ -31,7 +31,7 @@ from tests.tiny import prompt, tiny_loaded
 from workers.cache.kvcache import Occasion
 from workers.engine.attention import cache_shape
 from workers.engine.runner import LoadedModel, load_model
-from workers.stages.base import Codec, Evictor, LayerView, Pipeline, Placer, parameter
+from workers.stages.base import Codec, LayerView, Pipeline, parameter
 from workers.stages.evict.window import Window
 from workers.stages.registry import build, stages
 
@@ -289,18 +289,17 @@ def test_texts_are_real_and_differ(loaded: LoadedModel) -> None:
 
 
 def test_stages_are_set_to_the_shares_at_a_thousand_tokens() -> None:
-    for one in all_subjects(SMOLLM2):
-        pipeline = one.make(1024)
-        if one.target is None:
-            continue
-        found = fraction(pipeline, SMOLLM2, 1024)
-        assert 0.75 * one.target <= found <= one.target + 1e-6, (one.label, pipeline.text)
-    labels = [one.label for one in all_subjects(SMOLLM2)]
+    found = all_subjects(SMOLLM2)
+    for one in found:
+        if one.target is not None and one.kind != "offload":
+            pipeline = one.make(1024)
+            taken = fraction(pipeline, SMOLLM2, 1024)
+            assert 0.75 * one.target <= taken <= one.target + 1e-6, (one.label, pipeline.text)
+    labels = [one.label for one in found]
     assert labels[0] == FULL
     assert {"kivi(bits=2)", "kivi(bits=4)", "kivi(bits=8)", "fp8", "int8", "streaming-llm"} <= set(labels)
-    for name, kind in stages().items():
-        if issubclass(kind, Evictor | Placer):
-            assert {f"{name} at {target:.3g}" for target in TARGETS} <= set(labels)
+    for name in ("window", "dilated", "h2o", "snapkv", "tova", "keydiff", "rkv", "host"):
+        assert {f"{name} at {target:.3g}" for target in TARGETS} <= set(labels)
 
 
 def test_a_stage_that_cannot_reach_a_share_or_serve_the_model_says_why() -> None:
