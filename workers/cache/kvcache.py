@@ -6,7 +6,6 @@ nothing that a reader could see.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -219,16 +218,20 @@ class KVCache:
         """Copies further exact rows of a request that has ended to its shadow, for :meth:`close_keeping`.
 
         Returns:
-            Rows copied; fewer than ``at_most``: there are no more, or the host has no room for them.
+            Rows copied; fewer than ``at_most``: there are no more, the host has no room for them, or they are damaged.
         """
         self.abandon(seq)
         self._stop_selecting(seq)
         have = seq.shadow.rows if seq.shadow else 0
         row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
         rows = min(self._exact_rows(seq) - have, self.host.room_bytes // row_bytes, at_most)
-        if rows > 0:
+        if rows <= 0:
+            return 0
+        try:
             self._extend_shadow(seq, rows)
-        return max(0, rows)
+        except DamagedCacheError:  # rows that were copied before stay
+            return 0
+        return rows
 
     def close_keeping(self, seq: SequenceCache, copy: bool = True) -> Shadow | None:
         """Closes a request's cache, all but its exact rows, which stay on the host tier in a shadow of their own.
@@ -244,9 +247,8 @@ class KVCache:
             None: no row is kept.
         """
         self.abandon(seq)
-        with contextlib.suppress(DamagedCacheError):  # rows that were copied before stay
-            if copy:
-                self.keep_rows(seq, seq.seen)
+        if copy:
+            self.keep_rows(seq, seq.seen)
         rows = self._exact_rows(seq)
         shadow, seq.shadow = seq.shadow, None
         self.close(seq)
