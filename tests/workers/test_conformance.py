@@ -23,7 +23,7 @@ from workers.cache.accounting import CacheUse
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.stages.base import Codec, Evictor, Kind, LossClass, Pipeline, Placer, Stage
-from workers.stages.budgets import RULES
+from workers.stages.budgets import PER_HEAD, RULES
 from workers.stages.registry import build, stages
 
 SHAPES = {
@@ -37,13 +37,15 @@ LEVELS = {Format.INT8: 255, Format.INT4: 15, Format.INT2: 3}
 
 
 def small(stage: type[Stage], **more: object) -> Stage:
-    """A stage with parameters that bite at ``TOKENS``: counts of tokens as small as they may be."""
+    """A stage with parameters that bite at ``TOKENS``: counts of tokens as small as they may be, and little of
+    the attention, which random keys spread widely."""
     counts = {
         field.name: 2 * BLOCK_TOKENS
         for field in dataclasses.fields(stage)
         if field.name in ("recent", "size") and field.metadata["bounds"].accept(2 * BLOCK_TOKENS)
     }
-    return stage(**(counts | more))
+    shares = {"recovered": 0.4} if "recovered" in {field.name for field in dataclasses.fields(stage)} else {}
+    return stage(**(counts | shares | more))
 
 
 REPRESENTATIVE = (None, "window", "snapkv")
@@ -297,8 +299,9 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
             sinks, _ = evictor.protected(seen)
             assert kept[:sinks] == list(range(sinks))
             if settled:
-                assert len(kept) <= evictor.budget(seen) + grown
-                assert grown or len(kept) == min(seen, max(evictor.budget(seen), sum(evictor.protected(seen))))
+                budget = budget_of(evictor, world, layer, head)
+                assert len(kept) <= (evictor.budget(seen) if budget is None else budget) + grown
+                assert grown or budget is None or len(kept) == min(seen, max(budget, sum(evictor.protected(seen))))
         k, v = world.read(layer, head)
         for block, (fmt, tier, _) in enumerate(blocks):
             rows = slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
@@ -312,6 +315,14 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
             check_contents(k[rows], world.k[layer, head, at], fmt, by_channel=True)
             check_contents(v[rows], world.v[layer, head, at], fmt, by_channel=False)
     check_bytes(world)
+
+
+def budget_of(evictor: Evictor, world: World, layer: int, head: int) -> int | None:
+    """What a head is to keep; None where only the text tells."""
+    if evictor.rule != PER_HEAD:
+        return evictor.budget(world.seq.seen)
+    budget = evictor.head_budget(world.seq.seen, world.cache.profile.layer(layer))
+    return None if budget is None else int(budget[head])
 
 
 def check_contents(got: torch.Tensor, want: torch.Tensor, fmt: Format, by_channel: bool) -> None:
