@@ -6,10 +6,11 @@ import json
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from cli.document import fields
 from cli.errors import BadInputError
@@ -18,16 +19,14 @@ from cli.inspect_view import show
 from kernels.layout import CacheShape
 from kvpilot.log import LogFormat, LogLevel, configure_logging
 from kvpilot.pipeline import PipelineError
-from models import store
+from models import profiles, store
 from workers.engine.attention import cache_shape
-from workers.engine.runner import LoadedModel, load_model
-from workers.profile.profile import ModelProfile
+from workers.engine.runner import load_config, load_model
+from workers.profile.profile import KINDS
 from workers.stages.base import Pipeline
 from workers.stages.registry import build
 
-if TYPE_CHECKING:
-    from rich.status import Status
-
+DTYPE = torch.float32
 EXACT_DIGITS = 9
 """Decimal digits that tell every float32 from its neighbours."""
 
@@ -56,8 +55,15 @@ def inspect(
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     console = Console(highlight=False)
     with Console(stderr=True).status("loading the model") as status:
-        loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), torch.float32)
-        found = run(loaded, pipeline, text, tokens, str(prompt_file), status)
+        config = load_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        built, prompt = read_order(config, tokenizer, _profiled(folder), pipeline, text, tokens, str(prompt_file))
+        loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), DTYPE)
+
+        def progress(seen: int) -> None:
+            status.update(f"{seen} of {len(prompt) + tokens} tokens computed")
+
+        found = inspect_request(loaded, built, prompt, tokens, progress)
     show(found, console)
     if json_file is not None:
         json_file.write_text(json.dumps(document(found), ensure_ascii=False) + "\n", encoding="utf-8")
@@ -67,34 +73,35 @@ def inspect(
         picture.write_bytes(draw(found))
 
 
-def run(
-    loaded: LoadedModel, pipeline: str, text: str, tokens: int, source: str, status: Status | None = None
-) -> Inspection:
-    """What the pipeline keeps of a text and so many tokens behind it.
+def read_order(
+    config: Any, tokenizer: Any, profiled: frozenset[str], pipeline: str, text: str, tokens: int, source: str
+) -> tuple[Pipeline, list[int]]:
+    """The pipeline and the prompt's tokens, if the model can serve them and so many tokens more.
 
     Args:
-        loaded: the model.
+        config: the model's, of transformers.
+        tokenizer: the model's.
+        profiled: the tensors that the model's profile has.
         pipeline: as text.
         text: the prompt.
         tokens: to generate.
         source: where the prompt comes from, for errors.
-        status: told how far it is.
 
     Raises:
         BadInputError: naming what is wrong, its value and what is accepted.
     """
-    shape = cache_shape(loaded.model.config, next(loaded.model.parameters()).dtype)
-    built = build_pipeline(pipeline, shape, loaded.profile)
-    if loaded.tokenizer is None:
-        raise BadInputError(f"--model: {loaded.name!r} has no tokenizer; accepted: a model with one")
-    prompt = list(loaded.tokenizer(text)["input_ids"])
-    check_length(prompt, tokens, loaded.context_tokens, source)
+    built = build_pipeline(pipeline, cache_shape(config, DTYPE), profiled)
+    prompt = list(tokenizer(text)["input_ids"])
+    check_length(prompt, tokens, config.max_position_embeddings, source)
+    return built, prompt
 
-    def progress(seen: int) -> None:
-        if status is not None:
-            status.update(f"{seen} of {len(prompt) + tokens} tokens computed")
 
-    return inspect_request(loaded, built, prompt, tokens, progress)
+def _profiled(folder: Path) -> frozenset[str]:
+    """The tensors of the profile that the model will be loaded with."""
+    try:
+        return frozenset(KINDS if profiles.find_profile(folder) else ())
+    except (profiles.ProfileError, OSError):  # the weights' own error says more
+        return frozenset()
 
 
 def read_text(file: Path) -> str:
@@ -116,14 +123,14 @@ def read_text(file: Path) -> str:
         ) from None
 
 
-def build_pipeline(text: str, shape: CacheShape, profile: ModelProfile | None = None) -> Pipeline:
+def build_pipeline(text: str, shape: CacheShape, profiled: frozenset[str] = frozenset()) -> Pipeline:
     """The pipeline, refused in the words in which a submitted one is.
 
     Raises:
         BadInputError: it names what does not exist, or cannot serve the model.
     """
     try:
-        return build(text, shape, profile)
+        return build(text, shape, profiled)
     except PipelineError as error:
         raise BadInputError(f"pipeline: {error}") from None
 

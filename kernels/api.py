@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 from kernels.partials import Partial
 
 I32 = npt.NDArray[np.int32]
@@ -88,7 +88,7 @@ class DecodePlan:
     """
 
     slots: I32  # [R] slot of each batch row
-    tiers: tuple[Tier, ...] = tuple(Tier)  # whose blocks are read; others count as if they were not there
+    tiers: tuple[Tier, ...] = MEMORY_TIERS  # whose blocks are read; others count as if they were not there
     appends: bool = True
     block_mass: F32 = field(
         default_factory=lambda: np.zeros((0, 0, 0, 0), np.float32)
@@ -119,7 +119,9 @@ class Backend(Protocol):
         """Does what would make first calls slow, such as compiling."""
         ...
 
-    def plan(self, slots: I32, tiers: Collection[Tier] = tuple(Tier), *, appends: bool = True) -> DecodePlan:
+    def plan(
+        self, slots: I32, tiers: Collection[Tier] = MEMORY_TIERS, *, appends: bool = True, changing: bool = False
+    ) -> DecodePlan:
         """Makes the host-side decisions of one decode step over these slots.
 
         Args:
@@ -127,6 +129,15 @@ class Backend(Protocol):
             tiers: whose blocks the step reads. The tokens of other blocks get no mass (their votes fade all the same).
             appends: whether the plan is for ``decode``, and every table has a raw block on the device, which is one of
                 the tiers, for the new token. Otherwise it is for ``attend``, and tables may be empty.
+            changing: whether, between layers, tables may come to name other blocks in the places of full ones, or none
+                to read; see ``refresh``.
+        """
+        ...
+
+    def refresh(self, plan: DecodePlan, layer: int) -> None:
+        """Takes note that addresses, formats or tiers in the slots' tables of a layer are others than at the plan.
+
+        The plan must have been made as ``changing``.
         """
         ...
 

@@ -8,15 +8,16 @@ import numpy as np
 import torch
 
 from kernels.api import I32, DecodePlan, Tables
-from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, CacheShape, Format, Tier
 from kernels.partials import Partial
 
 
 def check_arenas(shape: CacheShape, arenas: tuple[torch.Tensor, ...]) -> None:
     """Raises ValueError unless there is one flat, contiguous uint8 arena of whole units for each tier."""
-    if len(arenas) != len(Tier):
-        raise ValueError(f"arenas: got {len(arenas)}, need one for each of {[tier.name.lower() for tier in Tier]}")
-    for tier, arena in zip(Tier, arenas, strict=True):
+    if len(arenas) != len(MEMORY_TIERS):
+        needed = [tier.name.lower() for tier in MEMORY_TIERS]
+        raise ValueError(f"arenas: got {len(arenas)}, need one for each of {needed}")
+    for tier, arena in zip(MEMORY_TIERS, arenas, strict=True):
         if arena.dtype is not torch.uint8 or arena.dim() != 1 or not arena.is_contiguous():
             raise ValueError(f"{tier.name.lower()} arena: {arena.dtype} {tuple(arena.shape)}, must be flat uint8")
         if arena.numel() % UNIT_BYTES:
@@ -29,8 +30,8 @@ def check_plan(tables: Tables, slots: I32, tiers: Collection[Tier], appends: boo
     if len(np.unique(slots)) != len(slots):
         raise ValueError(f"slots {slots.tolist()}: a slot can be in a batch once")
     for tier in tiers:
-        if tier not in tuple(Tier):
-            raise ValueError(f"tiers: got {tier!r}, must be of {[tier.name for tier in Tier]}")
+        if tier not in MEMORY_TIERS:
+            raise ValueError(f"tiers: got {tier!r}, must be of {[tier.name for tier in MEMORY_TIERS]}")
     length = tables.length[slots]  # [R, L, H]
     if length.max(initial=0) > tables.mass.shape[-1]:
         raise ValueError(f"length {length.max()}: tables hold at most {tables.mass.shape[-1]} tokens")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -18,12 +17,11 @@ from kernels.cpu_attend_block import SPLIT_BLOCKS, SPLIT_TOKENS
 from kernels.cpu_convert import encode_blocks, load_blocks, read_tokens, store_blocks, write_tokens
 from kernels.cpu_threads import team
 from kernels.cpu_tiles import CHANNELS
-from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format, Tier
-from kernels.partials import Partial, stack
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.partials import LOG2_E, Partial, stack
 
 I64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-LOG2_E = math.log2(math.e)
 _NO_TOKENS = np.empty((0, 0, 0), np.uint8)
 _NO_PARTIALS = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0), np.float32)
 RAW_KINDS = {torch.float32: cpu_memory.F32, torch.float16: cpu_memory.F16, torch.bfloat16: cpu_memory.BF16}
@@ -34,7 +32,7 @@ class CpuPlan(DecodePlan):
     """A decode step with its work items: splits of tables."""
 
     items: list[I32] = field(default_factory=list)  # a layer: [I, 4] row, head, split, number of the table's first item
-    reads: Mask = field(default_factory=lambda: np.ones(len(Tier), np.bool_))  # [tiers]
+    reads: Mask = field(default_factory=lambda: np.zeros(len(Tier), np.bool_))  # [tiers]
 
 
 class CpuBackend:
@@ -49,7 +47,7 @@ class CpuBackend:
         self.arenas = arenas
         self.tables = tables
         self._kind = RAW_KINDS[shape.dtype]
-        self._bases = np.array([arena.data_ptr() for arena in arenas], np.int64)
+        self._bases = np.array([*(arena.data_ptr() for arena in arenas), 0], np.int64)  # no block is read on disk
         self._votes = tables.votes.view(np.uint16)
         self._workspace = _Workspace(shape)
 
@@ -68,7 +66,9 @@ class CpuBackend:
         backend.store(0, source.address[0, :1], backend.encode(source, Format.RAW))
         backend.load(0, source.address[0, :1], Format.RAW)
 
-    def plan(self, slots: I32, tiers: Collection[Tier] = tuple(Tier), *, appends: bool = True) -> CpuPlan:
+    def plan(
+        self, slots: I32, tiers: Collection[Tier] = MEMORY_TIERS, *, appends: bool = True, changing: bool = False
+    ) -> CpuPlan:
         """See ``kernels.api.Backend.plan``."""
         check_plan(self.tables, slots, tiers, appends)
         length = self.tables.length[slots].swapaxes(0, 1)  # [L, R, H]
@@ -90,6 +90,9 @@ class CpuBackend:
             items=np.split(items, layer_end[:-1]),
             reads=np.array([tier in tiers for tier in Tier]),
         )
+
+    def refresh(self, plan: DecodePlan, layer: int) -> None:
+        """Nothing to do: the tables are read as they are."""
 
     def decode(
         self,

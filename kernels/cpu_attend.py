@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels import partials
 from kernels.cpu_attend_block import (
     NOTHING,
     SPLIT_BLOCKS,
@@ -31,10 +32,11 @@ from kernels.cpu_jit import Array, fast_jit, jit
 from kernels.cpu_memory import BF16, copy_bytes, float_of_half, half_of, load_f32
 from kernels.cpu_threads import parallel_for
 from kernels.cpu_tiles import TILE_QUERIES, prefetch, spread_tile
-from kernels.layout import BLOCK_TOKENS, UNIT_BYTES
+from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, Format
 
 Arrays = Any  # tuples of arrays
-LOG2_E, LN_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
+FORMATS = len(Format)
+LOG2_E, LN_2 = np.float32(partials.LOG2_E), np.float32(1 / partials.LOG2_E)
 
 
 @jit
@@ -98,7 +100,7 @@ def _attend_split(
         block, kind = following, next_kind
         # wherever it lies: to fetch ahead does not fail where there is no memory
         following, next_kind = _locate(bases, raw_kind, tables, table, min(b + 1, tail))
-        if not reads[tables[2][slots[row], layer, head, b]]:
+        if not reads[tables[2][slots[row], layer, head, b]] or tables[1][slots[row], layer, head, b] >= FORMATS:
             _skip_block(scores[i], b - first, highest[i])
             continue
         tokens, at = min(BLOCK_TOKENS, kept - b * BLOCK_TOKENS), (b - first) * BLOCK_TOKENS

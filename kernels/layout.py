@@ -69,6 +69,11 @@ class Tier(IntEnum):
 
     DEVICE = 0
     HOST = 1
+    DISK = 2
+
+
+MEMORY_TIERS = (Tier.DEVICE, Tier.HOST)
+"""The tiers that are arenas in memory, which kernels read. A block whose table says anything else is not read."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from kernels.api import F32, I32, VOTE_DECAY, DecodePlan, Tables, TokenSource
 from kernels.checks import check_arenas, check_attend, check_decode, check_plan, check_write
-from kernels.layout import BLOCK_TOKENS, GROUP, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, GROUP, MEMORY_TIERS, UNIT_BYTES, CacheShape, Format, Tier
 from kernels.partials import Partial, merge, stack, weights
 
 Mask = npt.NDArray[np.bool_]
@@ -37,13 +37,18 @@ class ReferenceBackend:
     def warm_up(self) -> None:
         """Nothing to compile."""
 
-    def plan(self, slots: I32, tiers: Collection[Tier] = tuple(Tier), *, appends: bool = True) -> DecodePlan:
+    def plan(
+        self, slots: I32, tiers: Collection[Tier] = MEMORY_TIERS, *, appends: bool = True, changing: bool = False
+    ) -> DecodePlan:
         """See ``kernels.api.Backend.plan``."""
         check_plan(self.tables, slots, tiers, appends)
         length = self.tables.length[slots]  # [R, L, H]
         rows, layers, heads = length.shape
         blocks = -(-int(length.max(initial=0)) // BLOCK_TOKENS)
         return DecodePlan(slots, tuple(tiers), appends, np.zeros((layers, rows, heads, blocks), np.float32))
+
+    def refresh(self, plan: DecodePlan, layer: int) -> None:
+        """Nothing to do: the tables are read as they are."""
 
     def decode(
         self,
@@ -87,7 +92,9 @@ class ReferenceBackend:
         heads, group = len(length), self.shape.queries_per_kv_head
         blocks = -(-int(length.max()) // BLOCK_TOKENS)
         read = np.arange(blocks * BLOCK_TOKENS) < length[:, None]  # [H, T]
-        read &= np.isin(self.tables.tier[slot, layer, :, :blocks], plan.tiers).repeat(BLOCK_TOKENS, -1)
+        here = np.isin(self.tables.tier[slot, layer, :, :blocks], plan.tiers)
+        here &= self.tables.format[slot, layer, :, :blocks] < len(Format)
+        read &= here.repeat(BLOCK_TOKENS, -1)
         keys, values = self._gather(self._whole_blocks(slot, layer, read), torch.float32)
         keys = keys.view(heads, blocks * BLOCK_TOKENS, self.shape.head_dim)  # [H, T, D]
         values = values.view_as(keys)

@@ -5,7 +5,6 @@ With ``TRITON_INTERPRET=1`` set before these modules are imported, the same kern
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -17,13 +16,12 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.api import I32, VOTE_DECAY, DecodePlan, Tables, TokenSource
 from kernels.checks import check_arenas, check_attend, check_decode, check_plan, check_write
-from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format, Tier
-from kernels.partials import Partial, stack
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.partials import LOG2_E, Partial, stack
 from kernels.triton_attend import attend_splits, merge_splits
 from kernels.triton_convert import COPY_WORDS, copy_blocks, encode_blocks, read_tokens, write_tokens
-from kernels.triton_plan import Bucket, BucketKey, TritonPlan, Work
+from kernels.triton_plan import UNREAD_KIND, Bucket, BucketKey, TritonPlan, Work, kinds
 
-LOG2_E = math.log2(math.e)
 INTERPRETED = isinstance(attend_splits, InterpretedFunction)
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTEGERS = {4: (torch.int32, tl.int32), 2: (torch.int16, tl.int16)}
@@ -80,19 +78,24 @@ class TritonBackend:
             backend.store(0, source.address[0, :1], backend.encode(source, fmt))
             backend.load(0, source.address[0, :1], fmt)
 
-    def plan(self, slots: I32, tiers: Collection[Tier] = tuple(Tier), *, appends: bool = True) -> TritonPlan:
+    def plan(
+        self, slots: I32, tiers: Collection[Tier] = MEMORY_TIERS, *, appends: bool = True, changing: bool = False
+    ) -> TritonPlan:
         """See ``kernels.api.Backend.plan``. Plans with equal ``plan.bucket.key`` share buffers and grids."""
         check_plan(self.tables, slots, tiers, appends)
         length = self.tables.length[slots].swapaxes(0, 1)  # [L, R, H]
         work = Work.of(length, self._multiprocessors)
-        key = work.key(tiers)
+        most = int(work.blocks.max(initial=0))
+        kind = kinds(self.tables.format[slots, :, :, :most], self.tables.tier[slots, :, :, :most], tiers)
+        real = np.arange(most) < work.blocks[..., None]  # [L, R, H, B']
+        kind = kind.swapaxes(0, 1)[real]
+        key = work.key(all_read=not changing and UNREAD_KIND not in kind)
         if key not in self._buckets:
             self._buckets[key] = Bucket(key, self.shape, self._device)
         bucket = self._buckets[key]
-        bucket.upload(self.tables, slots, tiers, work)
+        bucket.upload(self.tables, slots, kind, real, work)
         if appends:
             self._counted[slots] = np.maximum(self._counted[slots], self.tables.length[slots])
-        most = int(work.blocks.max(initial=0))
         return TritonPlan(
             slots=np.ascontiguousarray(slots, np.int32),
             tiers=tuple(tiers),
@@ -102,6 +105,14 @@ class TritonBackend:
             serial=bucket.serial,
             blocks=work.blocks,
         )
+
+    def refresh(self, plan: DecodePlan, layer: int) -> None:
+        """See ``kernels.api.Backend.refresh``."""
+        bucket = self._bucket(plan)
+        if bucket.key.all_read:
+            raise ValueError("plan: made for tables that do not change, must be made as changing")
+        assert isinstance(plan, TritonPlan)
+        bucket.refresh(self.tables, plan.slots, plan.tiers, plan.blocks[layer], layer)
 
     def decode(
         self,
@@ -178,7 +189,7 @@ class TritonBackend:
             **sizes,
             DOT=self._dtype if half else tl.float32,
             M=max(16, queries) if half else queries,
-            ALL=key.all_tiers,
+            ALL=key.all_read,
             num_warps=ATTEND_WARPS,
         )
         item_programs = key.items if new else 0  # they add to the masses

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.api import I32, DecodePlan, Tables
-from kernels.layout import BLOCK_TOKENS, CacheShape, Tier
+from kernels.api import I32, U8, DecodePlan, Tables
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 
 LEAST_SPLIT_BLOCKS = 8
 """Shortest split, except a table's last: 256 tokens, against whose bytes a split's partial results weigh little."""
 
 UNREAD_KIND = 0xFF
-"""Kind of a block on a tier that the step does not read."""
+"""Kind of a block that the step does not read: of another tier, or of no format that kernels know."""
 
 WAVES = 2
 """Programs per multiprocessor that a lone, long request should give."""
@@ -37,6 +37,12 @@ def bucket_size(n: int) -> int:
     return -(-max(n, 1) // step) * step
 
 
+def kinds(fmt: U8, tier: U8, tiers: Collection[Tier]) -> U8:
+    """What the kernels are told of blocks: format + 16 * tier, or UNREAD_KIND."""
+    read = np.isin(tier, tuple(tiers)) & (fmt < len(Format))
+    return np.where(read, fmt + 16 * tier, UNREAD_KIND).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class BucketKey:
     """Sizes that fix every buffer and grid of a step: steps with the same key may replay the same graph."""
@@ -44,7 +50,7 @@ class BucketKey:
     rows: int
     items: int  # of the layer with most
     entries: int  # blocks of the layer with most
-    all_tiers: bool  # whether all blocks are read
+    all_read: bool  # whether all blocks are
 
 
 @dataclass(eq=False)
@@ -107,8 +113,11 @@ class Bucket:
         self.total = work(key.items, group)
         self.sums = work(key.items, group, shape.head_dim)
 
-    def upload(self, tables: Tables, slots: I32, tiers: Collection[Tier], work: Work) -> None:
-        """Fills the staging buffer and starts its copy to the device."""
+    def upload(self, tables: Tables, slots: I32, kind: U8, real: npt.NDArray[np.bool_], work: Work) -> None:
+        """Fills the staging buffer and starts its copy to the device.
+
+        ``real`` [L, R, H, B'] says which entries of the slots' tables are blocks, ``kind`` has theirs in this order.
+        """
         if self._uploaded is not None:
             self._uploaded.synchronize()  # the copy of the plan before
         host, rows = self._host, len(slots)
@@ -121,18 +130,21 @@ class Bucket:
         host["items"][:] = -1
         host["items"][work.item_layer, work.item_number] = work.items
 
-        real = np.arange(most) < work.blocks[..., None]  # [L, R, H, B']
         used = np.arange(self.key.entries) < work.blocks.reshape(layers, -1).sum(1)[:, None]  # [L, E]
         host["address"][used] = tables.address[slots, :, :, :most].swapaxes(0, 1)[real]
-        tier = tables.tier[slots, :, :, :most]
-        kind = tables.format[slots, :, :, :most] + 16 * tier
-        for unread in set(Tier) - set(tiers):
-            kind[tier == unread] = UNREAD_KIND
-        self._host_kind[used] = kind.swapaxes(0, 1)[real]
+        self._host_kind[used] = kind
         self._device.copy_(self._staging, non_blocking=True)
         if self._uploaded is not None:
             self._uploaded.record()
         self.serial += 1
+
+    def refresh(self, tables: Tables, slots: I32, tiers: Collection[Tier], blocks: I64, layer: int) -> None:
+        """Uploads a layer's addresses and kinds anew; ``blocks`` [R, H] as when the plan was made."""
+        real = np.arange(int(blocks.max(initial=0))) < blocks[..., None]  # [R, H, B']
+        most, used = real.shape[-1], int(blocks.sum())
+        kind = kinds(tables.format[slots, layer, :, :most], tables.tier[slots, layer, :, :most], tiers)
+        self.address[layer][:used].copy_(torch.from_numpy(tables.address[slots, layer, :, :most][real]))
+        self.kind[layer][:used].copy_(torch.from_numpy(kind[real]))
 
 
 @dataclass(frozen=True)
@@ -172,12 +184,12 @@ class Work:
             items=np.stack([table, first, count, each(entry) + first], 1),
         )
 
-    def key(self, tiers: Collection[Tier] = tuple(Tier)) -> BucketKey:
-        """The bucket that these fit, with these tiers read."""
+    def key(self, all_read: bool = True) -> BucketKey:
+        """The bucket that these fit, where all blocks are read or not."""
         rows = self.blocks.shape[1]
         return BucketKey(
             rows=1 << max(0, rows - 1).bit_length(),
             items=bucket_size(int(self.spans[..., 1].sum(1).max(initial=0))),
             entries=bucket_size(int(self.blocks.sum((1, 2)).max(initial=0))),
-            all_tiers=set(tiers) == set(Tier),
+            all_read=all_read,
         )

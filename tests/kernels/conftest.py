@@ -12,7 +12,7 @@ import torch
 
 from kernels.api import Backend, Tables, TokenSource
 from kernels.backends import make_backend
-from kernels.layout import BLOCK_TOKENS, GROUP, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, GROUP, MEMORY_TIERS, UNIT_BYTES, CacheShape, Format, Tier
 
 POISON = 0xFF  # as float32, float16, bfloat16 and e4m3 alike, a NaN
 
@@ -135,7 +135,7 @@ def build(
     tables = Tables.allocate(slots, shape, int(kept.max()) + 1)
     largest = max(shape.block_units(fmt) for fmt in Format)
     places = rng.permutation(tables.address.size)  # blocks lie in no order
-    arenas = tuple(poison(tables.address.size * largest * UNIT_BYTES, shape.dtype, unwritten) for _ in Tier)
+    arenas = tuple(poison(tables.address.size * largest * UNIT_BYTES, shape.dtype, unwritten) for _ in MEMORY_TIERS)
     tables.address[:] = (places * largest).reshape(tables.address.shape)
     tables.length[:] = kept + 1
     world = World(make_backend(name, shape, arenas, tables), {})

@@ -11,7 +11,7 @@ from kernels.api import Tables
 from kernels.backends import make_backend
 from kernels.cpu import CpuBackend
 from kernels.cpu_threads import team
-from kernels.layout import CacheShape, Format, Tier
+from kernels.layout import MEMORY_TIERS, CacheShape, Format
 from kernels.reference import ReferenceBackend
 
 SHAPE = CacheShape(1, 1, 1, 64, torch.float32)
@@ -57,7 +57,7 @@ def test_warm_up_compiles_for_all_shapes(make_any_world):
     """Every kernel has one variant, whatever the dtype and the sizes."""
     for dtype in (torch.float32, torch.bfloat16):
         world = make_any_world(
-            "cpu", CacheShape(2, 2, 4, 80, dtype), np.full((2, 2, 2), 70), tuple(Format), tuple(Tier)
+            "cpu", CacheShape(2, 2, 4, 80, dtype), np.full((2, 2, 2), 70), tuple(Format), MEMORY_TIERS
         )
         plan = world.backend.plan(np.arange(2, dtype=np.int32))
         world.backend.decode(plan, 1, *world.step([0, 1]), 1.0)
@@ -73,7 +73,7 @@ def test_cache_notices_every_source():
 def test_thread_count_changes_nothing(make_any_world, threads):
     def run():
         world = make_any_world(
-            "cpu", CacheShape(1, 2, 6, 64, torch.float32), np.full((2, 1, 2), 1300), tuple(Format), tuple(Tier)
+            "cpu", CacheShape(1, 2, 6, 64, torch.float32), np.full((2, 1, 2), 1300), tuple(Format), MEMORY_TIERS
         )
         return world.backend.decode(world.backend.plan(np.array([0, 1], np.int32)), 0, *world.step([0, 1]), 0.125)
 

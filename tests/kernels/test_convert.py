@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.api import TokenSource
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 
 FP32 = CacheShape(1, 1, 1, 64, torch.float32)
 LEVELS = {Format.INT8: 255, Format.INT4: 15, Format.INT2: 3}
@@ -162,7 +162,7 @@ def test_raw_is_bit_exact(make_world, dtype):
 def test_read_gathers_from_anywhere(make_world, dtype):
     """Tokens in any order, from blocks of all formats and tiers."""
     shape = CacheShape(1, 2, 2, 80, dtype)
-    world = make_world(shape, np.full((1, 1, 2), 300), tuple(Format), tuple(Tier))
+    world = make_world(shape, np.full((1, 1, 2), 300), tuple(Format), MEMORY_TIERS)
     tokens = np.random.default_rng(0).permutation(300)[:75].tolist()
     for head in range(2):
         keys, values = world.backend.read(world.source(0, 0, head, tokens))
@@ -202,7 +202,7 @@ def test_transcoding_puts_blocks_where_they_are_to_lie(make_world, fmt):
 @pytest.mark.parametrize("fmt", Format)
 def test_encode_to_the_same_format_changes_nothing(make_world, fmt):
     """Quantising twice does not lose twice."""
-    world = make_world(FP32, np.full((1, 1, 1), 96), (fmt,), tuple(Tier))
+    world = make_world(FP32, np.full((1, 1, 1), 96), (fmt,), MEMORY_TIERS)
     blocks = world.backend.encode(world.source(0, 0, 0, list(range(96))), fmt)
     for b in range(3):
         stored = world.backend.load(world.tables.tier[0, 0, 0, b], world.tables.address[0, 0, 0, b : b + 1], fmt)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from kernels.api import VOTE_DECAY
 from kernels.cpu_attend_block import SPLIT_TOKENS
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 
-ALL_FORMATS, ALL_TIERS = tuple(Format), tuple(Tier)
+ALL_FORMATS, ALL_TIERS = tuple(Format), MEMORY_TIERS
 UNWRITTEN = pytest.mark.parametrize("unwritten", [float("nan"), float("inf")], ids=str)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # the output's own rounding
 
@@ -88,7 +88,7 @@ def test_odd_head_dims(make_world, head_dim):
     head_dim=st.integers(1, 40).map(lambda half: 2 * half),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     formats=st.sets(st.sampled_from(Format), min_size=1).map(tuple),
-    tiers=st.sets(st.sampled_from(Tier), min_size=1).map(tuple),
+    tiers=st.sets(st.sampled_from(MEMORY_TIERS), min_size=1).map(tuple),
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=3),
     seed=st.integers(0, 1000),
 )

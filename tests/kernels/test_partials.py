@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from kernels.api import VOTE_DECAY
 from kernels.backends import make_backend
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 from kernels.partials import Partial, merge
 
-ALL_FORMATS, ALL_TIERS = tuple(Format), tuple(Tier)
+ALL_FORMATS, ALL_TIERS = tuple(Format), MEMORY_TIERS
 SHAPE = CacheShape(2, 2, 6, 64, torch.float32)
 KEPT = np.array([[[140, 63], [0, 97]], [[10, 1], [70, 200]], [[64, 32], [31, 129]]])
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # the output's own rounding
@@ -43,7 +43,8 @@ def plain(world, slot, layer, q, scaling, tiers=ALL_TIERS, states=(), row=0):
         keys, values = world.kv[slot, layer, head]
         of_head = slice(head * group, (head + 1) * group)
         tier = world.tables.tier[slot, layer, head].repeat(BLOCK_TOKENS)[: len(keys)]
-        powers = torch.exp(queries @ keys.T * scaling) * torch.from_numpy(np.isin(tier, tiers))
+        known = world.tables.format[slot, layer, head].repeat(BLOCK_TOKENS)[: len(keys)] < len(Format)
+        powers = torch.exp(queries @ keys.T * scaling) * torch.from_numpy(np.isin(tier, tiers) & known)
         total = powers.sum(1) + denominators[of_head]
         numerators[of_head] += powers @ values
         shares.append(powers / total[:, None])
@@ -229,7 +230,7 @@ def test_neighbours_change_nothing(name, make_world):
     head_dim=st.integers(1, 40).map(lambda half: 2 * half),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     formats=st.sets(st.sampled_from(Format), min_size=1).map(tuple),
-    tiers=st.sets(st.sampled_from(Tier), min_size=1).map(tuple),
+    tiers=st.sets(st.sampled_from(MEMORY_TIERS), min_size=1).map(tuple),
     read=st.sampled_from([(Tier.DEVICE,), ALL_TIERS]),
     host=st.booleans(),
     states=st.integers(0, 3),
@@ -310,6 +311,30 @@ def test_plans_are_for_one_or_the_other(make_world):
         world.backend.decode(world.backend.plan(rows(0), appends=False), 0, q, k, v, 0.125)
     with pytest.raises(ValueError, match="appends=False"):
         world.backend.attend(world.backend.plan(rows(0)), 0, q, 0.125)
+
+
+def test_tables_may_change_between_layers(make_world):
+    """Blocks on disk, or of a format that kernels do not know, are not read; nor is what a table no longer names."""
+    world = make_world(SHAPE, KEPT, ALL_FORMATS, ALL_TIERS, unwritten=float("inf"))
+    tables, slots, scaling = world.tables, (0, 1, 2), 0.125
+    plan = world.backend.plan(rows(*slots), changing=True)
+    for layer in range(SHAPE.layers):
+        long = tables.length[:, layer] > 2 * BLOCK_TOKENS  # the first two blocks are not the tail
+        tables.tier[:, layer, :, 0][long] = Tier.DISK
+        tables.address[:, layer, :, 0][long] = 2**31 - 1  # means nothing to a kernel
+        tables.format[:, layer, :, 1][long] = 9
+        world.backend.refresh(plan, layer)
+        q, k, v = world.step(slots, layer)
+        out = world.backend.decode(plan, layer, q, k, v, scaling)
+        world.extend(slots, layer, k, v)
+        for row, slot in enumerate(slots):
+            expected, _, _ = plain(world, slot, layer, q[row], scaling)
+            torch.testing.assert_close(out[row].double(), expected, rtol=0, atol=1e-5)
+    world.backend.finish(plan)
+    unread = (tables.tier == Tier.DISK) | (tables.format == 9)
+    assert unread.sum() == 2 * 6
+    blocks = plan.block_mass.shape[3]
+    assert not plan.block_mass[unread.swapaxes(0, 1)[..., :blocks]].any()
 
 
 def test_plan_refuses_tiers(make_world):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kernels.api import Tables
 from kernels.backends import best_for, make_backend
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 
 pytest.importorskip("triton", reason="not installed here")
 
@@ -37,7 +37,7 @@ def test_one_settlement_for_many_steps(make_any_world):
     """Masses and votes are what they would be if the host had seen every step; until then it sees none."""
     kept = np.array([[[40, 63], [30, 31]], [[10, 1], [0, 70]], [[5, 5], [5, 5]]])
     batches = [[0, 1], [1], [1, 0], [0], [0, 1]]
-    worlds = {name: make_any_world(name, SHAPE, kept, tuple(Format), tuple(Tier)) for name in ("reference", "triton")}
+    worlds = {name: make_any_world(name, SHAPE, kept, tuple(Format), MEMORY_TIERS) for name in ("reference", "triton")}
     for world in worlds.values():
         world.tables.mass[:], world.tables.votes[:] = 3.0, 2.0
         for slot in range(3):  # nothing is there yet for tokens to come
@@ -84,7 +84,7 @@ def test_rows_that_pad_a_batch_with_partials(make_any_world):
     """Partials have the padded rows too, in buffers that a captured graph reads."""
 
     def run(padding):
-        world = make_any_world("triton", SHAPE, np.full((3, 2, 2), 70), tiers=tuple(Tier))
+        world = make_any_world("triton", SHAPE, np.full((3, 2, 2), 70), tiers=MEMORY_TIERS)
         q, k, v = (torch.cat([x, torch.full((padding, *x.shape[1:]), torch.nan)]) for x in world.step([0, 1, 2]))
         slots = np.arange(3, dtype=np.int32)
         part = world.backend.attend(world.backend.plan(slots, (Tier.HOST,), appends=False), 1, q, 0.25)
@@ -147,7 +147,7 @@ def test_auto_on_a_gpu():
 
 
 def test_interpreter_refuses_other_devices():
-    arenas = tuple(torch.zeros(256, dtype=torch.uint8, device="meta") for _ in Tier)
+    arenas = tuple(torch.zeros(256, dtype=torch.uint8, device="meta") for _ in MEMORY_TIERS)
     with pytest.raises(ValueError, match="interpreter reads RAM only"):
         make_backend("triton", SHAPE, arenas, Tables.allocate(1, SHAPE, 1))
 

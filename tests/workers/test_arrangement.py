@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.api import Tables, TokenSource
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 from workers.cache.arrangement import BUILD, Arrangement, blocks_of, regroup, restyle, tokens_of
 
 LAYERS, HEADS, SLOT = 2, 2, 1
@@ -202,13 +202,13 @@ def test_reading_tables_block_by_block_and_token_by_token(lengths, seed) -> None
             assert got == [getattr(token, name) for token in table]
         assert blocks.valid[layer, head].sum() == len(blocks_in(table))
         assert blocks.full[layer, head].sum() == sum(len(block) == BLOCK_TOKENS for block in blocks_in(table))
-        on = {tier: [block[0].address for block in blocks_in(table) if block[0].tier == tier] for tier in Tier}
-        for tier in Tier:
+        on = {tier: [block[0].address for block in blocks_in(table) if block[0].tier == tier] for tier in MEMORY_TIERS}
+        for tier in MEMORY_TIERS:
             assert (
                 blocks.address[layer, head][blocks.valid[layer, head] & (blocks.tier[layer, head] == tier)].tolist()
                 == on[tier]
             )
-    everywhere = [address for tier in Tier for address in blocks.on(tier).tolist()]
+    everywhere = [address for tier in MEMORY_TIERS for address in blocks.on(tier).tolist()]
     assert sorted(everywhere) == sorted(
         {t.address for layer, head in HEAD_INDEX for t in table_of(tables, layer, head)}
     )

@@ -10,17 +10,15 @@ import pytest
 import torch
 
 from tests.tiny import prompt
-from tests.workers.test_evictors import GROUP, HEADS, LAYERS, LOADED, PROMPT, Reference, reference_of, serve
+from tests.workers.test_evictors import GROUP, HEADS, LAYERS, LOADED, PROMPT, Reference, reference_of, serve, view
 from tests.workers.test_evictors import asked as asked  # a fixture
-from workers.cache import selection
 from workers.cache.accounting import CacheUse
-from workers.cache.arrangement import tokens_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.runner import ModelRunner
 from workers.expected import expected_use
 from workers.profile.measure import measure
-from workers.stages.base import LayerView, Pipeline
+from workers.stages.base import Pipeline
 from workers.stages.registry import build
 
 DIM = 16
@@ -30,17 +28,6 @@ PROFILE = measure(LOADED, [prompt(400, seed=seed) for seed in range(2)], "0" * 6
 def make_cache() -> KVCache:
     shape = cache_shape(LOADED.model.config, torch.float32)
     return KVCache(shape, 8 << 20, 8 << 20, 3, 512, "m", torch.device("cpu"), "cpu", PROFILE)
-
-
-def view(cache: KVCache, seq: SequenceCache, layer: int) -> LayerView:
-    cache.settle(seq)
-
-    def queries(layer: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return cache.recent.read(seq.slot, layer, most)
-
-    tokens = tokens_of(cache.tables, seq.slot)
-    device = torch.device("cpu")
-    return selection._view(tokens, layer, seq.seen, cache.scaling, cache.backend, queries, device, PROFILE)
 
 
 def turn(position: int) -> np.ndarray:
@@ -76,7 +63,7 @@ def test_expected_attention_is_the_definition(asked, before: str, epsilon: float
     """Over all tokens, and over heads that kept different ones."""
     cache = make_cache()
     seq = serve(cache, before, steps=0 if before != "full" else 21)
-    pipeline = build(f"expected_attention(keep=0.4, epsilon={epsilon})", cache.shape, PROFILE)
+    pipeline = build(f"expected_attention(keep=0.4, epsilon={epsilon})", cache.shape, PROFILE.names)
     wanted_kept = {}
     for layer in range(LAYERS):
         of, seen = reference_of(asked, cache, seq, layer), view(cache, seq, layer)
@@ -100,7 +87,9 @@ def test_expected_attention_follows_the_model_where_queries_agree() -> None:
     seen = view(cache, seq, 0)
     tensors = dict(PROFILE.tensors) | {"query_cov": torch.zeros_like(PROFILE.tensor("query_cov"))}
     certain = dataclasses.replace(PROFILE, tensors=tensors).layer(0)
-    got = build("expected_attention", cache.shape, PROFILE).evictor.score(dataclasses.replace(seen, profile=certain))
+    got = build("expected_attention", cache.shape, PROFILE.names).evictor.score(
+        dataclasses.replace(seen, profile=certain)
+    )
     asks = sum(turn(PROMPT + step) for step in range(512)) / 512
     keys, values = (part.double().numpy() for part in seen.read())
     for head in range(HEADS):
@@ -149,7 +138,7 @@ def check_heads(
     asked, cache: KVCache, seq: SequenceCache, text: str, full: set[tuple[int, int]], sinks: int, recent: int
 ) -> None:
     """Right after a switch, foretold to the byte, and when 32 more tokens have come."""
-    pipeline = build(text, cache.shape, PROFILE)
+    pipeline = build(text, cache.shape, PROFILE.names)
     cache.apply(seq, pipeline, Occasion.SWITCH)
     for layer in range(LAYERS):
         for head in range(HEADS):
@@ -228,7 +217,7 @@ def test_a_stage_that_says_no_number_for_its_heads_is_told(asked) -> None:
 def test_bytes_are_not_foretold_without_the_profile() -> None:
     shape = make_cache().shape
     with pytest.raises(ValueError, match="stage 'duo': it needs the model's retrieval heads"):
-        expected_use(build("duo", shape, PROFILE), shape, 100)
+        expected_use(build("duo", shape, PROFILE.names), shape, 100)
 
 
 def test_a_cache_without_the_profile_refuses_the_stage(asked) -> None:
@@ -237,5 +226,5 @@ def test_a_cache_without_the_profile_refuses_the_stage(asked) -> None:
     before = cache.tables.position[seq.slot].copy()
     cache.profile = None
     with pytest.raises(ValueError, match="stage 'expected_attention': it needs the model's query statistics"):
-        cache.apply(seq, build("expected_attention", cache.shape, PROFILE), Occasion.SWITCH)
+        cache.apply(seq, build("expected_attention", cache.shape, PROFILE.names), Occasion.SWITCH)
     assert (cache.tables.position[seq.slot] == before).all()

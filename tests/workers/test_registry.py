@@ -29,9 +29,9 @@ fixed = settings(derandomize=True, max_examples=100, deadline=None, database=Non
 
 @pytest.mark.parametrize("name", stages())
 def test_every_stage_builds_with_its_defaults(name: str) -> None:
-    pipeline = build(name, SHAPE, PROFILE)
+    pipeline = build(name, SHAPE, PROFILE.names)
     assert pipeline == Pipeline((stages()[name](),))
-    assert build(pipeline.text, SHAPE, PROFILE) == pipeline
+    assert build(pipeline.text, SHAPE, PROFILE.names) == pipeline
 
 
 def test_what_a_pipeline_is_made_of() -> None:
@@ -93,7 +93,7 @@ def some_pipeline() -> st.SearchStrategy:
 @fixed
 @given(pipeline=some_pipeline())
 def test_the_text_of_a_pipeline_builds_an_equal_one(pipeline: Pipeline) -> None:
-    again = build(pipeline.text, SHAPE, PROFILE)
+    again = build(pipeline.text, SHAPE, PROFILE.names)
     assert again == pipeline
     assert hash(again) == hash(pipeline)
     assert again.text == pipeline.text
@@ -185,7 +185,7 @@ def test_a_stage_that_needs_what_is_not_known_of_the_model_says_how_to_find_it(n
         build(name, SHAPE)
     with pytest.raises(PipelineError, match=words):
         catalog(SHAPE, PROFILE.names - {stages()[name].needs[-1]}).check(f"{name} | kivi")
-    build(name, SHAPE, PROFILE)
+    build(name, SHAPE, PROFILE.names)
 
 
 def test_clients_are_told_which_stages_lack_a_profile() -> None:
@@ -218,7 +218,7 @@ def test_the_description_is_complete() -> None:
             assert parameter.type in ("int", "float", "bool", "str")
             assert parameter.accepts
             given_ = f"{info.name}({parameter.name}={parameter.default_value})"  # reads back as it is written
-            assert build(given_, SHAPE, PROFILE) == build(info.name, SHAPE, PROFILE)
+            assert build(given_, SHAPE, PROFILE.names) == build(info.name, SHAPE, PROFILE.names)
             assert parameter.default_value == format_value(getattr(stage(), parameter.name))
 
 

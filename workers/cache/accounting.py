@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.api import U8
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 from kvpilot.v1 import common_pb2
 
 TABLE_BYTES_PER_BLOCK = 4 + 1 + 1 + BLOCK_TOKENS * (4 + 4 + 2)
@@ -51,7 +51,7 @@ class CacheUse:
 
     def plus_built_ahead(self, shape: CacheShape, format_: U8, tier: U8) -> CacheUse:
         """These figures with blocks [N] that no table refers to yet, as a switch is being prepared."""
-        device, host = (np.bincount(format_[tier == which], minlength=len(Format)) for which in Tier)
+        device, host = (np.bincount(format_[tier == which], minlength=len(Format)) for which in MEMORY_TIERS)
         sizes, sizes_16bit = _block_sizes(shape)
         return replace(
             self,
@@ -86,8 +86,9 @@ def measure(
     shape: CacheShape, valid: npt.NDArray[np.bool_], format_: U8, tier: U8, seen: int, shadow_bytes: int
 ) -> CacheUse:
     """Counts the blocks [L, H, B] that ``valid`` marks; tables are charged to the device, where kernels read them."""
-    blocks = np.bincount(tier[valid].astype(int) * len(Format) + format_[valid], minlength=2 * len(Format))
-    on_device, on_host = blocks[: len(Format)], blocks[len(Format) :]
+    kinds = tier[valid].astype(int) * len(Format) + format_[valid]
+    blocks = np.bincount(kinds, minlength=len(Tier) * len(Format)).reshape(len(Tier), len(Format))
+    on_device, on_host = blocks[Tier.DEVICE], blocks[Tier.HOST]
     tables = int(blocks.sum()) * TABLE_BYTES_PER_BLOCK
     sizes, sizes_16bit = _block_sizes(shape)
     rows = -(-seen // BLOCK_TOKENS) * shape.layers * shape.kv_heads
@@ -99,6 +100,3 @@ def measure(
         device_bytes_16bit=int(on_device @ sizes_16bit) + tables,
         full_bytes_16bit=rows * (int(sizes_16bit[Format.RAW]) + TABLE_BYTES_PER_BLOCK),
     )
-
-
-assert len(Tier) == 2, "measure() splits the counts in two"

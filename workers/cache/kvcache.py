@@ -18,7 +18,7 @@ import torch
 
 from kernels.api import F32, I32, U8, Backend, Tables, TokenSource
 from kernels.backends import make_backend
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import Arena, Lot, TierFullError
 from workers.cache.arrangement import (
@@ -36,8 +36,9 @@ from workers.cache.arrangement import (
 )
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
+from workers.cache.reading import Reader, StepReading
 from workers.cache.recent import RecentQueries
-from workers.cache.selection import choose
+from workers.cache.selection import Views, choose
 from workers.cache.shadow import Shadow
 from workers.profile.profile import ModelProfile
 from workers.stages.base import LossClass, Pipeline
@@ -82,6 +83,8 @@ class SequenceCache:
     """Open forks of it."""
     lent: list[Lot] = field(default_factory=list)
     """Its own lots, which its forks read."""
+    readers: tuple[Reader, ...] = ()
+    """What reads it in decode steps, beside or before the kernels."""
 
 
 class KVCache:
@@ -286,6 +289,11 @@ class KVCache:
         """Brings the request's masses and votes in the tables up to date with the steps it has taken part in."""
         self.backend.settle(np.array([seq.slot], np.int32))
 
+    def reading(self, sequences: Sequence[SequenceCache]) -> StepReading:
+        """Readers of a decode step over these requests."""
+        readers = {row: seq.readers for row, seq in enumerate(sequences)}
+        return StepReading(readers, len(sequences), self.shape)
+
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
         values."""
@@ -463,14 +471,18 @@ class KVCache:
                 if tier is not Tier.DEVICE or not self.prefixes.drop(full.needed_bytes - full.free_bytes):
                     raise
 
+    def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
+        """What evictors may look at of these tokens of a request."""
+        queries = partial(self.recent.read, seq.slot)
+        return Views(tokens, seq.seen, self.scaling, self.backend, queries, self.device.data.device, self.profile)
+
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
         evictor, style = pipeline.evictor, _style(pipeline)
         settle = occasion is Occasion.SETTLE
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
-            queries, device = partial(self.recent.read, seq.slot), self.device.data.device
-            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device, self.profile)
+            keep = choose(evictor, self.views(seq, tokens))
             if restore or not keep[tokens.valid].all():
                 return regroup(tokens, keep, *style)
         elif restore:
@@ -481,7 +493,7 @@ class KVCache:
     def _commit(self, seq: SequenceCache, target: Arrangement) -> None:
         now, new = blocks_of(self.tables, seq.slot), target.blocks
         self._refer_to_shadow(seq, target)
-        vain = seq.preparation.place(now, target) if seq.preparation else dict.fromkeys(Tier, _NOTHING)
+        vain = seq.preparation.place(now, target) if seq.preparation else dict.fromkeys(MEMORY_TIERS, _NOTHING)
         build = new.valid & (new.address == BUILD)
         layer, head, _ = np.nonzero(build)
         self._prefer_exact(seq, target.source, target.source_position, layer, head)
@@ -489,7 +501,7 @@ class KVCache:
         for code in np.unique(new.tier[build].astype(int) * len(Format) + new.format[build]):
             tier, fmt = Tier(int(code) // len(Format)), Format(int(code) % len(Format))
             groups[tier, fmt] = build & (new.tier == tier) & (new.format == fmt)
-        released = {tier: np.concatenate([_without(now.on(tier), new.on(tier)), vain[tier]]) for tier in Tier}
+        released = {tier: np.concatenate([_without(now.on(tier), new.on(tier)), vain[tier]]) for tier in MEMORY_TIERS}
         wanted = {key: int(mask.sum()) for key, mask in groups.items()}
         raw_device, beyond = (Tier.DEVICE, Format.RAW), self._beyond(seq, new.length)
         if target.moved is not None and seq.reserved:  # other ends of tables: the room behind them moves along

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from kernels.api import F32, DecodePlan
 from kernels.layout import CacheShape
 from workers.cache.kvcache import CacheContext, KVCache
+from workers.cache.reading import StepReading
 from workers.cache.recent import RECENT_QUERIES
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 
@@ -60,15 +61,24 @@ AttentionInterface.register(ATTENTION_NAME, attention)
 class DecodeAttention:
     """One decode step: a token each of several requests, over blocks of any format and tier."""
 
-    def __init__(self, cache: KVCache, plan: DecodePlan) -> None:
+    def __init__(self, cache: KVCache, plan: DecodePlan, reading: StepReading) -> None:
         self._backend = cache.backend
+        self._reading = reading
         self.plan = plan
         self._queries: list[torch.Tensor] = []
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """See :class:`Attend`; S is 1."""
         self._queries.append(q)
-        return self._backend.decode(self.plan, layer, q[:, :, 0], k[:, :, 0], v[:, :, 0], scaling)[:, None]
+        q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
+        if not self._reading:
+            return self._backend.decode(self.plan, layer, q, k, v, scaling)[:, None]
+        try:
+            partials = self._reading.before(layer, q, scaling)
+            self._backend.refresh(self.plan, layer)
+            return self._backend.decode(self.plan, layer, q, k, v, scaling, partials)[:, None]
+        finally:
+            self._reading.after(layer)
 
     def queries(self) -> torch.Tensor:
         """The queries of all layers, once all have attended: [layers, R, query_heads, 1, D]."""

@@ -87,7 +87,8 @@ class Engine:
         )
         self.cache.backend.warm_up()
         warm_up_signals(self.shape)
-        default = build(settings.default_pipeline, self.shape, self._loaded.profile)
+        profiled = names_of(self._loaded.profile)
+        default = build(settings.default_pipeline, self.shape, profiled)
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)
         self._memory = EngineMemory(
@@ -261,7 +262,8 @@ class Engine:
             self._reporter.interval_tokens = welcome.report_interval_tokens
         if welcome.default_pipeline:
             try:
-                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape, self._loaded.profile)
+                profiled = names_of(self._loaded.profile)
+                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape, profiled)
             except PipelineError as error:
                 log.error("controller's default pipeline refused", pipeline=welcome.default_pipeline, why=str(error))
 

@@ -53,12 +53,23 @@ def load_model(path: Path, name: str, device: torch.device, dtype: torch.dtype) 
         ValueError: a model that kvpilot does not serve, saying why.
         OSError: a folder that holds no model.
     """
-    config = AutoConfig.from_pretrained(path)
-    check_servable(config)
+    config = load_config(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
     model = model.to(device)
     profile = load_if_there(path, name, model, cache_shape(config, dtype))
     return wrap_model(model, AutoTokenizer.from_pretrained(path), name, profile)
+
+
+def load_config(path: Path) -> Any:
+    """The transformers configuration of a model folder.
+
+    Raises:
+        ValueError: a model that kvpilot does not serve, saying why.
+        OSError: a folder that holds no model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    check_servable(config)
+    return config
 
 
 def wrap_model(model: Any, tokenizer: Any, name: str, profile: ModelProfile | None = None) -> LoadedModel:
@@ -94,8 +105,10 @@ class ModelRunner:
         positions = [seq.seen for seq in sequences]
         for seq in sequences:
             self._cache.advance(seq, 1)
-        plan = self._cache.backend.plan(np.array([seq.slot for seq in sequences], np.int32))
-        attend = DecodeAttention(self._cache, plan)
+        reading = self._cache.reading(sequences)
+        slots = np.array([seq.slot for seq in sequences], np.int32)
+        plan = self._cache.backend.plan(slots, changing=bool(reading))
+        attend = DecodeAttention(self._cache, plan, reading)
         logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
         queries = attend.queries()

@@ -18,7 +18,6 @@ from kernels.layout import CacheShape
 from kvpilot.catalog import StageCatalog
 from kvpilot.pipeline import PipelineError, format_value
 from kvpilot.v1 import common_pb2, generation_pb2
-from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Full, LossClass, Pipeline, Stage, accepted
 from workers.stages.compress.fp8 import FP8
 from workers.stages.compress.int8 import Int8
@@ -119,8 +118,8 @@ def _unusable(stage: Any) -> str:
     return ""
 
 
-def build(text: str, shape: CacheShape, profile: ModelProfile | None = None) -> Pipeline:
-    """The pipeline that the text names, if it can serve a model of this cache shape and profile.
+def build(text: str, shape: CacheShape, profiled: frozenset[str] = frozenset()) -> Pipeline:
+    """The pipeline that the text names, if it can serve a model; arguments are those of :func:`catalog`.
 
     Raises:
         PipelineError: for text that does not parse, an unknown stage or parameter, a value out of range, kinds that do
@@ -128,7 +127,7 @@ def build(text: str, shape: CacheShape, profile: ModelProfile | None = None) -> 
             be accepted.
     """
     built = []
-    for spec in catalog(shape, names_of(profile)).check(text):
+    for spec in catalog(shape, profiled).check(text):
         try:
             built.append(stages()[spec.name](**dict(spec.parameters)))
         except ValueError as error:  # a condition that bounds cannot state

@@ -1,0 +1,80 @@
+"""How one request's queries read its cache where that is more than all of its blocks as the kernels find them.
+
+A reader is asked in every layer of a decode step, before the kernel runs and after. It may change the request's tables
+for that time, all but the tail block: bring blocks to where kernels read them, or mark some as not to be read
+(``Tier.DISK``). It may attend to tokens by itself and hand in the result as a partial one. So recall, top-block reads,
+attention beside the host's memory, states of fixed size and formats that kernels do not know are all the same here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from kernels.layout import CacheShape
+from kernels.partials import Partial
+
+
+class Reader(Protocol):
+    """Reads for one request; kept with its cache as long as its pipeline wants it."""
+
+    def before(self, layer: int, q: torch.Tensor, scaling: float) -> Partial | None:
+        """Prepares a layer's tables for this query.
+
+        Args:
+            layer: which layer, in rising order within a step.
+            q: [1, query_heads, D] the step's rotated query.
+            scaling: factor on the scores.
+
+        Returns:
+            Attention to what the kernel will not read, of one row; None if there is none.
+        """
+        ...
+
+    def after(self, layer: int) -> None:
+        """The layer is done: its tables are to be as they were before, its blocks may go."""
+        ...
+
+
+class StepReading:
+    """The readers of one decode step's rows.
+
+    Args:
+        readers: of each row that has any, in the order in which they are asked.
+        rows: how many rows the step has.
+        shape: the cache's dimensions.
+    """
+
+    def __init__(self, readers: Mapping[int, Sequence[Reader]], rows: int, shape: CacheShape) -> None:
+        self._readers = {row: tuple(own) for row, own in readers.items() if own}
+        self._rows = rows
+        self._shape = shape
+
+    def __bool__(self) -> bool:
+        return bool(self._readers)
+
+    def before(self, layer: int, q: torch.Tensor, scaling: float) -> list[Partial]:
+        """Has all readers prepare a layer for q [R, query_heads, D]; the partial results of all rows."""
+        parts: list[Partial] = []
+        for row, own in self._readers.items():
+            found = [part for reader in own if (part := reader.before(layer, q[row : row + 1], scaling))]
+            while len(parts) < len(found):
+                parts.append(self._nothing(q.device))
+            for part, mine in zip(parts, found, strict=False):
+                part.output[row], part.lse[row] = mine.output[0], mine.lse[0]
+        return parts
+
+    def after(self, layer: int) -> None:
+        """Tells all readers that a layer is done, in the opposite order."""
+        for own in self._readers.values():
+            for reader in reversed(own):
+                reader.after(layer)
+
+    def _nothing(self, device: torch.device) -> Partial:
+        heads, dim = self._shape.query_heads, self._shape.head_dim
+        return Partial(
+            torch.zeros(self._rows, heads, dim, device=device),
+            torch.full((self._rows, heads), -torch.inf, device=device),
+        )
