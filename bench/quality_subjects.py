@@ -19,6 +19,7 @@ from kvpilot.recipes import recipes
 from workers.expected import expected_use
 from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Codec, Full, Pipeline, Stage
+from workers.stages.budgets import PER_HEAD
 from workers.stages.registry import build, stages
 
 TARGETS = (0.5, 0.25, 0.125)
@@ -35,7 +36,7 @@ PROBE_TOKENS = 1024
 """Length at which parameters are turned to see which of them counts."""
 ENOUGH = 0.7
 """A share counts as reached by as much of it: blocks of 32 tokens allow no more at short lengths."""
-_PREFERRED = ("keep", "size", "share", "recent")
+_PREFERRED = ("keep", "size", "recent")
 _STEPS = 1000  # of a parameter that is no whole number
 _NEAR = 0.97  # of a share; further from it, every value (or 200 of them) is looked at
 _SCANNED = 200
@@ -154,7 +155,8 @@ def fraction(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: ModelP
 def _knob(pipeline: Pipeline, shape: CacheShape, profile: ModelProfile | None) -> str | None:
     """The parameter of the first stage that changes its bytes; None: none does."""
     fields = [field for field in dataclasses.fields(pipeline.stages[0]) if _major(field)]
-    order = {name: place for place, name in enumerate(_PREFERRED)}
+    preferred = () if getattr(pipeline.stages[0], "rule", None) == PER_HEAD else _PREFERRED  # else: how many heads
+    order = {name: place for place, name in enumerate(preferred)}
     for field in sorted(fields, key=lambda field: order.get(field.name, len(order))):
         if field.type not in ("int", "float", int, float) or field.metadata["bounds"].choices:
             continue

@@ -618,6 +618,25 @@ def bench_quality(
         command.bench(quick, model, tuple(dict.fromkeys(only or ())), command.Files(json, html, plot))
 
 
+@bench_app.command("sessions")
+def bench_sessions(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    model: ModelOption = None,
+    prompt_tokens: Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of the first turn.")] = 3000,
+    question_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that a later turn adds.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Later turns of each kind; medians are given.")] = 3,
+    threads: Threads = None,
+) -> None:
+    """A session's next turn: time to its first token, resumed from the host tier, from disk, and cold.
+
+    One engine in this process, one request at a time. Cold turns compute the whole conversation again.
+    """
+    with reported():
+        from bench import sessions as command
+
+        command.bench(json, model, prompt_tokens, question_tokens, rounds, threads)
+
+
 @bench_app.command("kernels")
 def bench_kernels(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,

@@ -108,6 +108,7 @@ def tiny_engine(loaded: LoadedModel | None = None, **settings: object) -> Engine
         "host_budget_bytes": 64 << 20,
         "kernel_backend": "cpu",
         "max_context_tokens": 2048,
+        "disk_budget_bytes": 0,
     }
     return Engine(WorkerSettings(**(defaults | settings)), loaded or tiny_loaded())
 

@@ -34,14 +34,17 @@ from workers.cache.arrangement import (
     restyle,
     tokens_of,
 )
+from workers.cache.pool import RecallCounts
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.reading import Reader, StepReading
+from workers.cache.recall import SelectiveReader
 from workers.cache.recent import RecentQueries
 from workers.cache.selection import Views, choose
 from workers.cache.shadow import Shadow
 from workers.profile.profile import ModelProfile
 from workers.stages.base import LossClass, Pipeline
+from workers.stages.selecting import Selector
 
 
 class Occasion(Enum):
@@ -74,6 +77,8 @@ class SequenceCache:
     prompt_votes: F32 | None = None
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
     as often, would depend on where the prompt is cut."""
+    row_mass: F32 | None = None
+    """[L, H, T] attention mass that the queries of the first T tokens pay, T being the prompt's whole rows."""
     peak: CacheUse = field(default_factory=CacheUse)
     preparation: Preparation | None = None
     """The switch that is being prepared."""
@@ -85,6 +90,11 @@ class SequenceCache:
     """Its own lots, which its forks read."""
     readers: tuple[Reader, ...] = ()
     """What reads it in decode steps, beside or before the kernels."""
+
+    @property
+    def selective(self) -> SelectiveReader | None:
+        """The one of its readers that has queries read only some blocks."""
+        return next((reader for reader in self.readers if isinstance(reader, SelectiveReader)), None)
 
 
 class KVCache:
@@ -121,6 +131,8 @@ class KVCache:
         self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
+        self.recalled = RecallCounts()
+        self._selecting: dict[int, SelectiveReader] = {}  # by slot
         self.scaling = shape.head_dim**-0.5
         """The model's factor on attention scores; its attention says if it is another one."""
         self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
@@ -148,11 +160,69 @@ class KVCache:
         for row in seq.prefix:
             row.users -= 1
         seq.prefix = []
+        self._stop_selecting(seq)
         self.tables.length[seq.slot] = 0
         self.recent.drop(seq.slot)
         self._free_slots.append(seq.slot)
         if seq.origin:
             self._reclaim(seq.origin)
+
+    def close_keeping(self, seq: SequenceCache) -> Shadow | None:
+        """Closes a request's cache, all but its exact rows, which stay on the host tier in a shadow of their own.
+
+        Exact are rows computed with the full cache that are raw in all tables, or in the request's shadow. Those behind
+        the first one that is not are given back, and so is what the host has no room for.
+
+        Returns:
+            None: no row is kept.
+        """
+        self.abandon(seq)
+        exact = seq.seen if seq.exact_tokens is None else seq.exact_tokens
+        have = seq.shadow.rows if seq.shadow else 0
+        rows = min(exact // BLOCK_TOKENS, max(have, self._raw_rows(seq)))
+        if rows > have:
+            row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
+            self._extend_shadow(seq, at_most=min(rows - have, self.host.room_bytes // row_bytes))
+        shadow, seq.shadow = seq.shadow, None
+        self.close(seq)
+        if shadow is None:
+            return None
+        shadow.cut(rows)
+        return shadow if shadow.rows else None
+
+    def _raw_rows(self, seq: SequenceCache) -> int:
+        """Rows from the first on that all tables hold raw, and nothing was evicted from."""
+        if seq.evicted:
+            return 0
+        rows = seq.seen // BLOCK_TOKENS
+        rounded = (self.tables.format[seq.slot, :, :, :rows] != Format.RAW).any(axis=(0, 1))
+        return int(rounded.argmax()) if rounded.any() else rows
+
+    def note_row_mass(self, seq: SequenceCache) -> None:
+        """Keeps the masses of a prompt that is computed up to its last whole row, for a later turn to start from."""
+        seq.row_mass = self.tables.mass[seq.slot, :, :, : seq.seen].copy()
+
+    def resume(self, seq: SequenceCache, shadow: Shadow, row_mass: F32 | None = None) -> int:
+        """Starts an empty cache with the rows of a shadow, which becomes its own.
+
+        Args:
+            seq: the empty cache.
+            shadow: the rows.
+            row_mass: attention masses [L, H, tokens] of their tokens; None: 0.
+
+        Returns:
+            Tokens that need not be computed.
+        """
+        slot, rows = seq.slot, shadow.rows
+        seq.shadow = shadow
+        self.tables.address[slot, :, :, :rows] = shadow.address[:rows].transpose(1, 2, 0)
+        self.tables.format[slot, :, :, :rows] = Format.RAW
+        self.tables.tier[slot, :, :, :rows] = Tier.HOST
+        self.advance(seq, rows * BLOCK_TOKENS)
+        if row_mass is not None:
+            self.tables.mass[slot, :, :, : seq.seen] = row_mass
+        self._note_peak(seq)
+        return rows * BLOCK_TOKENS
 
     def fork(self, seq: SequenceCache) -> SequenceCache:
         """A second cache with the same tokens, which goes its own way from here: only blocks that are not full yet are
@@ -180,6 +250,9 @@ class KVCache:
         tables.address[slot, :, :, : tail.shape[2]][tail] = addresses
         fork = replace(seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[])
         fork.lots[Tier.DEVICE, Format.RAW] = lot
+        fork.readers = ()
+        if seq.selective:
+            self._select(fork, seq.selective.stage, seq.selective.pool.format, anew=True)
         if not seq.forks:
             held = [arena.lots_of(now.on(tier)) for tier, arena in self._arenas.items()]
             seq.lent = [lot for lots in held for lot in lots if not lot.borrowed]
@@ -297,27 +370,27 @@ class KVCache:
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
         values."""
-        return CacheContext(self.backend, blocks_of(self.tables, seq.slot))
+        return CacheContext(self.backend, blocks_of(self.tables, seq.slot), seq.selective)
 
     def exact_context(self, seq: SequenceCache, tokens: int) -> TokenContext | None:
         """Reader of the exact keys and values of a request's first ``tokens`` tokens, kept or not. Changes nothing.
 
-        Whole rows come from the shadow, tokens behind them from the tables.
+        Whole rows come from the shadow where there is one, all other tokens from the tables.
 
         Returns:
             None where something was rounded or dropped that the shadow does not have.
         """
-        shadow = seq.shadow
-        if shadow is None or seq.lost:
+        if seq.lost:
             return None
         tables, slot, heads = self.tables, seq.slot, (self.shape.layers, self.shape.kv_heads)
-        shadowed = min(shadow.rows * BLOCK_TOKENS, tokens)
+        shadowed = min(seq.shadow.rows * BLOCK_TOKENS, tokens) if seq.shadow else 0
         width = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         row = np.broadcast_to(np.arange(width) % BLOCK_TOKENS, (*heads, width)).astype(np.uint8)
         address = np.full(row.shape, -1, np.int32)
         fmt, tier = np.full(row.shape, Format.RAW, np.uint8), np.full(row.shape, Tier.HOST, np.uint8)
-        rows = shadow.address[: -(-shadowed // BLOCK_TOKENS)]  # [rows, L, H]
-        address[:, :, :shadowed] = np.repeat(rows.transpose(1, 2, 0), BLOCK_TOKENS, axis=2)[:, :, :shadowed]
+        if seq.shadow:
+            rows = seq.shadow.address[: -(-shadowed // BLOCK_TOKENS)]  # [rows, L, H]
+            address[:, :, :shadowed] = np.repeat(rows.transpose(1, 2, 0), BLOCK_TOKENS, axis=2)[:, :, :shadowed]
         position = np.arange(shadowed, tokens)
         # The last tokens of every table are the last positions, whatever was evicted before them.
         index = position + (tables.length[slot] - seq.seen)[..., None]  # [L, H, tail]
@@ -340,7 +413,7 @@ class KVCache:
         """
         self.abandon(seq)
         away = seq.shadow.rows if seq.shadow else 0
-        self._extend_shadow(seq, at_most=self.host.free_bytes // self.worst_bytes(1))
+        self._extend_shadow(seq, at_most=self.host.room_bytes // self.worst_bytes(1))
         assert seq.shadow is not None
         now = blocks_of(self.tables, seq.slot)
         device_tokens = seq.seen - seq.shadow.rows * BLOCK_TOKENS
@@ -382,7 +455,7 @@ class KVCache:
             self.abandon(seq)
             raise
         seq.preparation = None
-        self._after(seq, pipeline)
+        self._after(seq, pipeline, occasion)
 
     def begin(self, seq: SequenceCache, pipeline: Pipeline) -> Preparation:
         """Plans what :meth:`prepare` is to build ahead of a switch; nothing is built yet.
@@ -556,10 +629,14 @@ class KVCache:
             tables.votes[slot, :, :, :count] = target.moved.votes
             seq.evicted = bool((blocks.length < seq.seen).any())
 
-    def _after(self, seq: SequenceCache, pipeline: Pipeline) -> None:
-        """Settles what a pipeline means for exactness, and drops a shadow that nothing needs."""
+    def _after(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
+        """Settles what a pipeline means for exactness and for reading, and drops a shadow that nothing needs."""
+        if isinstance(pipeline.placer, Selector):
+            self._select(seq, pipeline.placer, _style(pipeline)[1], anew=occasion is not Occasion.SETTLE)
+        else:
+            self._stop_selecting(seq)
         lossy = seq.evicted or bool(self.tables.format[seq.slot][self._valid(seq)].any())
-        if lossy and seq.exact_tokens is None:
+        if (lossy or pipeline.selects) and seq.exact_tokens is None:
             seq.exact_tokens = seq.seen
         if lossy and pipeline.loss_class is LossClass.PERMANENT:
             seq.lost = True
@@ -572,6 +649,37 @@ class KVCache:
                 seq.shadow = None
             else:
                 seq.shadow.trim(on_host)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _select(self, seq: SequenceCache, stage: Selector, fmt: Format, anew: bool) -> None:
+        """Has a stage choose what queries read from here on."""
+        reader = seq.selective
+        if reader is None or reader.stage != stage or reader.pool.format is not fmt:
+            self._stop_selecting(seq)
+            reader = SelectiveReader(stage, fmt, seq.slot, self.backend, self.device, self.recalled)
+            seq.readers = (*seq.readers, reader)
+            self._selecting[seq.slot] = reader
+        reader.changed(anew)
+
+    def _stop_selecting(self, seq: SequenceCache) -> None:
+        if reader := self._selecting.pop(seq.slot, None):
+            reader.close()
+            seq.readers = tuple(other for other in seq.readers if other is not reader)
+
+    def pool_bytes(self) -> int:
+        """Device bytes of all pools of recalled blocks: what :meth:`give_up_pools` gives back."""
+        return sum(reader.pool.nbytes for reader in self._selecting.values())
+
+    def give_up_pools(self, wanted_bytes: int) -> int:
+        """Takes pools of recalled blocks, which only save time, until so many bytes are free; returns those freed."""
+        freed = 0
+        for reader in sorted(self._selecting.values(), key=lambda reader: reader.pool.nbytes, reverse=True):
+            if freed >= wanted_bytes:
+                break
+            freed += reader.pool.nbytes
+            reader.close()
+        return freed
 
     # -- exact copies --------------------------------------------------------------------------------------------------
 
@@ -708,7 +816,7 @@ class KVCache:
             fmt: the format its older blocks would have on the host.
         """
         now = blocks_of(self.tables, seq.slot)
-        rows = self.host.free_bytes // (self.host.pages_needed(None, fmt, self._row_blocks) * self.host.page_bytes)
+        rows = self.host.room_bytes // (self.host.pages_needed(None, fmt, self._row_blocks) * self.host.page_bytes)
         away = int((now.valid & (now.tier == Tier.HOST)).sum(axis=2).min())
         return max(0, -(-int(now.length.max(initial=0)) // BLOCK_TOKENS) - away - rows) * BLOCK_TOKENS
 
@@ -718,6 +826,8 @@ class KVCache:
         referred = len(now.on(Tier.HOST)) - own
         shadow_bytes = seq.shadow.nbytes - referred * self.shape.block_bytes(Format.RAW) if seq.shadow else 0
         use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
+        if seq.selective:
+            use = use.plus_device_bytes(*seq.selective.nbytes())
         ahead = seq.preparation
         return (
             use.plus_built_ahead(self.shape, ahead.format[: ahead.built], ahead.tier[: ahead.built]) if ahead else use
@@ -787,9 +897,10 @@ def _without(addresses: I32, others: I32) -> I32:
 class CacheContext:
     """Keys and values that a request keeps, wherever and however its blocks are stored."""
 
-    def __init__(self, backend: Backend, blocks: Blocks) -> None:
+    def __init__(self, backend: Backend, blocks: Blocks, selective: SelectiveReader | None) -> None:
         self._backend = backend
         self._blocks = blocks
+        self.selective = selective
         self.tokens = int(blocks.length.max(initial=0))
         self.length = blocks.length
         """[layers, kv_heads] tokens kept; what :meth:`read` gives beyond them is not defined."""
@@ -817,6 +928,7 @@ class TokenContext:
     def __init__(self, backend: Backend, address: I32, fmt: U8, tier: U8, row: U8, tokens: int) -> None:
         self._backend = backend
         self._places = (address, fmt, tier, row)
+        self.selective: SelectiveReader | None = None
         self.tokens = tokens
         self.length = np.full(address.shape[:2], tokens, np.int32)
 

@@ -7,6 +7,7 @@ decode step of R requests, ``[R, 1]``, or one chunk of one prompt, ``[1, N]``; w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,9 @@ from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 ATTENTION_NAME = "kvpilot"
 STEP_ARGUMENT = "kvpilot_step"
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask")
+
+
+Guess = Callable[[int], torch.Tensor | None]
 
 
 class Attend(Protocol):
@@ -59,11 +63,19 @@ AttentionInterface.register(ATTENTION_NAME, attention)
 
 
 class DecodeAttention:
-    """One decode step: a token each of several requests, over blocks of any format and tier."""
+    """One decode step: a token each of several requests, over blocks of any format and tier.
 
-    def __init__(self, cache: KVCache, plan: DecodePlan, reading: StepReading) -> None:
+    Args:
+        cache: the worker's cache.
+        plan: the step's.
+        reading: of its requests.
+        guess: while a layer attends, gives the guessed queries [R, query_heads, 1, D] of the next; None after the last.
+    """
+
+    def __init__(self, cache: KVCache, plan: DecodePlan, reading: StepReading, guess: Guess | None = None) -> None:
         self._backend = cache.backend
         self._reading = reading
+        self._guess = guess
         self.plan = plan
         self._queries: list[torch.Tensor] = []
 
@@ -73,6 +85,8 @@ class DecodeAttention:
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
         if not self._reading:
             return self._backend.decode(self.plan, layer, q, k, v, scaling)[:, None]
+        if self._guess and (ahead := self._guess(layer)) is not None:
+            self._reading.foresee(layer + 1, ahead[:, :, 0], scaling)
         try:
             partials = self._reading.before(layer, q, scaling)
             self._backend.refresh(self.plan, layer)

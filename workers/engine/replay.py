@@ -30,7 +30,7 @@ from workers.engine.runner import ModelRunner
 from workers.engine.scoring import divergences
 from workers.errors import INTERNAL, RESOURCE_EXHAUSTED
 from workers.signals import SignalMeter, prompt_statistics
-from workers.stages.base import Pipeline
+from workers.stages.base import LossClass, Pipeline
 from workers.stages.registry import loss_class_proto
 
 SIGNAL_TOKENS = 16
@@ -219,7 +219,7 @@ class Replayer:
         meter = SignalMeter(tokens[: first + 1])
         self._cache.settle(watched)
         meter.note_votes(self._cache.tables, watched.slot, watched.seen)  # for later ones to be held against
-        audited = pipeline.wants_shadow and _audited(tokens[first : place.at_token])
+        audited = pipeline.loss_class is LossClass.RECOVERABLE and _audited(tokens[first : place.at_token])
         drift: list[torch.Tensor] = []
         for index in range(first, place.at_token):
             for cache in both:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from workers.engine.attention import (
     cache_shape,
     check_servable,
 )
+from workers.engine.guessing import QueryGuesser
 from workers.engine.scoring import Context, ScoringAttention
 from workers.profile.files import load_if_there
 from workers.profile.profile import ModelProfile
@@ -94,6 +96,7 @@ class ModelRunner:
         self._model = loaded.model
         self._cache = cache
         self._device = next(loaded.model.parameters()).device
+        self._guesser = QueryGuesser(loaded.model)
 
     @torch.inference_mode()
     def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> tuple[torch.Tensor, DecodePlan]:
@@ -108,8 +111,10 @@ class ModelRunner:
         reading = self._cache.reading(sequences)
         slots = np.array([seq.slot for seq in sequences], np.int32)
         plan = self._cache.backend.plan(slots, changing=bool(reading))
-        attend = DecodeAttention(self._cache, plan, reading)
-        logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
+        guesser = self._guesser if reading.guesses else None
+        attend = DecodeAttention(self._cache, plan, reading, guesser.next_queries if guesser else None)
+        with guesser.watching() if guesser else contextlib.nullcontext():
+            logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
         queries = attend.queries()
         for row, seq in enumerate(sequences):
@@ -155,7 +160,10 @@ class ModelRunner:
             Logits [len(token_ids), vocabulary]; row i is the distribution of the token behind token i.
         """
         positions = list(range(start, start + len(token_ids)))
-        return self._run([list(token_ids)], [positions], ScoringAttention(context), keep=len(token_ids))[0]
+        guesser = self._guesser if context.selective and context.selective.stage.guesses else None
+        with guesser.watching() if guesser else contextlib.nullcontext():
+            attend = ScoringAttention(context, guesser)
+            return self._run([list(token_ids)], [positions], attend, keep=len(token_ids))[0]
 
     def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
         return self._run(token_ids, positions, attend, keep=1)[:, -1]

@@ -267,17 +267,19 @@ class Codec(Lossy):
 
 @dataclass(frozen=True)
 class Placer(Stage):
-    """Chooses which blocks live on the host tier."""
+    """Chooses which blocks live on the host tier, and maybe which ones a query reads (``workers.stages.selecting``)."""
 
     kind: ClassVar[Kind] = Kind.OFFLOAD
+    selects: ClassVar[bool] = False
+    """Whether queries read only some blocks."""
 
     @property
     def loss_class(self) -> LossClass:
-        """Exact: what is moved is read as it was."""
-        return LossClass.EXACT
+        """Exact: what is moved is read as it was. One that selects is recoverable: what a query skips stays."""
+        return LossClass.RECOVERABLE if self.selects else LossClass.EXACT
 
-    def device_tokens(self) -> int:
-        """How many of a head's last tokens stay on the device; blocks wholly older go to the host."""
+    def device_tokens(self) -> int | None:
+        """How many of a head's last tokens stay on the device; blocks wholly older go to the host. None: all stay."""
         raise NotImplementedError
 
 
@@ -339,8 +341,18 @@ class Pipeline:
 
     @property
     def wants_shadow(self) -> bool:
-        """Whether what it loses is to be kept exactly on the host tier."""
-        return self.loss_class is LossClass.RECOVERABLE
+        """Whether what it loses is to be kept exactly on the host tier. What is only not read is not lost."""
+        return self.loss_class is LossClass.RECOVERABLE and any(isinstance(stage, Lossy) for stage in self.stages)
+
+    @property
+    def selects(self) -> bool:
+        """Whether queries read only some blocks."""
+        return self.placer is not None and self.placer.selects
+
+    @property
+    def moves_nothing(self) -> bool:
+        """Whether every block stays raw on the device, read or not."""
+        return not (self.evictor or self.codec or (self.placer and self.placer.device_tokens() is not None))
 
     def without_shadow(self) -> Pipeline:
         """The same without an exact copy of what it loses."""

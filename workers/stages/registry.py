@@ -38,7 +38,12 @@ from workers.stages.evict.scissorhands import Scissorhands
 from workers.stages.evict.snapkv import SnapKV
 from workers.stages.evict.tova import Tova
 from workers.stages.evict.window import Window
+from workers.stages.offload.arkvale import ArkVale
+from workers.stages.offload.clo import CLO
+from workers.stages.offload.conversation import Conversation
 from workers.stages.offload.host import Host
+from workers.stages.offload.infinigen import InfiniGen
+from workers.stages.offload.quest import Quest
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
@@ -62,6 +67,11 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Int8,
     Kivi,
     Host,
+    Quest,
+    ArkVale,
+    InfiniGen,
+    CLO,
+    Conversation,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
