@@ -222,5 +222,6 @@ def _head(head: Head) -> dict[str, Any]:
         ],
         "device_bytes": head.use.device_bytes,
         "host_bytes": head.use.host_bytes,
+        "disk_bytes": head.use.disk_bytes,
         "shadow_bytes": head.use.shadow_bytes,
     }

@@ -23,6 +23,7 @@ COLOURS = {
 }
 GREY, RED = "#666666", "#D55E00"
 HOST_BRIGHTNESS = 0.5
+BRIGHTNESS = {Tier.DEVICE: 1.0, Tier.HOST: HOST_BRIGHTNESS, Tier.DISK: 0.25}
 """Blocks on the host have their format's colour, darkened to this; white is what is evicted."""
 _LABELLED_LAYERS = 30
 
@@ -68,6 +69,6 @@ def image(found: Inspection) -> npt.NDArray[np.float64]:
 
 def colour(fmt: Format, tier: Tier) -> tuple[float, float, float]:
     """Red, green and blue from 0 to 1: the hue says the format, the shade the tier."""
-    brightness = HOST_BRIGHTNESS if tier is Tier.HOST else 1.0
+    brightness = BRIGHTNESS[tier]
     red, green, blue = to_rgb(COLOURS[fmt])
     return brightness * red, brightness * green, brightness * blue

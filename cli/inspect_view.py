@@ -88,6 +88,7 @@ def totals(found: Inspection) -> Table:
     for name, size in (
         ("device", use.device_bytes),
         ("host", use.host_bytes),
+        ("disk", use.disk_bytes),
         ("shadow", use.shadow_bytes),
         ("peak on the device", use.peak_device_bytes),
         ("full cache", use.full_bytes),

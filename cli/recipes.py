@@ -87,9 +87,9 @@ class Taken:
         return cls(built.loss_class.name.lower(), expected_use(built, setting.shape, setting.context_tokens))
 
     def cells(self) -> list[str]:
-        """Loss, device, its shares of full as stored and in a 16-bit reckoning, host, exact copy."""
+        """Loss, device, its shares of full as stored and in a 16-bit reckoning, host, disk, exact copy."""
         if self.use is None:
-            return ["-"] * 6
+            return ["-"] * 7
         use = self.use
         return [
             self.loss,
@@ -97,6 +97,7 @@ class Taken:
             text.share(use.device_bytes, use.full_bytes),
             text.share(use.device_bytes_16bit, use.full_bytes_16bit),
             text.size(use.host_bytes),
+            text.size(use.disk_bytes),
             text.size(use.shadow_bytes),
         ]
 
@@ -111,6 +112,7 @@ class Taken:
             "device_bytes_16bit": use and use.device_bytes_16bit,
             "device_share_16bit": use and use.device_bytes_16bit / use.full_bytes_16bit,
             "host_bytes": use and use.host_bytes,
+            "disk_bytes": use and use.disk_bytes,
             "shadow_bytes": use and use.shadow_bytes,
         }
 
@@ -171,7 +173,7 @@ def _print_bytes(what: str, rows: Iterable[tuple[str, str, Taken]], setting: Set
     full = text.size(said["full_bytes"])
     title = f"{said['model']}, {said['context_tokens']} tokens, {said['dtype']}: full takes {full}"
     table = Table(what, "pipeline", "loss", title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("device", "of full", "16-bit", "host", "exact copy"):
+    for column in ("device", "of full", "16-bit", "host", "disk", "exact copy"):
         table.add_column(column, justify="right")
     for name, pipeline, taken in rows:
         table.add_row(name, pipeline, *taken.cells())

@@ -88,7 +88,18 @@ class _Workers:
     workers: list[operator_pb2.Worker]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        headings = ("worker", "model", "running", "waiting", "device", "host", "tokens/s", "step ms", "preempted")
+        headings = (
+            "worker",
+            "model",
+            "running",
+            "waiting",
+            "device",
+            "host",
+            "disk",
+            "tokens/s",
+            "step ms",
+            "preempted",
+        )
         rows = [_worker_row(worker) for worker in self.workers]
         if options.max_width < WIDE:
             for name, model, *rest in rows:
@@ -112,6 +123,7 @@ def _worker_row(worker: operator_pb2.Worker) -> list[str]:
         str(state.waiting),
         _tier(worker, "device"),
         _tier(worker, "host"),
+        _tier(worker, "disk"),
         f"{state.tokens_per_s:.1f}",
         f"{state.step_ms:.1f}",
         str(state.preemptions),
@@ -155,7 +167,7 @@ class _Requests:
             return
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
         for heading, ratio in zip(_HEADINGS, _RATIOS, strict=True):
-            numbers = heading.startswith(("tokens", "device", "host"))
+            numbers = heading.startswith(("tokens", "device", "host", "disk"))
             table.add_column(heading, ratio=ratio, no_wrap=ratio is None, justify="right" if numbers else "left")
         for row in rows:
             table.add_row(*row)
@@ -206,7 +218,9 @@ def _device(state: policy_pb2.RequestState) -> str:
 
 
 def _lower_tiers(state: policy_pb2.RequestState) -> str:
-    return f"{text.size(state.cache.host_bytes)}\n+ {text.size(state.cache.shadow_bytes)}"
+    cache = state.cache
+    disk = f"\n{text.size(cache.disk_bytes)} on disk" if cache.disk_bytes else ""
+    return f"{text.size(cache.host_bytes)}\n+ {text.size(cache.shadow_bytes)}{disk}"
 
 
 def _signals(state: policy_pb2.RequestState, horizons: list[int]) -> str:

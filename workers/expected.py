@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kernels.api import I32
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
+from workers.cache.arrangement import Blocks
 from workers.cache.digests import digest_bytes
+from workers.cache.staging import needed, staging_bytes
 from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, Pipeline
 from workers.stages.budgets import PER_HEAD, free_tokens
@@ -43,13 +47,15 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
         format_[younger >= BLOCK_TOKENS] = codec.format
     tier = np.full(valid.shape, Tier.DEVICE, np.uint8)
     if placer and (stays := placer.device_tokens()) is not None:
-        tier[younger >= stays] = Tier.HOST
+        tier[younger >= stays] = placer.tier
     shadowed = 0
     if pipeline.wants_shadow:
         shadowed = tokens // BLOCK_TOKENS * length.size
         if (length == tokens).all():  # raw blocks on the host are the copy's own
             shadowed -= int((valid & (tier == Tier.HOST) & (format_ == Format.RAW)).sum())
     use = measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
+    staged = staging_bytes(shape, needed(Blocks(length, np.zeros(valid.shape, np.int32), format_, tier)))
+    return replace(use, host_bytes=use.host_bytes + staged)
     if isinstance(placer, Selector):
         pooled = codec.format if codec else Format.RAW
         older = max(0, int(length.max(initial=0)) - placer.always()) // BLOCK_TOKENS

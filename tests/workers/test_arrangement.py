@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kernels.api import Tables, TokenSource
 from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
-from workers.cache.arrangement import BUILD, Arrangement, blocks_of, regroup, restyle, tokens_of
+from workers.cache.arrangement import BUILD, Arrangement, Style, blocks_of, regroup, restyle, tokens_of
 
 LAYERS, HEADS, SLOT = 2, 2, 1
 SHAPE = CacheShape(LAYERS, HEADS, HEADS, 16, torch.float32)
@@ -135,7 +135,7 @@ seeds = st.integers(0, 1000)
 def test_restyle_changes_the_blocks_that_are_not_as_wanted(lengths, residual, fmt, device_tokens, seed) -> None:
     tables = make_tables(lengths, seed)
     now, count = blocks_of(tables, SLOT), max(lengths)
-    result = restyle(now, tables.position[SLOT, :, :, :count], residual, fmt, device_tokens)
+    result = restyle(now, tables.position[SLOT, :, :, :count], Style(residual, fmt, device_tokens))
     sources = Sources(result)
     assert result.moved is None
     assert (result.blocks.length == now.length).all()
@@ -163,7 +163,7 @@ def test_regroup_keeps_the_marked_tokens_in_order(lengths, residual, fmt, device
     keep[:, :, : BLOCK_TOKENS * int(rng.integers(0, 3))] |= bool(rng.integers(0, 2))  # whole blocks that can be reused
     keep &= tokens.valid
     keep[:, :, 0] = True
-    result = regroup(tokens, keep, residual, fmt, device_tokens)
+    result = regroup(tokens, keep, Style(residual, fmt, device_tokens))
     sources = Sources(result)
     assert result.moved is not None
     for layer, head in HEAD_INDEX:
@@ -229,7 +229,7 @@ def test_regrouping_everything_touches_nothing_but_the_partly_filled_blocks() ->
     tables = make_tables([40, 70, 33, 64], 1)
     tables.format[SLOT], tables.tier[SLOT] = Format.RAW, Tier.DEVICE
     tokens = tokens_of(tables, SLOT)
-    result = regroup(tokens, tokens.valid, None, Format.RAW, None)
+    result = regroup(tokens, tokens.valid, Style())
     built = (result.blocks.address == BUILD) & result.blocks.valid
     assert (built == result.blocks.valid & ~result.blocks.full).all()
     assert isinstance(result.source, TokenSource)
@@ -248,6 +248,6 @@ def test_regrouping_everything_touches_nothing_but_the_partly_filled_blocks() ->
 )
 def test_styles_follow_the_distance_from_the_end(length: int, want: list[tuple[str, str]]) -> None:
     tables = make_tables([length] * 4, 2)
-    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :length], 32, Format.INT4, 64)
+    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :length], Style(32, Format.INT4, 64))
     got = zip(result.blocks.format[0, 0], result.blocks.tier[0, 0], strict=True)
     assert [(Format(fmt).name, Tier(tier).name) for fmt, tier in got] == want

@@ -228,7 +228,7 @@ def test_a_preempted_request_begins_again_with_the_new_pipeline() -> None:
     answer = order(drive, "host(recent=64)")
     for _ in range(3):
         drive.engine.step()
-    drive.engine._scheduler._preempt(drive.engine._live["job"])
+    drive.engine._scheduler.preempt(drive.engine._live["job"])
     check_all_is_free(drive)
     drive.engine.step()
     assert answer.result(timeout=0).applied.to_pipeline == "host(recent=64)"

@@ -31,9 +31,9 @@ def _one_torch_thread() -> Iterator[None]:
 class Steps:
     """A cache with one request in it, of given keys and values [layers, kv_heads, tokens, D], and its decode steps."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, text: str, **cache: int) -> None:
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, text: str, backend: str = "cpu", **cache: int) -> None:
         sizes = {"device_bytes": 8 << 20, "host_bytes": 8 << 20} | cache
-        self.cache = KVCache(SHAPE, *sizes.values(), 2, 2048, "m", torch.device("cpu"), "cpu")
+        self.cache = KVCache(SHAPE, *sizes.values(), 2, 2048, "m", torch.device("cpu"), backend)
         self.k, self.v = k, v
         self.copies = 0
         self.seq: SequenceCache = self.cache.open(2048)
@@ -145,6 +145,16 @@ def test_reading_everything_is_reading_as_ever_bit_for_bit() -> None:
     everything, full = Steps(*numbers(400), "quest(share=1, dense=0)"), Steps(*numbers(400), "full")
     for step in range(40):
         assert torch.equal(everything.step(*step_numbers(step))[0], full.step(*step_numbers(step))[0])
+
+
+@pytest.mark.parametrize("text", ["quest(share=0.4, dense=1)", "kivi(bits=4) | arkvale(recent=64, share=0.3)"])
+def test_backends_read_the_same_blocks_and_agree(text: str) -> None:
+    both = [Steps(*numbers(400), text, backend) for backend in ("cpu", "reference")]
+    for step in range(40):
+        (out, read), (other, other_read) = (steps.step(*step_numbers(step)) for steps in both)
+        assert np.array_equal(read, other_read)
+        torch.testing.assert_close(out, other, rtol=0, atol=1e-5)
+    assert vars(both[0].cache.recalled) == vars(both[1].cache.recalled)
 
 
 def test_tokens_that_are_not_read_get_nothing() -> None:

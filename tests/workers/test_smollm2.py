@@ -68,6 +68,25 @@ def test_greedy_equals_generate(loaded, prompts, expected, step_tokens: int, dev
     assert bool(moved) == (device_mib < 768)
 
 
+def test_every_bit_of_the_logits_is_the_same_from_disk(loaded, prompts, tmp_path: Path) -> None:
+    """And from attention beside the host's memory they are the same up to rounding."""
+    served = engine(loaded, disk_folder=tmp_path, disk_budget_bytes=256 << 20, switch_step_share=100.0)
+    drive = Drive(served)
+    drive.submit("job", prompts["450"], ANSWER_TOKENS)
+    drive.until(lambda: drive.generated("job") >= 2)
+    expected = logits_now(drive, "job")
+    drive.direct("job", "disk(recent=64)", epoch=1)
+    assert served.cache.disk is not None
+    assert served.cache.disk.used_bytes > 12 * 90 * served.shape.block_bytes(Format.RAW)
+    for _ in range(2):  # the second time some of it was read ahead
+        assert torch.equal(logits_now(drive, "job"), expected)
+    drive.direct("job", "neardata(recent=64)", epoch=2)
+    torch.testing.assert_close(logits_now(drive, "job"), expected, rtol=1e-4, atol=1e-3)
+    drive.direct("job", "full", epoch=3)
+    assert torch.equal(logits_now(drive, "job"), expected)
+    served.stop(1.0)
+
+
 def test_a_trip_to_the_host_and_back_changes_no_token(loaded, prompts, expected) -> None:
     drive = Drive(engine(loaded))
     drive.submit("job", prompts["900"], ANSWER_TOKENS)

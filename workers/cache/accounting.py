@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.api import U8
-from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kvpilot.v1 import common_pb2
 
 TABLE_BYTES_PER_BLOCK = 4 + 1 + 1 + BLOCK_TOKENS * (4 + 4 + 2)
@@ -27,6 +27,7 @@ class CacheUse:
     full_bytes_16bit: int = 0
     peak_device_bytes: int = 0
     peak_device_bytes_16bit: int = 0
+    disk_bytes: int = 0
 
     def peak_with(self, now: CacheUse) -> CacheUse:
         """The larger device figures of a peak so far and ``now``."""
@@ -59,12 +60,13 @@ class CacheUse:
 
     def plus_built_ahead(self, shape: CacheShape, format_: U8, tier: U8) -> CacheUse:
         """These figures with blocks [N] that no table refers to yet, as a switch is being prepared."""
-        device, host = (np.bincount(format_[tier == which], minlength=len(Format)) for which in MEMORY_TIERS)
+        device, host, disk = (np.bincount(format_[tier == which], minlength=len(Format)) for which in Tier)
         sizes, sizes_16bit = _block_sizes(shape)
         return replace(
             self,
             device_bytes=self.device_bytes + int(device @ sizes),
             host_bytes=self.host_bytes + int(host @ sizes),
+            disk_bytes=self.disk_bytes + int(disk @ sizes),
             device_bytes_16bit=self.device_bytes_16bit + int(device @ sizes_16bit),
         )
 
@@ -79,6 +81,7 @@ class CacheUse:
             device_bytes_16bit=self.device_bytes_16bit,
             peak_device_bytes_16bit=self.peak_device_bytes_16bit,
             full_cache_bytes_16bit=self.full_bytes_16bit,
+            disk_bytes=self.disk_bytes,
         )
 
 
@@ -96,13 +99,14 @@ def measure(
     """Counts the blocks [L, H, B] that ``valid`` marks; tables are charged to the device, where kernels read them."""
     kinds = tier[valid].astype(int) * len(Format) + format_[valid]
     blocks = np.bincount(kinds, minlength=len(Tier) * len(Format)).reshape(len(Tier), len(Format))
-    on_device, on_host = blocks[Tier.DEVICE], blocks[Tier.HOST]
+    on_device, on_host, on_disk = blocks
     tables = int(blocks.sum()) * TABLE_BYTES_PER_BLOCK
     sizes, sizes_16bit = _block_sizes(shape)
     rows = -(-seen // BLOCK_TOKENS) * shape.layers * shape.kv_heads
     return CacheUse(
         device_bytes=int(on_device @ sizes) + tables,
         host_bytes=int(on_host @ sizes),
+        disk_bytes=int(on_disk @ sizes),
         shadow_bytes=shadow_bytes,
         full_bytes=rows * (int(sizes[Format.RAW]) + TABLE_BYTES_PER_BLOCK),
         device_bytes_16bit=int(on_device @ sizes_16bit) + tables,

@@ -6,7 +6,7 @@ say which entries exist.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,30 @@ def tokens_of(tables: Tables, slot: int) -> Tokens:
     )
 
 
+@dataclass(frozen=True)
+class Style:
+    """How a pipeline wants blocks, by how many tokens of their table are younger than the whole block."""
+
+    residual: int | None = None
+    """How many last tokens stay raw; None: all."""
+    format: Format = Format.RAW
+    """The format of the blocks that are wholly older than those."""
+    device_tokens: int | None = None
+    """How many last tokens stay on the device; None: all."""
+    tier: Tier = Tier.HOST
+    """Where the blocks live that are wholly older than those."""
+
+
+@dataclass
+class Merging:
+    """What a request's tokens have taken up of others."""
+
+    merged: Mask  # [L, H, positions] tokens that are not what they were
+    threshold: F32  # [L, H] what the evictor is to be given next time
+    scratch: dict[Tier, I32] = field(default_factory=dict)
+    """Raw blocks with what tokens have just become, for new blocks to be built from, or to be taken as they are."""
+
+
 @dataclass
 class Arrangement:
     """A whole new set of tables, of which some blocks are yet to be built from ``source``."""
@@ -101,6 +125,7 @@ class Arrangement:
     source: TokenSource  # one row per block to build, in the order layer, head, block
     source_position: I32  # [N, 32] original positions of the source's tokens, -1 beyond the end
     moved: Tokens | None = None  # the kept tokens [valid, packed to the left] where they changed; None: the same tokens
+    merging: Merging | None = None  # of tokens that moved: what others were merged into; None: nothing ever was
 
 
 def pick(source: TokenSource, index: npt.NDArray[np.integer]) -> TokenSource:
@@ -108,17 +133,15 @@ def pick(source: TokenSource, index: npt.NDArray[np.integer]) -> TokenSource:
     return TokenSource(source.address[index], source.format[index], source.tier[index], source.row[index])
 
 
-def restyle(now: Blocks, position: I32, residual: int | None, fmt: Format, device_tokens: int | None) -> Arrangement:
+def restyle(now: Blocks, position: I32, style: Style) -> Arrangement:
     """The same tokens in other formats and tiers.
 
     Args:
         now: the tables.
         position: [L, H, T] original positions of the tokens.
-        residual: how many last tokens stay raw; None: all.
-        fmt: the format of the blocks that are wholly older than those.
-        device_tokens: how many last tokens stay on the device; None: all.
+        style: how they are wanted.
     """
-    wanted_format, wanted_tier = _styles(now, residual, fmt, device_tokens)
+    wanted_format, wanted_tier = _styles(now, style)
     build = now.full & ((wanted_format != now.format) | (wanted_tier != now.tier))
     address = np.where(build, np.int32(BUILD), now.address)
     blocks = Blocks(now.length, address, wanted_format, wanted_tier)
@@ -134,7 +157,7 @@ def restyle(now: Blocks, position: I32, residual: int | None, fmt: Format, devic
     return Arrangement(blocks, source, by_block[build[:, :, :whole]])
 
 
-def regroup(tokens: Tokens, keep: Mask, residual: int | None, fmt: Format, device_tokens: int | None) -> Arrangement:
+def regroup(tokens: Tokens, keep: Mask, style: Style) -> Arrangement:
     """Other tokens: those of ``tokens`` that ``keep`` [L, H, T] marks, packed into new blocks.
 
     A block that would hold exactly what an existing block of the wanted format and tier holds is taken as it is.
@@ -164,8 +187,9 @@ def regroup(tokens: Tokens, keep: Mask, residual: int | None, fmt: Format, devic
     address, row = moved.address.reshape(by_block), moved.row.reshape(by_block)
     format_, tier = moved.format.reshape(by_block), moved.tier.reshape(by_block)
     blocks = Blocks(length, address[..., 0].copy(), format_[..., 0].copy(), tier[..., 0].copy())
-    wanted_format, wanted_tier = _styles(blocks, residual, fmt, device_tokens)
-    whole = blocks.full & (address == address[..., :1]).all(-1) & (row == ROWS).all(-1)
+    wanted_format, wanted_tier = _styles(blocks, style)
+    same = (address == address[..., :1]) & (tier == tier[..., :1]) & (row == ROWS)
+    whole = blocks.full & same.all(-1)
     reuse = whole & (blocks.format == wanted_format) & (blocks.tier == wanted_tier)
     build = blocks.valid & ~reuse
     blocks = Blocks(length, np.where(reuse, blocks.address, np.int32(BUILD)), wanted_format, wanted_tier)
@@ -173,12 +197,12 @@ def regroup(tokens: Tokens, keep: Mask, residual: int | None, fmt: Format, devic
     return Arrangement(blocks, source, moved.position.reshape(by_block)[build], moved)
 
 
-def _styles(blocks: Blocks, residual: int | None, fmt: Format, device_tokens: int | None) -> tuple[U8, U8]:
+def _styles(blocks: Blocks, style: Style) -> tuple[U8, U8]:
     """Wanted format and tier [L, H, B] of each block, by its distance from the table's end."""
     ends = (np.arange(blocks.address.shape[2]) + 1) * BLOCK_TOKENS
     younger = blocks.length[..., None] - ends  # [L, H, B] tokens behind a block; negative where it is not full
-    coded = younger >= residual if residual is not None else np.zeros(younger.shape, bool)
-    away = younger >= device_tokens if device_tokens is not None else np.zeros(younger.shape, bool)
-    wanted_format = np.where(coded, np.uint8(fmt), np.uint8(Format.RAW)).astype(np.uint8)
-    wanted_tier = np.where(away, np.uint8(Tier.HOST), np.uint8(Tier.DEVICE)).astype(np.uint8)
+    coded = younger >= style.residual if style.residual is not None else np.zeros(younger.shape, bool)
+    away = younger >= style.device_tokens if style.device_tokens is not None else np.zeros(younger.shape, bool)
+    wanted_format = np.where(coded, np.uint8(style.format), np.uint8(Format.RAW)).astype(np.uint8)
+    wanted_tier = np.where(away, np.uint8(style.tier), np.uint8(Tier.DEVICE)).astype(np.uint8)
     return wanted_format, wanted_tier

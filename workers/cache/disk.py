@@ -18,11 +18,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,9 @@ MAGIC, VERSION = b"kvpilot\0", 1
 _HEAD = struct.Struct("<8s4I")
 LOCK_NAME, SUB_FOLDER = "in-use", "worker-"
 THREADS = 2
+MEASURED_BYTES, MEASURED_BLOCK_BYTES = 8 << 20, 16 << 10
+_VIEWS_AT_ONCE = min(os.sysconf("SC_IOV_MAX"), 1024)
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +76,16 @@ class Batch:
     def nbytes(self) -> int:
         """Of its file."""
         return _file_bytes(self.blocks, self.block_bytes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Blocks of one batch that are to be read, and where to: a row [block_bytes] of memory for each."""
+
+    batch: Batch
+    blocks: npt.NDArray[np.integer]  # numbers within the batch
+    into: Sequence[U8]
+    names: Sequence[int]  # what the reader calls them
 
 
 @dataclass
@@ -147,10 +161,25 @@ class DiskStore:
             uint8 [n, block_bytes]; fails with CorruptBlockError, naming the damaged ones, or as ``written`` did.
         """
         wanted = np.arange(batch.blocks) if blocks is None else np.asarray(blocks)
+        return self._start_read([batch], self._read, batch, wanted)
+
+    def read_into(self, parts: Sequence[Part]) -> Future[list[int]]:
+        """Starts to read blocks to where they are wanted, which nobody else may touch until it is done.
+
+        Returns:
+            Names of damaged blocks, whose rows then hold anything.
+        """
+        return self._start_read([part.batch for part in parts], self._read_parts, parts)
+
+    def _start_read(self, batches: list[Batch], read: Callable[..., T], *args: object) -> Future[T]:
+        def ended(_: Future[T]) -> None:
+            for batch in batches:
+                self._read_ended(batch)
+
         with self._lock:
-            self._reads[batch.path] += 1
-        found = self._threads.submit(self._read, batch, wanted)
-        found.add_done_callback(lambda _: self._read_ended(batch))
+            self._reads.update(batch.path for batch in batches)
+        found = self._threads.submit(read, *args)
+        found.add_done_callback(ended)
         return found
 
     def free(self, batch: Batch) -> None:
@@ -180,6 +209,27 @@ class DiskStore:
         if batch.written.exception() is None:  # else it has given its bytes back itself
             self._give_back(batch.nbytes)
 
+    def measure(self) -> float:
+        """Bytes per second at which a file just written is read back and checked; 0 where there is no room for it.
+
+        From the system's memory, for most of it: what blocks that were just written cost. To be called before anything
+        else; nothing of it is counted.
+        """
+        count = min(MEASURED_BYTES, self.free_bytes // 2) // MEASURED_BLOCK_BYTES
+        try:
+            batch = self.write(np.zeros((count, MEASURED_BLOCK_BYTES), np.uint8))
+            batch.written.result()
+        except DiskFullError:
+            return 0.0
+        best = float("inf")
+        for _ in range(3):
+            began = time.monotonic()
+            self.read(batch).result()
+            best = min(best, time.monotonic() - began)
+        self.free(batch)
+        self.counts = DiskCounts()
+        return batch.nbytes / best
+
     def close(self) -> None:
         """Waits for what is under way and removes all files."""
         self._threads.shutdown(wait=True)
@@ -203,31 +253,51 @@ class DiskStore:
 
     def _read(self, batch: Batch, wanted: npt.NDArray[np.integer]) -> U8:
         batch.written.result()
-        began = time.monotonic()
         found = np.empty((len(wanted), batch.block_bytes), np.uint8)
-        everything = list(range(batch.blocks))
+        try:
+            damaged = self._fetch(Part(batch, wanted, list(found), range(len(wanted))))
+        except (OSError, EOFError) as error:
+            raise CorruptBlockError(batch.path, list(range(batch.blocks)), str(error)) from error
+        if damaged:
+            numbers = [int(wanted[place]) for place in damaged]
+            raise CorruptBlockError(batch.path, numbers, f"wrong checksum of blocks {numbers}")
+        return found
+
+    def _read_parts(self, parts: Sequence[Part]) -> list[int]:
+        damaged: list[int] = []
+        for part in parts:
+            try:
+                part.batch.written.result()
+                damaged += [part.names[place] for place in self._fetch(part)]
+            except (OSError, EOFError, DiskFullError) as error:
+                log.error("blocks on disk cannot be read", file=str(part.batch.path), why=str(error))
+                damaged += part.names
+        return damaged
+
+    def _fetch(self, part: Part) -> list[int]:
+        """Reads a part and returns the places of those of its blocks whose checksum is wrong."""
+        began, batch = time.monotonic(), part.batch
         try:
             with batch.path.open("rb", buffering=0) as file:
                 sums = self._checksums(file, batch)
-                for start, end, number in _runs(wanted):
-                    _read_all(file, _data_at(batch.blocks) + number * batch.block_bytes, found[start:end].reshape(-1))
-        except (OSError, EOFError) as error:
+                for start, end, number in _runs(part.blocks):
+                    offset = _data_at(batch.blocks) + number * batch.block_bytes
+                    _read_all(file, offset, [row.data for row in part.into[start:end]])
+        except (OSError, EOFError):
             self._count(corrupt_blocks=batch.blocks)
-            raise CorruptBlockError(batch.path, everything, str(error)) from error
+            raise
         damaged = [
-            int(number)
-            for number, block in zip(wanted, found, strict=True)
-            if xxhash.xxh3_64_intdigest(block.data) != sums[number]
+            place
+            for place, (number, row) in enumerate(zip(part.blocks, part.into, strict=True))
+            if xxhash.xxh3_64_intdigest(row.data) != sums[number]
         ]
-        if damaged:
-            self._count(corrupt_blocks=len(damaged))
-            raise CorruptBlockError(batch.path, damaged, f"wrong checksum of blocks {damaged}")
-        self._count(read_bytes=found.nbytes, read_s=time.monotonic() - began)
-        return found
+        nbytes = (len(part.blocks) - len(damaged)) * batch.block_bytes
+        self._count(read_bytes=nbytes, read_s=time.monotonic() - began, corrupt_blocks=len(damaged))
+        return damaged
 
     def _checksums(self, file: IO[bytes], batch: Batch) -> U64:
         head = np.empty(_data_at(batch.blocks), np.uint8)
-        _read_all(file, 0, head)
+        _read_all(file, 0, [head.data])
         raw = head.tobytes()
         expected = _HEAD.pack(MAGIC, VERSION, batch.block_bytes, batch.blocks, 0)
         stated = struct.unpack("<Q", raw[-8:])[0]
@@ -288,10 +358,16 @@ def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def _read_all(file: IO[bytes], offset: int, into: U8) -> None:
-    view = into.data
-    while len(view):
-        got = os.preadv(file.fileno(), [view], offset)
+def _read_all(file: IO[bytes], offset: int, views: list[memoryview]) -> None:
+    """Fills the views, one after the other, from one stretch of a file."""
+    at = 0  # the first view that is not full
+    while at < len(views):
+        got = os.preadv(file.fileno(), views[at : at + _VIEWS_AT_ONCE], offset)
         if not got:
             raise EOFError("the file is too short")
-        view, offset = view[got:], offset + got
+        offset += got
+        while at < len(views) and got >= len(views[at]):
+            got -= len(views[at])
+            at += 1
+        if got:
+            views[at] = views[at][got:]

@@ -6,8 +6,9 @@ nothing that a reader could see.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 
 from kernels.api import F32, I32, U8, Backend, Tables, TokenSource
 from kernels.backends import make_backend
-from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import Arena, Lot, TierFullError
 from workers.cache.arrangement import (
@@ -26,6 +27,8 @@ from workers.cache.arrangement import (
     Arrangement,
     Blocks,
     Mask,
+    Merging,
+    Style,
     Tokens,
     block_count,
     blocks_of,
@@ -34,16 +37,21 @@ from workers.cache.arrangement import (
     restyle,
     tokens_of,
 )
+from workers.cache.disk import DiskStore
+from workers.cache.disk_tier import WRITE_BYTES, DiskTier
+from workers.cache.merging import merge
+from workers.cache.near import NearReader
 from workers.cache.pool import RecallCounts
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.reading import Reader, StepReading
 from workers.cache.recall import SelectiveReader
 from workers.cache.recent import RecentQueries
-from workers.cache.selection import Views, choose
+from workers.cache.selection import Queries, Views, choose
 from workers.cache.shadow import Shadow
+from workers.cache.staging import DamagedCacheError, Recalls, Sources, Staging, needed
 from workers.profile.profile import ModelProfile
-from workers.stages.base import LossClass, Pipeline
+from workers.stages.base import Evictor, LossClass, Pipeline
 from workers.stages.selecting import Selector
 
 
@@ -77,6 +85,14 @@ class SequenceCache:
     prompt_votes: F32 | None = None
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
     as often, would depend on where the prompt is cut."""
+    reconstruction: F32 | None = None
+    """[L, H, positions] the most attention each of the first tokens received while the model repeated the text; None
+    until then. Replaced, never changed: forks share it."""
+    novelty: list[float] = field(default_factory=list)
+    """[positions] surprise -log p of each token when it came, NaN where it was not noted, the rest likewise."""
+    merging: Merging | None = None
+    """What its tokens have taken up of evicted ones, since all were last as they had been computed. Replaced, never
+    changed."""
     row_mass: F32 | None = None
     """[L, H, T] attention mass that the queries of the first T tokens pay, T being the prompt's whole rows."""
     peak: CacheUse = field(default_factory=CacheUse)
@@ -90,6 +106,19 @@ class SequenceCache:
     """Its own lots, which its forks read."""
     readers: tuple[Reader, ...] = ()
     """What reads it in decode steps, beside or before the kernels."""
+    staging: Staging | None = None
+    """Where its blocks on disk pass through; None: it has none."""
+
+    @property
+    def damaged(self) -> bool:
+        """Whether something of it is gone from the disk for good, so that its tokens must be computed again."""
+        return self.staging is not None and self.staging.damaged
+
+    def note_surprises(self, position: int, surprises: Sequence[float]) -> None:
+        """Notes the surprises of the tokens from ``position`` on, for evictors that go by novelty."""
+        del self.novelty[position:]
+        self.novelty.extend([float("nan")] * (position - len(self.novelty)))
+        self.novelty.extend(surprises)
 
     @property
     def selective(self) -> SelectiveReader | None:
@@ -109,6 +138,7 @@ class KVCache:
         device: where the device tier lives.
         backend: kernel backend, see ``kernels.backends``.
         profile: the model's, for stages that need it.
+        disk: files of the disk tier; None: there is no such tier.
     """
 
     def __init__(
@@ -122,6 +152,7 @@ class KVCache:
         device: torch.device,
         backend: str = "auto",
         profile: ModelProfile | None = None,
+        disk: DiskStore | None = None,
     ) -> None:
         self.shape = shape
         self.profile = profile
@@ -129,15 +160,29 @@ class KVCache:
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
         self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self._near = make_backend("cpu", shape, (nothing, self.host.data), self.tables)
+        """Kernels beside the host tier, which read nothing else."""
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
         self.recalled = RecallCounts()
         self._selecting: dict[int, SelectiveReader] = {}  # by slot
         self.scaling = shape.head_dim**-0.5
         """The model's factor on attention scores; its attention says if it is another one."""
+        self.catalyse: Callable[[SequenceCache], Queries] | None = None
+        """Runs a catalyst prompt behind a request, without a trace, and gives its queries; None: no model, or none
+        that has words. The last queries then stand in."""
+        self.disk = DiskTier(disk, shape) if disk else None
+        self.recalls = Recalls()
         self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
+        self._tiers: dict[Tier, Arena | DiskTier] = {**self._arenas, **({Tier.DISK: self.disk} if self.disk else {})}
         self._free_slots = list(range(slots - 1, -1, -1))
         self._row_blocks = shape.layers * shape.kv_heads
+
+    @property
+    def tiers(self) -> tuple[Arena | DiskTier, ...]:
+        """What blocks live on, the fastest first."""
+        return tuple(self._tiers.values())
 
     # -- life of a request ---------------------------------------------------------------------------------------------
 
@@ -152,7 +197,10 @@ class KVCache:
         self.settle(seq)  # nothing of it may reach the slot's next owner
         self.abandon(seq)
         now = blocks_of(self.tables, seq.slot)
-        for tier, arena in self._arenas.items():
+        if seq.staging:
+            seq.staging.close()
+            seq.staging = None
+        for tier, arena in self._tiers.items():
             arena.release(now.on(tier))
         self.device.release(self.tables.address[seq.slot][self._beyond(seq, now.length)])
         seq.reserved = 0
@@ -167,28 +215,49 @@ class KVCache:
         if seq.origin:
             self._reclaim(seq.origin)
 
-    def close_keeping(self, seq: SequenceCache) -> Shadow | None:
+    def keep_rows(self, seq: SequenceCache, at_most: int) -> int:
+        """Copies further exact rows of a request that has ended to its shadow, for :meth:`close_keeping`.
+
+        Returns:
+            Rows copied; fewer than ``at_most``: there are no more, or the host has no room for them.
+        """
+        self.abandon(seq)
+        have = seq.shadow.rows if seq.shadow else 0
+        row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
+        rows = min(self._exact_rows(seq) - have, self.host.room_bytes // row_bytes, at_most)
+        if rows > 0:
+            self._extend_shadow(seq, rows)
+        return max(0, rows)
+
+    def close_keeping(self, seq: SequenceCache, copy: bool = True) -> Shadow | None:
         """Closes a request's cache, all but its exact rows, which stay on the host tier in a shadow of their own.
 
         Exact are rows computed with the full cache that are raw in all tables, or in the request's shadow. Those behind
         the first one that is not are given back, and so is what the host has no room for.
 
+        Args:
+            seq: the request's cache.
+            copy: False: keep only what the shadow has already.
+
         Returns:
             None: no row is kept.
         """
         self.abandon(seq)
-        exact = seq.seen if seq.exact_tokens is None else seq.exact_tokens
-        have = seq.shadow.rows if seq.shadow else 0
-        rows = min(exact // BLOCK_TOKENS, max(have, self._raw_rows(seq)))
-        if rows > have:
-            row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
-            self._extend_shadow(seq, at_most=min(rows - have, self.host.room_bytes // row_bytes))
+        with contextlib.suppress(DamagedCacheError):  # rows that were copied before stay
+            if copy:
+                self.keep_rows(seq, seq.seen)
+        rows = self._exact_rows(seq)
         shadow, seq.shadow = seq.shadow, None
         self.close(seq)
         if shadow is None:
             return None
         shadow.cut(rows)
         return shadow if shadow.rows else None
+
+    def _exact_rows(self, seq: SequenceCache) -> int:
+        """Rows from the first on that are as the full cache computed them, in all tables or in the shadow."""
+        exact = seq.seen if seq.exact_tokens is None else seq.exact_tokens
+        return min(exact // BLOCK_TOKENS, max(seq.shadow.rows if seq.shadow else 0, self._raw_rows(seq)))
 
     def _raw_rows(self, seq: SequenceCache) -> int:
         """Rows from the first on that all tables hold raw, and nothing was evicted from."""
@@ -241,20 +310,33 @@ class KVCache:
         tail = now.valid & ~now.full
         lot = self.device.open_lot(Format.RAW)
         addresses = self.device.allocate(lot, int(tail.sum()))
+        slot = self._free_slots[-1]
+        fork = replace(
+            seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[], readers=()
+        )
+        if seq.staging:
+            fork.staging = self._staging(fork)
+            try:
+                fork.staging.resize(needed(now))
+            except TierFullError:
+                fork.staging.close()
+                self.device.release(addresses)
+                raise
+            fork.staging.follow(now)
         self.backend.store(Tier.DEVICE, addresses, self.backend.load(Tier.DEVICE, now.address[tail], Format.RAW))
-        slot, tables = self._free_slots.pop(), self.tables
+        tables = self.tables
+        self._free_slots.pop()
         for name in ("address", "format", "tier", "length", "position", "mass", "votes"):
             values = getattr(tables, name)
             values[slot] = values[seq.slot]
         self.recent.copy(seq.slot, slot)
         tables.address[slot, :, :, : tail.shape[2]][tail] = addresses
-        fork = replace(seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[])
+        fork.novelty = list(seq.novelty)
         fork.lots[Tier.DEVICE, Format.RAW] = lot
-        fork.readers = ()
         if seq.selective:
             self._select(fork, seq.selective.stage, seq.selective.pool.format, anew=True)
         if not seq.forks:
-            held = [arena.lots_of(now.on(tier)) for tier, arena in self._arenas.items()]
+            held = [arena.lots_of(now.on(tier)) for tier, arena in self._tiers.items()]
             seq.lent = [lot for lots in held for lot in lots if not lot.borrowed]
         for lent in seq.lent:
             lent.borrowed = True
@@ -364,13 +446,17 @@ class KVCache:
 
     def reading(self, sequences: Sequence[SequenceCache]) -> StepReading:
         """Readers of a decode step over these requests."""
-        readers = {row: seq.readers for row, seq in enumerate(sequences)}
+        readers = {row: (*([seq.staging] if seq.staging else []), *seq.readers) for row, seq in enumerate(sequences)}
         return StepReading(readers, len(sequences), self.shape)
 
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
         values."""
-        return CacheContext(self.backend, blocks_of(self.tables, seq.slot), seq.selective)
+        return CacheContext(self.sources(seq), blocks_of(self.tables, seq.slot), self._positions(seq), seq.selective)
+
+    def sources(self, seq: SequenceCache) -> Sources:
+        """Reads and rebuilds a request's tokens wherever they are."""
+        return Sources(self.backend, seq.staging)
 
     def exact_context(self, seq: SequenceCache, tokens: int) -> TokenContext | None:
         """Reader of the exact keys and values of a request's first ``tokens`` tokens, kept or not. Changes nothing.
@@ -404,21 +490,36 @@ class KVCache:
         address[:, :, shadowed:tokens] = tables.address[slot, layer, head, block]
         tier[:, :, shadowed:tokens] = tables.tier[slot, layer, head, block]
         row[:, :, shadowed:tokens] = index % BLOCK_TOKENS
-        return TokenContext(self.backend, address, fmt, tier, row, tokens)
+        return TokenContext(self.sources(seq), address, fmt, tier, row, tokens)
 
-    def evacuate(self, seq: SequenceCache) -> int:
+    def evacuate(self, seq: SequenceCache, pipeline: Pipeline | None = None) -> int:
         """Moves a prompt's oldest finished rows to the host tier, as many as it has room for; returns how many.
 
-        Without it, the device would hold the whole raw prompt before a pipeline that compresses it takes effect.
+        Without it, the device would hold the whole raw prompt before a pipeline that compresses it takes effect. Where
+        ``pipeline`` will have them on disk and needs no exact copy on the host, they go there at once.
         """
+        if seq.evicted and seq.shadow is None:  # rows are not whole any more
+            return 0
         self.abandon(seq)
+        if pipeline and not pipeline.wants_shadow and not seq.shadow and _style(pipeline).tier is Tier.DISK:
+            try:
+                return self._to_disk(seq, _style(pipeline))
+            except TierFullError:
+                pass  # as far as the host has room
         away = seq.shadow.rows if seq.shadow else 0
         self._extend_shadow(seq, at_most=self.host.room_bytes // self.worst_bytes(1))
         assert seq.shadow is not None
         now = blocks_of(self.tables, seq.slot)
         device_tokens = seq.seen - seq.shadow.rows * BLOCK_TOKENS
-        self._commit(seq, restyle(now, self._positions(seq), None, Format.RAW, device_tokens))
+        self._commit(seq, restyle(now, self._positions(seq), Style(device_tokens=device_tokens)))
         return seq.shadow.rows - away
+
+    def _to_disk(self, seq: SequenceCache, style: Style) -> int:
+        """Moves a prompt's finished rows to where a disk placer will have them, raw; returns how many."""
+        now = blocks_of(self.tables, seq.slot)
+        self._commit(seq, restyle(now, self._positions(seq), replace(style, residual=None, format=Format.RAW)))
+        away = blocks_of(self.tables, seq.slot).tier == Tier.DISK
+        return int((away.sum() - (now.tier == Tier.DISK).sum()) // self._row_blocks)
 
     # -- pipelines -----------------------------------------------------------------------------------------------------
 
@@ -432,6 +533,7 @@ class KVCache:
         Raises:
             TierFullError: a tier lacks room for the result; the request is as it was, and before it was prepared.
             ValueError: the pipeline's evictor does not work; likewise.
+            DamagedCacheError: blocks on disk are damaged beyond repair; likewise, but nothing can be done with it.
         """
         if seq.preparation and (occasion is not Occasion.SWITCH or seq.preparation.pipeline != pipeline):
             self.abandon(seq)
@@ -445,13 +547,13 @@ class KVCache:
                 self._copy_rows(seq, pipeline)
             while True:
                 try:
-                    self._commit(seq, self._arrange(seq, pipeline, occasion))
+                    self._commit_and_clear(seq, self._arrange(seq, pipeline, occasion))
                     break
                 except TierFullError as full:
                     missing_bytes = full.needed_bytes - full.free_bytes
                     if full.tier is not Tier.DEVICE or not (self.prefixes.drop(missing_bytes) or self._take_back(seq)):
                         raise
-        except (TierFullError, ValueError):
+        except (TierFullError, ValueError, DamagedCacheError):
             self.abandon(seq)
             raise
         seq.preparation = None
@@ -471,7 +573,7 @@ class KVCache:
         if copied:
             seq.preparation.copied_rows = seq.seen // BLOCK_TOKENS
         if not (pipeline.evictor or (seq.evicted and seq.shadow)):
-            target = restyle(blocks_of(self.tables, seq.slot), self._positions(seq), *_style(pipeline))
+            target = restyle(blocks_of(self.tables, seq.slot), self._positions(seq), _style(pipeline))
             seq.preparation.plan(target, by_shadow=copied and not seq.evicted)
         return seq.preparation
 
@@ -513,12 +615,7 @@ class KVCache:
         piece = preparation.next_piece(max(1, most(*kind)))
         blocks = len(piece.layer)
         self._prefer_exact(seq, piece.source, piece.position, piece.layer, piece.head)
-        addresses = self._allocate_ahead(self._lot(seq, *kind), piece.tier, blocks)
-        try:
-            self.backend.transcode(piece.source, piece.format, piece.tier, addresses)
-        except Exception:
-            self._arenas[piece.tier].release(addresses)
-            raise
+        addresses = self._build(seq, piece.source, *kind, self._allocate_ahead)
         preparation.add(addresses)
         self._note_peak(seq)
         return Slice(piece.tier, piece.format, blocks)
@@ -528,7 +625,7 @@ class KVCache:
         preparation, seq.preparation = seq.preparation, None
         if preparation is None:
             return
-        for tier, arena in self._arenas.items():
+        for tier, arena in self._tiers.items():
             arena.release(preparation.on(tier))
         if preparation.shadow_rows is None:
             self._drop_shadow(seq)
@@ -544,29 +641,132 @@ class KVCache:
                 if tier is not Tier.DEVICE or not self.prefixes.drop(full.needed_bytes - full.free_bytes):
                     raise
 
+    def _build(
+        self,
+        seq: SequenceCache,
+        source: TokenSource,
+        tier: Tier,
+        fmt: Format,
+        allocate: Callable[[Lot, Tier, int], I32] | None = None,
+    ) -> I32:
+        """Builds new blocks on a tier; on any error it is as if there had been none. Returns their addresses."""
+        self._count_moves(source, tier, fmt)
+        if tier is Tier.DISK:
+            assert self.disk is not None
+            return self.disk.write(self._pieces(seq, source, fmt), fmt)
+        lot, blocks = self._lot(seq, tier, fmt), len(source.address)
+        addresses = allocate(lot, tier, blocks) if allocate else self._arenas[tier].allocate(lot, blocks)
+        try:
+            self.sources(seq).transcode(source, fmt, tier, addresses)
+        except BaseException:
+            self._arenas[tier].release(addresses)
+            raise
+        return addresses
+
+    def _pieces(self, seq: SequenceCache, source: TokenSource, fmt: Format) -> Iterator[torch.Tensor]:
+        """New blocks in pieces of a size to be written at once."""
+        most = max(1, WRITE_BYTES // self.shape.block_bytes(fmt))
+        for start in range(0, len(source.address), most):
+            some = np.arange(start, min(start + most, len(source.address)))
+            yield self.sources(seq).encode(pick(source, some), fmt)
+
+    def _count_moves(self, source: TokenSource, tier: Tier, fmt: Format) -> None:
+        """Blocks by where they come from and where they go, in bytes of what is stored there."""
+        for origin, blocks in zip(*np.unique(source.tier[:, 0], return_counts=True), strict=True):
+            self.recalls.moved_bytes[Tier(origin), tier] += int(blocks) * self.shape.block_bytes(fmt)
+
     def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
         """What evictors may look at of these tokens of a request."""
-        queries = partial(self.recent.read, seq.slot)
-        return Views(tokens, seq.seen, self.scaling, self.backend, queries, self.device.data.device, self.profile)
+        return Views(
+            tokens,
+            seq.seen,
+            self.scaling,
+            self.sources(seq),
+            partial(self.recent.read, seq.slot),
+            self.device.data.device,
+            self.profile,
+            seq.reconstruction,
+            seq.novelty,
+        )
 
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
         evictor, style = pipeline.evictor, _style(pipeline)
-        settle = occasion is Occasion.SETTLE
+        going_on = evictor is not None and evictor.evicts_while_prefilling and occasion is Occasion.PROMPT
+        settle = occasion is Occasion.SETTLE or going_on
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
-            keep = choose(evictor, self.views(seq, tokens))
+            views = self.views(seq, tokens)
+            full = int(tokens.valid.sum(axis=2).max(initial=0)) > evictor.budget(seq.seen)
+            if evictor.evicts_while_prefilling and self.catalyse and full:
+                views = replace(views, queries=self.catalyse(seq))
+            keep = choose(evictor, views)
             if restore or not keep[tokens.valid].all():
-                return regroup(tokens, keep, *style)
+                merging = None if restore else seq.merging
+                if evictor.merges and not keep[tokens.valid].all():
+                    merging = self._merge(seq, evictor, views, keep, merging)
+                target = regroup(tokens, keep, style)
+                target.merging = merging
+                return target
         elif restore:
             tokens = self._everything(seq)
-            return regroup(tokens, tokens.valid, *style)
-        return restyle(blocks_of(self.tables, seq.slot), self._positions(seq), *style)
+            return regroup(tokens, tokens.valid, style)
+        return restyle(blocks_of(self.tables, seq.slot), self._positions(seq), style)
+
+    def _merge(self, seq: SequenceCache, evictor: Evictor, views: Views, keep: Mask, before: Merging | None) -> Merging:
+        """Writes what the kept tokens become to blocks of their own, and has the views' tokens read from there."""
+        tokens, heads = views.tokens, (self.shape.layers, self.shape.kv_heads)
+        found = merge(evictor, views, keep, before.threshold if before else np.full(heads, np.nan, np.float32))
+        merged = np.zeros((*heads, seq.seen), bool)
+        if before:
+            merged[:, :, : before.merged.shape[2]] = before.merged
+        layer, head, _ = found.place
+        merged[layer, head, tokens.position[found.place]] = True
+        count = len(found.k)
+        if not count:
+            return Merging(merged, found.threshold)
+        address, tier = self._allocate_scratch(seq, int(block_count(np.array(count))))
+        whole = torch.zeros(2, len(address) * BLOCK_TOKENS, self.shape.head_dim).to(found.k)
+        whole[0, :count], whole[1, :count] = found.k, found.v
+        payload = whole.view(2, len(address), -1).transpose(0, 1).flatten(1).view(torch.uint8)
+        padding = self.shape.block_bytes(Format.RAW) - payload.shape[1]
+        self.backend.store(tier, address, torch.nn.functional.pad(payload, (0, padding)))
+        at = np.arange(count)
+        tokens.row = tokens.row.copy()  # it may be a view that repeats one row
+        tokens.address[found.place] = address[at // BLOCK_TOKENS]
+        tokens.row[found.place] = (at % BLOCK_TOKENS).astype(np.uint8)
+        tokens.format[found.place], tokens.tier[found.place] = Format.RAW, tier
+        return Merging(merged, found.threshold, {tier: address})
+
+    def _allocate_scratch(self, seq: SequenceCache, blocks: int) -> tuple[I32, Tier]:
+        """Memory for raw blocks that lie beside those in force for a moment, where there is room for them."""
+        try:
+            address = self.device.allocate(self._lot(seq, Tier.DEVICE, Format.RAW), blocks)
+            seq.peak = seq.peak.peak_with(self._measure(seq).plus_raw_device_blocks(self.shape, blocks))
+            return address, Tier.DEVICE
+        except TierFullError:
+            return self.host.allocate(self._lot(seq, Tier.HOST, Format.RAW), blocks), Tier.HOST
+
+    def _commit_and_clear(self, seq: SequenceCache, target: Arrangement) -> None:
+        """Commits, and gives back what was written for it and is not part of a table."""
+        scratch = target.merging.scratch if target.merging else {}
+        try:
+            self._commit(seq, target)
+        except BaseException:
+            for tier, address in scratch.items():
+                self._arenas[tier].release(address)
+            raise
+        for tier, address in scratch.items():
+            self._arenas[tier].release(_without(address, target.blocks.on(tier)))
+        if target.moved is not None:
+            seq.merging = target.merging and replace(target.merging, scratch={})
 
     def _commit(self, seq: SequenceCache, target: Arrangement) -> None:
+        if seq.damaged:
+            raise DamagedCacheError("blocks on disk were damaged; the request's tokens are to be computed again")
         now, new = blocks_of(self.tables, seq.slot), target.blocks
         self._refer_to_shadow(seq, target)
-        vain = seq.preparation.place(now, target) if seq.preparation else dict.fromkeys(MEMORY_TIERS, _NOTHING)
+        vain = seq.preparation.place(now, target) if seq.preparation else dict.fromkeys(Tier, _NOTHING)
         build = new.valid & (new.address == BUILD)
         layer, head, _ = np.nonzero(build)
         self._prefer_exact(seq, target.source, target.source_position, layer, head)
@@ -574,39 +774,56 @@ class KVCache:
         for code in np.unique(new.tier[build].astype(int) * len(Format) + new.format[build]):
             tier, fmt = Tier(int(code) // len(Format)), Format(int(code) % len(Format))
             groups[tier, fmt] = build & (new.tier == tier) & (new.format == fmt)
-        released = {tier: np.concatenate([_without(now.on(tier), new.on(tier)), vain[tier]]) for tier in MEMORY_TIERS}
+        released = {tier: np.concatenate([_without(now.on(tier), new.on(tier)), vain[tier]]) for tier in Tier}
         wanted = {key: int(mask.sum()) for key, mask in groups.items()}
         raw_device, beyond = (Tier.DEVICE, Format.RAW), self._beyond(seq, new.length)
         if target.moved is not None and seq.reserved:  # other ends of tables: the room behind them moves along
             spare = self.tables.address[seq.slot][self._beyond(seq, now.length)]
             released[Tier.DEVICE] = np.concatenate([released[Tier.DEVICE], spare])
             wanted[raw_device] = wanted.get(raw_device, 0) + int(beyond.sum())
+        room = needed(new)
+        staging = seq.staging or (self._staging(seq) if room else None)
+        if staging:
+            released[Tier.HOST] = np.concatenate([released[Tier.HOST], staging.surplus(room)])
         direct = {}
-        for tier, arena in self._arenas.items():
+        for tier, arena in self._tiers.items():
             here = [(seq.lots.get(key), key[1], blocks) for key, blocks in wanted.items() if key[0] is tier]
+            if staging and tier is Tier.HOST:
+                here += staging.missing(room)
             arena.require(released[tier], here)
-            direct[tier] = arena.has_room(here)
+            direct[tier] = tier is Tier.DISK or self._arenas[tier].has_room(here)
 
         of_build = np.cumsum(build.reshape(-1)) - 1  # place of each block to build among the sources
-        built = {}
-        for (tier, fmt), mask in groups.items():
-            source = pick(target.source, of_build[mask.reshape(-1)])
-            if direct[tier]:
-                addresses = self._arenas[tier].allocate(self._lot(seq, tier, fmt), int(mask.sum()))
-                self.backend.transcode(source, fmt, tier, addresses)
-                new.address[mask] = addresses
-            else:  # what is given back makes the room: a copy waits elsewhere until then
-                built[tier, fmt] = self.backend.encode(source, fmt)
+        built, done = {}, []
+        try:
+            for (tier, fmt), mask in sorted(groups.items(), key=lambda group: group[0], reverse=True):  # disks may fail
+                source = pick(target.source, of_build[mask.reshape(-1)])
+                if direct[tier]:
+                    new.address[mask] = self._build(seq, source, tier, fmt)
+                    done.append((tier, new.address[mask]))
+                else:  # what is given back makes the room: a copy waits elsewhere until then
+                    self._count_moves(source, tier, fmt)
+                    built[tier, fmt] = self.sources(seq).encode(source, fmt)
+        except BaseException:
+            for tier, addresses in done:
+                self._tiers[tier].release(addresses)
+            raise
         if target.moved is not None and seq.shadow is not None:
             before = tokens_of(self.tables, seq.slot)
             seq.shadow.remember(before.position, before.valid, before.mass, before.votes)
 
-        for tier, arena in self._arenas.items():
+        if staging:
+            staging.quiet()
+        for tier, arena in self._tiers.items():
             arena.release(released[tier])
         for (tier, fmt), blocks in built.items():
             addresses = self._arenas[tier].allocate(self._lot(seq, tier, fmt), len(blocks))
             self.backend.store(tier, addresses, blocks)
             new.address[groups[tier, fmt]] = addresses
+        if staging:
+            staging.resize(room)
+            staging.follow(new)
+            seq.staging = staging if room else None
         self._swap_tables(seq, target)
         if target.moved is not None and beyond.any():
             addresses = self.device.allocate(self._lot(seq, *raw_device), int(beyond.sum()))
@@ -614,6 +831,28 @@ class KVCache:
             self.tables.format[seq.slot][beyond], self.tables.tier[seq.slot][beyond] = Format.RAW, Tier.DEVICE
         self._release_prefixes(seq)
         self._note_peak(seq)
+
+    def _staging(self, seq: SequenceCache) -> Staging:
+        """An empty staging area for a request, which takes memory as it is resized."""
+        assert self.disk is not None
+        gpu = self.device.data.device.type != "cpu"
+        return Staging(self.disk, self.host, self.tables, seq.slot, self.recalls, partial(self._recover, seq), gpu)
+
+    def _recover(self, seq: SequenceCache, where: tuple[int, int, int], fmt: Format, address: int) -> bool:
+        """Builds a full block anew at a host address, from the exact copy. False: it does not have these tokens."""
+        shadow = seq.shadow
+        layer, head, index = where
+        position = self.tables.position[seq.slot, layer, head, index * BLOCK_TOKENS :][:BLOCK_TOKENS]
+        if shadow is None or position[-1] >= shadow.rows * BLOCK_TOKENS:
+            return False
+        source = TokenSource(
+            shadow.address[position // BLOCK_TOKENS, layer, head][None],
+            np.full((1, BLOCK_TOKENS), Format.RAW, np.uint8),
+            np.full((1, BLOCK_TOKENS), Tier.HOST, np.uint8),
+            (position % BLOCK_TOKENS).astype(np.uint8)[None],
+        )
+        self.backend.transcode(source, fmt, Tier.HOST, np.array([address], np.int32))
+        return True
 
     def _swap_tables(self, seq: SequenceCache, target: Arrangement) -> None:
         tables, slot, blocks = self.tables, seq.slot, target.blocks
@@ -632,11 +871,15 @@ class KVCache:
     def _after(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
         """Settles what a pipeline means for exactness and for reading, and drops a shadow that nothing needs."""
         if isinstance(pipeline.placer, Selector):
-            self._select(seq, pipeline.placer, _style(pipeline)[1], anew=occasion is not Occasion.SETTLE)
+            self._select(seq, pipeline.placer, _style(pipeline).format, anew=occasion is not Occasion.SETTLE)
         else:
             self._stop_selecting(seq)
+        if not pipeline.near:
+            seq.readers = tuple(reader for reader in seq.readers if not isinstance(reader, NearReader))
+        elif not any(isinstance(reader, NearReader) for reader in seq.readers):
+            seq.readers = (*seq.readers, NearReader(self._near, self.tables, seq.slot))
         lossy = seq.evicted or bool(self.tables.format[seq.slot][self._valid(seq)].any())
-        if (lossy or pipeline.selects) and seq.exact_tokens is None:
+        if (lossy or pipeline.selects or pipeline.near) and seq.exact_tokens is None:
             seq.exact_tokens = seq.seen
         if lossy and pipeline.loss_class is LossClass.PERMANENT:
             seq.lost = True
@@ -715,7 +958,7 @@ class KVCache:
                 tables.tier[slot, layer, head, block].reshape(flat),
                 (index % BLOCK_TOKENS).astype(np.uint8).reshape(flat),
             )
-            shadow.add_rows(self.backend, source, rows)
+            shadow.add_rows(self.sources(seq), source, rows)
         seq.shadow = shadow
 
     def _everything(self, seq: SequenceCache) -> Tokens:
@@ -759,6 +1002,11 @@ class KVCache:
         if seq.shadow is None:
             return
         rounded = (source.format != Format.RAW) & (position >= 0) & (position < seq.shadow.rows * BLOCK_TOKENS)
+        if seq.merging:  # what a token has taken up, the copy does not have
+            merged = seq.merging.merged
+            known = position < merged.shape[2]
+            place = np.where(known, position, 0).clip(min=0)
+            rounded &= ~(known & merged[layer[:, None], head[:, None], place])
         if not rounded.any():
             return
         row = np.where(rounded, position // BLOCK_TOKENS, 0)  # [N, 32]
@@ -820,18 +1068,32 @@ class KVCache:
         away = int((now.valid & (now.tier == Tier.HOST)).sum(axis=2).min())
         return max(0, -(-int(now.length.max(initial=0)) // BLOCK_TOKENS) - away - rows) * BLOCK_TOKENS
 
+    def refuses(self, pipeline: Pipeline) -> str | None:
+        """Why no request can have a pipeline here; None: they can, as far as there is room."""
+        placer = pipeline.placer
+        if placer and placer.tier is Tier.DISK and not self.disk:
+            return f"stage {placer.name!r} needs a disk tier, and this worker has none (its disk_budget_bytes is 0)"
+        return None
+
     def _measure(self, seq: SequenceCache) -> CacheUse:
         now = blocks_of(self.tables, seq.slot)
         own = len(self.host.owned(now.on(Tier.HOST)))
         referred = len(now.on(Tier.HOST)) - own
         shadow_bytes = seq.shadow.nbytes - referred * self.shape.block_bytes(Format.RAW) if seq.shadow else 0
         use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
+        if seq.staging:
+            use = replace(use, host_bytes=use.host_bytes + seq.staging.nbytes)
         if seq.selective:
             use = use.plus_device_bytes(*seq.selective.nbytes())
         ahead = seq.preparation
         return (
             use.plus_built_ahead(self.shape, ahead.format[: ahead.built], ahead.tier[: ahead.built]) if ahead else use
         )
+
+    def note_scratch(self, seq: SequenceCache, scratch: SequenceCache) -> None:
+        """Counts the raw device blocks of another cache, which works for this request, in its peak."""
+        blocks = int(block_count(self.tables.length[scratch.slot] + scratch.reserved).sum())
+        seq.peak = seq.peak.peak_with(self._measure(seq).plus_raw_device_blocks(self.shape, blocks))
 
     def _note_peak(self, seq: SequenceCache, extra_rows: I32 | None = None) -> None:
         now = self._measure(seq)
@@ -878,13 +1140,13 @@ class KVCache:
 _NOTHING = np.zeros(0, np.int32)
 
 
-def _style(pipeline: Pipeline) -> tuple[int | None, Format, int | None]:
-    """How many last tokens stay raw, the format of older blocks, how many last tokens stay on the device."""
+def _style(pipeline: Pipeline) -> Style:
     codec, placer = pipeline.codec, pipeline.placer
-    return (
-        BLOCK_TOKENS if codec else None,
-        codec.format if codec else Format.RAW,
-        placer.device_tokens() if placer else None,
+    return Style(
+        residual=BLOCK_TOKENS if codec else None,
+        format=codec.format if codec else Format.RAW,
+        device_tokens=placer.device_tokens() if placer else None,
+        tier=placer.tier if placer else Tier.HOST,
     )
 
 
@@ -897,10 +1159,14 @@ def _without(addresses: I32, others: I32) -> I32:
 class CacheContext:
     """Keys and values that a request keeps, wherever and however its blocks are stored."""
 
-    def __init__(self, backend: Backend, blocks: Blocks, selective: SelectiveReader | None) -> None:
-        self._backend = backend
+    def __init__(
+        self, sources: Sources, blocks: Blocks, position: I32, selective: SelectiveReader | None = None
+    ) -> None:
+        self._sources = sources
         self._blocks = blocks
         self.selective = selective
+        self.position = position
+        """[layers, kv_heads, tokens] original positions; not defined beyond ``length``."""
         self.tokens = int(blocks.length.max(initial=0))
         self.length = blocks.length
         """[layers, kv_heads] tokens kept; what :meth:`read` gives beyond them is not defined."""
@@ -917,7 +1183,7 @@ class CacheContext:
         row = np.broadcast_to(np.arange(BLOCK_TOKENS, dtype=np.uint8), spread).copy()
         address = np.where(blocks.valid[layer].reshape(-1, 1), repeat(blocks.address), np.int32(-1))
         source = TokenSource(address, repeat(blocks.format), repeat(blocks.tier), row)
-        k, v = self._backend.read(source)  # [heads * count, 32, D]
+        k, v = self._sources.read(source)  # [heads * count, 32, D]
         whole = (heads, count * BLOCK_TOKENS, -1)
         return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]
 
@@ -925,17 +1191,18 @@ class CacheContext:
 class TokenContext:
     """Keys and values of a request's tokens, each named by block and row: arrays [layers, kv_heads, whole blocks]."""
 
-    def __init__(self, backend: Backend, address: I32, fmt: U8, tier: U8, row: U8, tokens: int) -> None:
-        self._backend = backend
+    def __init__(self, sources: Sources, address: I32, fmt: U8, tier: U8, row: U8, tokens: int) -> None:
+        self._sources = sources
         self._places = (address, fmt, tier, row)
         self.selective: SelectiveReader | None = None
         self.tokens = tokens
         self.length = np.full(address.shape[:2], tokens, np.int32)
+        self.position = np.broadcast_to(np.arange(tokens, dtype=np.int32), (*address.shape[:2], tokens))
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each [kv_heads, tokens, head_dim]."""
         heads, width = self._places[0].shape[1:]
         source = TokenSource(*(values[layer].reshape(-1, BLOCK_TOKENS) for values in self._places))
-        k, v = self._backend.read(source)  # [heads * blocks, 32, D]
+        k, v = self._sources.read(source)  # [heads * blocks, 32, D]
         whole = (heads, width, -1)
         return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]

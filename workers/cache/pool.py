@@ -59,6 +59,7 @@ class RecallPool:
         self._holds: I32 = np.zeros((*heads, 0), np.int32)  # place in the table of the block held, -1: none
         self._used: I64 = np.zeros((*heads, 0), np.int64)  # when it was last read
         self._fresh: Mask = np.zeros((*heads, 0), bool)  # whether it was fetched ahead and not read yet
+        self._fits = np.array([shape.block_units(other) <= shape.block_units(fmt) for other in Format])
         self._clock = 0
 
     @property
@@ -132,7 +133,7 @@ class RecallPool:
             free = np.argsort(used[head], kind="stable")
             free = free[used[head, free] < self._clock][: len(missing)]
             missing = missing[: len(free)]
-            missing = missing[self._fit(tables, slot, layer, head, missing)]
+            missing = missing[self._fits[tables.format[slot, layer, head, missing]]]
             free = free[: len(missing)]
             holds[head, free], used[head, free], fresh[head, free] = missing, self._clock, ahead
             fetch += zip([head] * len(free), free.tolist(), missing.tolist(), strict=True)
@@ -144,12 +145,6 @@ class RecallPool:
             counts.misses += len(fetch)
             counts.in_place += int((wanted & (found < 0)).sum())
         return found
-
-    def _fit(self, tables: Tables, slot: int, layer: int, head: int, blocks: I64) -> Mask:
-        """Which of the blocks are no larger than a place."""
-        sizes = np.array([self._shape.block_units(fmt) for fmt in Format])
-        fits: Mask = sizes[tables.format[slot, layer, head, blocks]] <= self._shape.block_units(self.format)
-        return fits
 
     def _fetch(self, tables: Tables, slot: int, layer: int, what: I64) -> None:
         head, place, block = what.T

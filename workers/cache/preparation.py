@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.api import I32, U8, TokenSource
-from kernels.layout import MEMORY_TIERS, Format, Tier
+from kernels.layout import Format, Tier
 from workers.cache.arrangement import BUILD, Arrangement, Blocks, pick
 from workers.stages.base import Pipeline
 
@@ -127,7 +127,7 @@ class Preparation:
             Addresses of the blocks built in vain, by tier.
         """
         if not self.built:
-            return dict.fromkeys(MEMORY_TIERS, _NO_ADDRESSES)
+            return dict.fromkeys(Tier, _NO_ADDRESSES)
         assert self._source is not None
         blocks, built = target.blocks, slice(0, self.built)
         build = blocks.valid & (blocks.address == BUILD)
@@ -148,4 +148,4 @@ class Preparation:
         still = (blocks.address == BUILD)[build]
         target.source = pick(target.source, np.flatnonzero(still))
         target.source_position = target.source_position[still]
-        return {tier: self.address[built][~fits & (self.tier[built] == tier)] for tier in MEMORY_TIERS}
+        return {tier: self.address[built][~fits & (self.tier[built] == tier)] for tier in Tier}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kernels.api import F16, F32, I32, Backend, TokenSource
+from kernels.api import F16, F32, I32, TokenSource
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from workers.cache.arena import Arena, Lot
+from workers.cache.staging import Sources
 
 
 class Shadow:
@@ -42,14 +43,20 @@ class Shadow:
         shape = self._arena.shape
         return self.rows * shape.layers * shape.kv_heads * shape.block_bytes(Format.RAW)
 
-    def add_rows(self, backend: Backend, source: TokenSource, rows: int) -> None:
+    def add_rows(self, sources: Sources, source: TokenSource, rows: int) -> None:
         """Appends ``rows`` rows whose tokens ``source`` names, in the order row, layer, head.
 
         Raises:
             TierFullError: nothing was added.
         """
         addresses = self._arena.allocate(self.lot, len(source.address))
-        backend.transcode(source, Format.RAW, Tier.HOST, addresses)
+        try:
+            sources.transcode(source, Format.RAW, Tier.HOST, addresses)
+        except BaseException:
+            self.lot.borrowed = False
+            self._arena.release(addresses)
+            self.lot.borrowed = True
+            raise
         self.address[self.rows : self.rows + rows] = addresses.reshape(rows, *self.address.shape[1:])
         self.rows += rows
 

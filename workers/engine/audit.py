@@ -25,6 +25,7 @@ import torch
 
 from kvpilot.v1 import policy_pb2
 from workers.cache.kvcache import KVCache, SequenceCache
+from workers.cache.staging import DamagedCacheError
 from workers.engine.reports import Reporter
 from workers.engine.runner import ModelRunner
 from workers.engine.scoring import divergences
@@ -122,9 +123,13 @@ class Auditor:
         if context is None:
             self._reporter.audits_skipped += 1
             return
+        try:
+            scored = self._runner.score(context, run.start, run.token_ids)
+        except DamagedCacheError:
+            self._reporter.audits_skipped += 1
+            return
         exact, lossy = (
-            torch.log_softmax(rows.float(), dim=-1)
-            for rows in (self._runner.score(context, run.start, run.token_ids), torch.stack(run.logits))
+            torch.log_softmax(rows.float(), dim=-1) for rows in (scored, torch.stack(run.logits))
         )  # [tokens, vocabulary]
         found = divergences(exact, lossy)
         audit = policy_pb2.Audit(

@@ -21,12 +21,15 @@ from workers.cache.arena import TierFullError
 from workers.cache.disk import DiskCounts, DiskStore
 from workers.cache.kvcache import KVCache, Occasion
 from workers.cache.sessions import ParkedSessions
+from workers.cache.staging import DamagedCacheError
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
 from workers.engine.audit import Auditor
+from workers.engine.catalyst import catalyst
 from workers.engine.intake import Intake, Limits
 from workers.engine.memory import EngineMemory
 from workers.engine.pace import Pace
+from workers.engine.repeating import Repeater, Words, is_missing
 from workers.engine.replay import SLOTS as REPLAY_SLOTS
 from workers.engine.replay import Replay, Replayer
 from workers.engine.reports import Reporter
@@ -44,11 +47,12 @@ from workers.profile.profile import names_of
 from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
-from workers.stages.base import Pipeline
+from workers.stages.base import Evictor, Pipeline
 from workers.stages.registry import build, describe
 
 VERSION = "0.1.0"
 IDLE_POLL_S = 0.5
+PARKING_SLOTS = 1
 
 log = structlog.get_logger(__name__)
 
@@ -76,19 +80,20 @@ class Engine:
         self._context_tokens = min(
             self._loaded.context_tokens, settings.max_context_tokens or self._loaded.context_tokens
         )
+        self._disk = _open_disk(settings)
         self.cache = KVCache(
             self.shape,
             settings.device_budget_bytes,
             settings.host_budget_bytes,
-            settings.max_running + REPLAY_SLOTS,
+            settings.max_running + REPLAY_SLOTS + PARKING_SLOTS + 1,  # one for what is fed again
             self._context_tokens,
             self._loaded.name,
             device,
             settings.kernel_backend.value,
             self._loaded.profile,
+            self._disk,
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._disk = _open_disk(settings)
         self.sessions = ParkedSessions(
             self.cache,
             self._disk,
@@ -96,18 +101,26 @@ class Engine:
             settings.session_keep_s,
             lambda: self._commands.put(lambda: None),
         )
+        if self.cache.disk:
+            self.cache.disk.make_room = self.sessions.give_up_disk
         self._restoring: list[Sequence] = []
         self.cache.backend.warm_up()
         warm_up_signals(self.shape)
         profiled = names_of(self._loaded.profile)
         default = build(settings.default_pipeline, self.shape, profiled)
-        self._intake = Intake(self._loaded, self.shape, self._limits(), default)
+        if reason := self.cache.refuses(default):
+            raise ValueError(f"default_pipeline {default.text!r}: {reason}")
+        self._intake = Intake(self._loaded, self.shape, self._limits(), default, self.cache.refuses)
         self._runner = ModelRunner(self._loaded, self.cache)
+        self._repeater = Repeater(self.cache, self._runner, Words.of(self._loaded), self._context_tokens)
+        self.cache.catalyse = catalyst(self._runner, self._loaded, self._context_tokens)
+        if reason := self._repeater.refusal(default, 1):
+            raise ValueError(f"default_pipeline {settings.default_pipeline!r}: {reason}")
         self._memory = EngineMemory(
             self.cache,
             lambda: list(self._scheduler.running),
             lambda seq, pipeline, reason: self._switching.for_pressure(seq, pipeline, reason),
-            lambda: self._replayer.give_way() or self._switching.hurry(),
+            lambda: self._replayer.give_way() or self._switching.hurry() or self._repeater.give_way(),
             self.sessions,
         )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
@@ -116,7 +129,11 @@ class Engine:
         self._reporter.sessions = self.sessions
         self._pace = Pace(settings.switch_step_share, settings.switch_least_blocks, self.shape.block_bytes(Format.RAW))
         self._switching = Switching(
-            self.cache, self._reporter, self._pace, lambda seq, switch: self._emit(seq, switch=switch)
+            self.cache,
+            self._reporter,
+            self._pace,
+            self._repeater,
+            lambda seq, switch: self._emit(seq, switch=switch),
         )
         self._auditor = Auditor(
             self.cache,
@@ -133,6 +150,8 @@ class Engine:
             settings.step_tokens,
             lambda replay, **event: self._emit(replay, **event),
             self._replayed,
+            self._repeater.words,
+            self._context_tokens,
         )
         self._live: dict[str, Sequence] = {}
         self._replays: dict[str, Replay] = {}
@@ -180,6 +199,7 @@ class Engine:
             self._thread.join(timeout_s)
         if self._disk and not (self._thread and self._thread.is_alive()):
             self._disk.close()
+        log.info("blocks moved", **self.cache.recalls.summary())
 
     def submit(self, job: job_pb2.Job, emitted: Ids[int] = (), measured: int = 0) -> None:
         """See EngineApi."""
@@ -248,7 +268,7 @@ class Engine:
                 vocabulary_size=self._loaded.vocabulary_size,
                 chat=self._loaded.chat,
                 workers=1,
-                stages=describe(shape, names_of(self._loaded.profile)),
+                stages=self._stages(),
                 default_pipeline=self._intake.default_pipeline.text,
                 capacity_bytes=limits.capacity_bytes,
                 raw_bytes_per_token=limits.bytes_per_token,
@@ -265,11 +285,20 @@ class Engine:
                     budget_bytes=arena.budget_bytes,
                     bandwidth_bytes_per_s=self._bandwidths[arena.tier],
                 )
-                for arena in (self.cache.device, self.cache.host)
+                for arena in self.cache.tiers
             ],
             far_horizons_tokens=FAR_HORIZONS_TOKENS,
             feature_schema_hash=SCHEMA_HASH,
         )
+
+    def _stages(self) -> list[generation_pb2.StageInfo]:
+        """All stages; those that need a disk tier are unfit where there is none."""
+        profiled = names_of(self._loaded.profile)
+        described = describe(self.shape, profiled)
+        for info in described:
+            if not info.unfit and (reason := self.cache.refuses(build(info.name, self.shape, profiled))):
+                info.unfit = reason
+        return described
 
     @property
     def disk_counts(self) -> DiskCounts | None:
@@ -290,8 +319,10 @@ class Engine:
             self._reporter.interval_tokens = welcome.report_interval_tokens
         if welcome.default_pipeline:
             try:
-                profiled = names_of(self._loaded.profile)
-                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape, profiled)
+                default = build(welcome.default_pipeline, self.shape, names_of(self._loaded.profile))
+                if reason := self.cache.refuses(default):
+                    raise PipelineError(reason)
+                self._intake.default_pipeline = default
             except PipelineError as error:
                 log.error("controller's default pipeline refused", pipeline=welcome.default_pipeline, why=str(error))
 
@@ -314,21 +345,32 @@ class Engine:
         self._drain_commands()
         self._restore()
         self._switching.advance()
+        self._drop_damaged()
         began = time.monotonic()
         step = self._scheduler.schedule()
+        for seq in step.preempted:
+            self._repeater.drop(seq)
         for seq in step.stuck:
             self._fail_stuck(seq)
         tokens = 0
         if step.decode:
             self._decode(step.decode)
             tokens = len(step.decode)
+        for seq, count in step.repeat:
+            self._repeat(seq, count)
         for seq, count in step.prefill:
             self._prefill(seq, count)
         if not step.empty:
             self._reporter.stepped(tokens, time.monotonic() - began)
-        worked = not step.empty or bool(step.stuck) or self._replay()
+        worked = not step.empty or bool(step.stuck) or self._replay() or self.sessions.parking
         self._flush()
         return worked
+
+    def _drop_damaged(self) -> None:
+        """Has requests whose blocks on disk are damaged beyond repair begin again from their tokens."""
+        for seq in [seq for seq in self._scheduler.running if seq.cache and seq.cache.damaged]:
+            log.warning("blocks on disk are damaged; computing the request's tokens again", job=seq.job_id)
+            self._scheduler.preempt(seq)
 
     def _restore(self) -> None:
         """Goes on with what sessions have under way, and queues the requests whose session is back from disk."""
@@ -363,46 +405,87 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence]) -> None:
         caches = [seq.cache for seq in sequences if seq.cache]
+        rows = {seq.job_id: row for row, seq in enumerate(sequences)}
         began = time.monotonic()
         logits, plan = self._runner.decode(caches, [seq.token_ids[-1] for seq in sequences])
         decode_ms = (time.monotonic() - began) * 1e3
         self._reporter.decode_ms += decode_ms
         self._pace.stepped(decode_ms)
+        sequences = [seq for seq in sequences if seq.cache and not seq.cache.damaged]
+        if len(sequences) < len(caches):
+            logits = logits[[row for row, cache in enumerate(caches) if not cache.damaged]]
         self._auditor.decoded(sequences, logits, decode_ms)
-        for row, seq in enumerate(sequences):
+        for seq in sequences:
             seq.computed += 1
-            self._reporter.decoded(seq, plan, row)
+            self._reporter.decoded(seq, plan, rows[seq.job_id])
         for seq, choice in zip(sequences, self._sample(logits, sequences), strict=True):
             self._take_token(seq, choice)
         for seq in sequences:
             if seq.cache and seq.cache.seen % BLOCK_TOKENS == 0 and not self._switching.prepares(seq):
                 self._settle(seq)
+        self._drop_damaged()
 
     def _prefill(self, seq: Sequence, count: int) -> None:
         assert seq.cache is not None
         evictor = seq.pipeline.evictor
+        pot = evictor if evictor and evictor.evicts_while_prefilling else None
         all_queries = bool(evictor and evictor.needs_prompt_mass)
         end, rows_end = seq.computed + count, len(seq.token_ids) // BLOCK_TOKENS * BLOCK_TOKENS
-        if all_queries and seq.session and seq.computed < rows_end <= end:
-            chunk = seq.token_ids[seq.computed : rows_end]
-            logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
-            self.cache.note_row_mass(seq.cache)
-            seq.computed = rows_end
-        if seq.computed < end:
-            chunk = seq.token_ids[seq.computed : end]
-            logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
-            seq.computed = end
+        full = pot is not None and pot.next_eviction(seq.computed) == end
+        try:
+            if all_queries and seq.session and seq.computed < rows_end <= end:
+                chunk = seq.token_ids[seq.computed : rows_end]
+                logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
+                self.cache.note_row_mass(seq.cache)
+                seq.computed = rows_end
+            if seq.computed < end:
+                chunk = seq.token_ids[seq.computed : end]
+                following = seq.token_ids[seq.computed + 1 : end + 1] if pot else ()
+                logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries, following)
+                seq.computed = end
+            if full:
+                self._boil_down(seq)
+        except DamagedCacheError:
+            self._drop_damaged()
+            return
         if seq.to_compute:
-            if not seq.pipeline.moves_nothing:
+            if not (seq.pipeline.moves_nothing or pot):
                 self._memory.evacuate(seq)
             return
         self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
-        if not seq.pipeline.moves_nothing:
+        if not (seq.pipeline.moves_nothing or pot):
             self._memory.evacuate(seq)
+        if self._repeater.begin(seq, seq.pipeline):
+            seq.phase = Phase.REPEAT
+        else:
+            self._begin_decoding(seq)
+        self._take_token(seq, self._sample(logits, [seq])[0])
+
+    def _boil_down(self, seq: Sequence) -> None:
+        """Has an evictor work while the prompt is computed; formats and tiers follow when it is complete."""
+        assert seq.cache is not None
+        stages = Pipeline(tuple(stage for stage in seq.pipeline.stages if isinstance(stage, Evictor)))
+        wanted = stages if seq.pipeline.wants_shadow else stages.without_shadow()
+        try:
+            self.cache.apply(seq.cache, wanted, Occasion.SETTLE)
+        except TierFullError as full:  # it takes more memory until it can be done
+            log.warning("eviction waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
+
+    def _repeat(self, seq: Sequence, count: int) -> None:
+        """Feeds the next tokens of a text that the model repeats; behind a prompt's last ones its pipeline follows."""
+        waits = seq.phase is Phase.REPEAT
+        assert seq.cache is not None
+        if waits and not is_missing(seq.cache, seq.pipeline):  # another pipeline was ordered meanwhile
+            self._repeater.drop(seq)
+        else:
+            self._repeater.step(seq, count)
+        if waits and not seq.to_repeat:
+            self._begin_decoding(seq)
+
+    def _begin_decoding(self, seq: Sequence) -> None:
         seq.phase = Phase.DECODE
         seq.settled = self._try_apply(seq, Occasion.PROMPT)
         self._reporter.changed(seq)
-        self._take_token(seq, self._sample(logits, [seq])[0])
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
         requests = [SampleRequest(seq.sampling, seq.token_ids, seq.generated, seq.top_logprobs) for seq in sequences]
@@ -415,6 +498,8 @@ class Engine:
         seq.first_token_time_s = seq.first_token_time_s or now
         seq.last_token_time_s = now
         self._reporter.chose(seq, choice)
+        if seq.cache:
+            seq.cache.note_surprises(len(seq.token_ids) - 1, [choice.surprise])
         text = ""
         if seq.text and choice.token_id not in seq.stop_token_ids:
             text = seq.text.add(choice.token_id)
@@ -447,6 +532,9 @@ class Engine:
         home = seq.pinned.without_shadow() if seq.pinned and seq.cache.lost else seq.pinned
         if home and seq.pipeline != home and self._roomy(seq):
             self._switching.for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
+        elif not seq.settled and is_missing(seq.cache, seq.pipeline):
+            if not seq.to_repeat:
+                self._repeater.begin(seq, seq.pipeline)
         elif not seq.settled:
             seq.settled = self._try_apply(seq, Occasion.SWITCH)
         elif not seq.pipeline.is_full:
@@ -459,6 +547,10 @@ class Engine:
 
     def _try_apply(self, seq: Sequence, occasion: Occasion) -> bool:
         assert seq.cache is not None
+        if occasion is not Occasion.SETTLE and is_missing(seq.cache, seq.pipeline):
+            write = log.warning if seq.settled else log.debug
+            write("pipeline waits for room to repeat the text", job=seq.job_id, pipeline=seq.pipeline.text)
+            return False
         try:
             self.cache.apply(seq.cache, seq.pipeline, occasion)
             return True
@@ -466,6 +558,8 @@ class Engine:
             write = log.warning if seq.settled else log.debug  # once, not at every attempt
             write("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
             return False
+        except DamagedCacheError:
+            return False  # it is about to begin again
 
     # -- life of a request ---------------------------------------------------------------------------------------------
 
@@ -502,6 +596,7 @@ class Engine:
 
     def _finish(self, seq: Sequence, reason: generation_pb2.FinishReason) -> None:
         self._switching.ended(seq)
+        self._repeater.drop(seq)
         cache_bytes = self._reporter.cache_bytes(seq)
         if seq.cache:
             self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
@@ -575,12 +670,14 @@ def _dtype(settings: WorkerSettings) -> torch.dtype:
 
 
 def _measure_bandwidths(cache: KVCache) -> dict[Tier, float]:
-    """Copy bandwidth in bytes per second: within the device tier, and from the host tier to it."""
+    """Copy bandwidth in bytes per second: within the device tier, from the host tier to it, and from disk to memory."""
     device, host = cache.device.data, cache.host.data
     size = min(len(device) // 2, 16 << 20)
     bandwidths = {Tier.DEVICE: _copy_rate(device[:size], device[size : 2 * size])}
     size = min(size, len(host))
     bandwidths[Tier.HOST] = _copy_rate(host[:size], device[:size]) if size else 0.0
+    if cache.disk:
+        bandwidths[Tier.DISK] = cache.disk.store.measure()
     return bandwidths
 
 

@@ -2,10 +2,11 @@
 
 Sessions between two turns have their rows on the host tier on sufferance: whenever a request wants room there, they go
 to disk, or are dropped, before anything of a running request is touched (``workers/cache/sessions.py``). On the device:
-drop published prefixes that nobody uses; interrupt a replay, or do the rest of a switch that is being prepared at once,
-since it holds blocks twice; without a controller, compress requests whose objective allows it (the static rule); move
-older blocks to the host tier, which changes no logits, as far as there is room; where the host is full too, give up the
-exact copies of requests that are lossy already. Only then does the scheduler preempt.
+copy the rest of a turn that is being parked; drop published prefixes that nobody uses; interrupt a replay, or do the
+rest of a switch that is being prepared at once, since it holds blocks twice; without a controller, compress requests
+whose objective allows it (the static rule); move older blocks to the host tier, which changes no logits, as far as it
+has room; where the host is full too, give up the exact copies of requests that are lossy already. Only then does the
+scheduler preempt.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from dataclasses import replace
 
 import structlog
 
-from kernels.layout import BLOCK_TOKENS, Format
+from kernels.layout import BLOCK_TOKENS, Format, Tier
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.cache.sessions import ParkedSessions
+from workers.cache.staging import DamagedCacheError
 from workers.engine.sequence import Phase, Sequence
-from workers.stages.base import Pipeline
+from workers.stages.base import Pipeline, Placer
 from workers.stages.compress.kivi import Kivi
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 from workers.stages.offload.host import Host
@@ -121,9 +123,12 @@ class EngineMemory:
             seq.cache = None
 
     def evacuate(self, seq: Sequence) -> bool:
-        """Moves what is computed of a prompt to the host tier, as far as there is room. False: not at all."""
+        """Moves what is computed of a prompt off the device, as far as there is room. False: not at all."""
         assert seq.cache is not None
-        return self._cache.evacuate(seq.cache) > 0
+        try:
+            return self._cache.evacuate(seq.cache, seq.pipeline) > 0
+        except DamagedCacheError:
+            return False  # it is about to begin again
 
     def grow(self, seq: Sequence, tokens: int) -> bool:
         """Makes room for so many more tokens of a request, relieving pressure as far as that goes."""
@@ -138,6 +143,8 @@ class EngineMemory:
 
     def _relieve(self, missing_bytes: int) -> bool:
         """Frees some device memory by the mildest means there is. False: there is none."""
+        if self._sessions and self._sessions.conclude():
+            return True
         if self._cache.prefixes.drop(missing_bytes) or self._interrupt() or self._cache.give_up_pools(missing_bytes):
             return True
         holders = sorted(self._running(), key=self._device_bytes, reverse=True)
@@ -163,7 +170,7 @@ class EngineMemory:
         return self._switch(seq, Pipeline(tuple(stages)), "device tier is full and no controller is attached")
 
     def _move_to_host(self, seq: Sequence) -> bool:
-        if seq.phase is Phase.PREFILL:
+        if seq.phase in (Phase.PREFILL, Phase.REPEAT):
             return self.evacuate(seq)
         if seq.phase is not Phase.DECODE or not seq.cache:
             return False
@@ -173,7 +180,7 @@ class EngineMemory:
         stays = placer.device_tokens() if placer else None
         if recent >= (len(seq.token_ids) if stays is None else stays):
             return False
-        return self._switch(seq, with_host(seq.pipeline, recent), "device tier is full")
+        return self._switch(seq, with_less_on_device(seq.pipeline, recent), "device tier is full")
 
     def _give_up_shadow(self, seq: Sequence) -> bool:
         """Makes a lossy request's loss permanent, for the host bytes of its exact copy."""
@@ -188,14 +195,20 @@ def _reusable(seq: Sequence) -> tuple[list[int], bool]:
 
     An evictor goes by the attention of the prompt's last queries. They are computed in any case, or what it keeps would
     depend on what others have published. One that goes by all queries can start from a session's rows alone, which come
-    with what their queries paid.
+    with what their queries paid. One that works while the prompt is computed takes none.
     """
     evictor = seq.pipeline.evictor
+    if evictor and evictor.evicts_while_prefilling:
+        return [], evictor.needs_prompt_mass
     end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)
     return seq.token_ids[: max(0, end)], bool(evictor and evictor.needs_prompt_mass)
 
 
-def with_host(pipeline: Pipeline, recent: int) -> Pipeline:
-    """The same pipeline with older blocks on the host tier."""
-    stages = [stage for stage in (pipeline.evictor, pipeline.codec) if stage]
-    return replace(pipeline, stages=(*stages, Host(recent=recent)))
+def with_less_on_device(pipeline: Pipeline, recent: int) -> Pipeline:
+    """The same pipeline with all but the last ``recent`` tokens' blocks on disk, if they go there, else on the host."""
+    placer = pipeline.placer
+    if placer and (placer.tier is Tier.DISK or placer.near):
+        placer = replace(placer, recent=recent)  # type: ignore[call-arg]
+    else:
+        placer = Host(recent=recent)
+    return replace(pipeline, stages=(*(stage for stage in pipeline.stages if not isinstance(stage, Placer)), placer))

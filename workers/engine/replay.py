@@ -21,11 +21,14 @@ import numpy as np
 import structlog
 import torch
 
+from kernels.api import DecodePlan
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.staging import DamagedCacheError
+from workers.engine.repeating import Repetition, Words, is_missing
 from workers.engine.runner import ModelRunner
 from workers.engine.scoring import divergences
 from workers.errors import INTERNAL, RESOURCE_EXHAUSTED
@@ -36,7 +39,8 @@ from workers.stages.registry import loss_class_proto
 SIGNAL_TOKENS = 16
 """Tokens decoded before a place to measure the signals: a report interval."""
 SLOTS = 3
-"""Caches a replay holds at once: the text's, one under the pipeline of the signals, one under the pipeline at hand."""
+"""Caches a replay holds at once: the text's, one under the pipeline of the signals, one under the pipeline at hand; or
+the text's and that of what the model is fed again."""
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +99,8 @@ class Replayer:
         step_tokens: tokens of a prompt computed in one piece.
         emit: takes the events.
         ended: told when a replay is over.
+        words: how the model is asked to repeat a text; None where it has no words.
+        context_tokens: longest sequence of the model.
     """
 
     def __init__(
@@ -105,6 +111,8 @@ class Replayer:
         step_tokens: int,
         emit: Emit,
         ended: Callable[[Replay], None],
+        words: Words | None = None,
+        context_tokens: int = 0,
     ) -> None:
         self._cache = cache
         self._runner = runner
@@ -112,6 +120,8 @@ class Replayer:
         self._step_tokens = step_tokens
         self._emit = emit
         self._ended = ended
+        self._words = words
+        self._context_tokens = context_tokens
         self._queue: deque[Replay] = deque()
         self._work: Iterator[None] | None = None
         self._open: list[SequenceCache] = []
@@ -153,6 +163,9 @@ class Replayer:
         except TierFullError as full:
             message = f"the text and its forks do not fit this worker: {full}"
             self._end(replay, generation_pb2.FINISH_REASON_FAILED, RESOURCE_EXHAUSTED, message)
+        except DamagedCacheError as error:
+            log.warning("replay begins again where it was", job=replay.job_id, why=str(error))
+            self.give_way()
         except Exception as error:
             log.exception("replay failed", job=replay.job_id)
             self._end(replay, generation_pb2.FINISH_REASON_FAILED, INTERNAL, f"the replay failed: {error!r}")
@@ -178,6 +191,7 @@ class Replayer:
         base = self._hold(self._cache.open(len(replay.token_ids)))
         while replay.places:
             place = replay.places[0]
+            base.reconstruction = None  # each place stands for a request that is switched there for the first time
             yield from self._compute(replay, base, place.at_token - SIGNAL_TOKENS)
             state = yield from self._watch(replay, base, place)
             horizon = replay.token_ids[place.at_token : place.at_token + replay.horizon_tokens]
@@ -187,6 +201,8 @@ class Replayer:
                 at_token=place.at_token, feature_schema_hash=SCHEMA_HASH, measured_under=place.measured_under.text
             )
             scored = {Pipeline().logits_key: exact}
+            for _, pipeline in replay.pipelines:
+                yield from self._repeat(replay, base, pipeline)
             rows = self._features.rows(state, [text for text, _ in replay.pipelines])
             for (text, pipeline), row in zip(replay.pipelines, rows, strict=True):
                 measured = self._try_pipeline(base, pipeline, horizon, scored)
@@ -205,12 +221,26 @@ class Replayer:
             self._runner.prefill(base, chunk, end, all_queries=replay.needs_prompt_mass)
             yield
 
+    def _repeat(self, replay: Replay, base: SequenceCache, pipeline: Pipeline) -> Iterator[None]:
+        """Has the model repeat the text so far where a pipeline asks for it; forks share what comes of it."""
+        if not is_missing(base, pipeline):
+            return
+        assert self._words is not None
+        work = Repetition(self._cache, self._runner, base, replay.token_ids, self._words, self._context_tokens)
+        try:
+            while work.left:
+                work.step(self._step_tokens)
+                yield
+        finally:
+            work.close()
+
     def _watch(
         self, replay: Replay, base: SequenceCache, place: Place
     ) -> Generator[None, None, policy_pb2.RequestState]:
         """Decodes the text's tokens up to a place, and gives the request's state as a report there would."""
         watched, pipeline, tokens = base, place.measured_under, replay.token_ids
         if not pipeline.is_full:
+            yield from self._repeat(replay, base, pipeline)
             watched = self._hold(self._cache.fork(base))
             self._cache.apply(watched, pipeline, Occasion.SWITCH)
             yield
@@ -224,7 +254,7 @@ class Replayer:
         for index in range(first, place.at_token):
             for cache in both:
                 self._reserve(cache, 1)
-            logits, plan = self._runner.decode(both, [tokens[index]] * len(both))
+            logits, plan = self._decode(both, tokens[index])
             meter.note_attention(plan, len(both) - 1, self._cache.tables)
             _note_token(meter, logits[-1], tokens[index + 1])
             if audited:
@@ -291,7 +321,7 @@ class Replayer:
         lossy = scored[key]
         self._reserve(fork, 1)
         began = time.perf_counter()
-        self._runner.decode([fork], [horizon[0]])
+        self._decode([fork], horizon[0])
         step_s = time.perf_counter() - began
         self._release(fork)
         divergence = divergences(exact, lossy)
@@ -305,6 +335,13 @@ class Replayer:
             loss=_loss(lossy, horizon),
             full_loss=_loss(exact, horizon),
         )
+
+    def _decode(self, caches: list[SequenceCache], token_id: int) -> tuple[torch.Tensor, DecodePlan]:
+        """The same token for each; DamagedCacheError where one could not read all that it should."""
+        logits, plan = self._runner.decode(caches, [token_id] * len(caches))
+        if any(cache.damaged for cache in caches):
+            raise DamagedCacheError("blocks on disk were damaged")
+        return logits, plan
 
     def _score(self, seq: SequenceCache, horizon: Sequence[int]) -> torch.Tensor:
         """Log-probabilities [horizon, V] behind each of the horizon's tokens."""

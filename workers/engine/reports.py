@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from kernels.api import DecodePlan
+from kernels.layout import Tier
 from kvpilot.v1 import common_pb2, policy_pb2
 from workers.cache.kvcache import KVCache
 from workers.cache.sessions import ParkedSessions
@@ -102,7 +103,7 @@ class Reporter:
         passed = {job_id: seq.generated - self._reported.get(job_id, seq.generated) for job_id, seq in live.items()}
         if any(tokens >= self.interval_tokens for tokens in passed.values()):
             self._news |= {job_id for job_id, tokens in passed.items() if tokens >= max(1, self.interval_tokens // 2)}
-        if not self._news and not self._ended:
+        if not self._news and not self._ended and not (self.sessions and self.sessions.has_news()):
             return None
         self._sequence_number += 1
         report = policy_pb2.Report(
@@ -117,17 +118,21 @@ class Reporter:
 
     def worker_state(self, running: int, waiting: int) -> policy_pb2.WorkerState:
         """The worker's load now."""
+        idle = {  # what gives way at once
+            Tier.DEVICE: self._cache.prefixes.unused_bytes(),
+            Tier.HOST: self._cache.host.guest_bytes,
+            Tier.DISK: self.sessions.disk_bytes if self.sessions else 0,
+        }
         return policy_pb2.WorkerState(
             running=running,
             waiting=waiting,
             tiers=[
                 policy_pb2.TierUse(
-                    name=arena.tier.name.lower(), used_bytes=arena.used_bytes - idle, budget_bytes=arena.budget_bytes
+                    name=tier.tier.name.lower(),
+                    used_bytes=tier.used_bytes - idle[tier.tier],
+                    budget_bytes=tier.budget_bytes,
                 )
-                for arena, idle in (
-                    (self._cache.device, self._cache.prefixes.unused_bytes()),
-                    (self._cache.host, self._cache.host.guest_bytes),
-                )
+                for tier in self._cache.tiers
             ],
             step_ms=self.step_ms,
             tokens_per_s=sum(tokens for _, tokens in self._token_times) / RATE_WINDOW_S,

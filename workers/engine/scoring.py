@@ -21,6 +21,8 @@ class Context(Protocol):
     """Of the longest table."""
     length: I32
     """[layers, kv_heads] tokens there are."""
+    position: I32
+    """[layers, kv_heads, tokens] original positions; not defined beyond ``length``."""
     selective: SelectiveReader | None
     """What says which of them a query reads; None: all."""
 
@@ -39,6 +41,8 @@ class ScoringAttention:
 
     def __init__(self, context: Context, guesser: QueryGuesser | None = None) -> None:
         self._context = context
+        self.queries: list[torch.Tensor] = []
+        """Those of each layer that has attended, [query_heads, S, D]."""
         self._guesser = guesser
         self._guess: torch.Tensor | None = None  # of the next layer's queries
         self._mask: torch.Tensor | None = None  # of all layers, where every table is of one length
@@ -46,6 +50,7 @@ class ScoringAttention:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """See :class:`Attend`; B is 1, S the number of tokens."""
+        self.queries.append(q[0])
         before = self._context.read(layer)
         k, v = (torch.cat([old[None], new], dim=2) for old, new in zip(before, (k, v), strict=True))
         if self._mask is None or self._uneven:

@@ -28,8 +28,11 @@ from workers.stages.evict.expected_attention import ExpectedAttention
 from workers.stages.evict.fastgen import FastGen
 from workers.stages.evict.h2o import H2O
 from workers.stages.evict.hashevict import HashEvict
+from workers.stages.evict.infinipot import InfiniPot
 from workers.stages.evict.keydiff import KeyDiff
 from workers.stages.evict.knorm import KNorm
+from workers.stages.evict.kvzip import KVzip
+from workers.stages.evict.merge import Merge
 from workers.stages.evict.morphkv import MorphKV
 from workers.stages.evict.nacl import NaCL
 from workers.stages.evict.razor import Razor
@@ -41,8 +44,10 @@ from workers.stages.evict.window import Window
 from workers.stages.offload.arkvale import ArkVale
 from workers.stages.offload.clo import CLO
 from workers.stages.offload.conversation import Conversation
+from workers.stages.offload.disk import Disk
 from workers.stages.offload.host import Host
 from workers.stages.offload.infinigen import InfiniGen
+from workers.stages.offload.neardata import NearData
 from workers.stages.offload.quest import Quest
 
 BUILT_IN: tuple[type[Stage], ...] = (
@@ -55,6 +60,9 @@ BUILT_IN: tuple[type[Stage], ...] = (
     SnapKV,
     KeyDiff,
     KNorm,
+    KVzip,
+    InfiniPot,
+    Merge,
     NaCL,
     HashEvict,
     MorphKV,
@@ -67,6 +75,8 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Int8,
     Kivi,
     Host,
+    Disk,
+    NearData,
     Quest,
     ArkVale,
     InfiniGen,

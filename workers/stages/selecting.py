@@ -55,9 +55,12 @@ class BlockView:
     def best(self, score: torch.Tensor, budget: torch.Tensor | None = None) -> torch.Tensor:
         """The ``budget`` blocks of highest score [H, B] in each head; among equals the later ones."""
         most = self.budget if budget is None else budget
+        last = score.shape[1] - 1
         ranked = score.masked_fill(~self.valid, -torch.inf).flip(1)
-        rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1).flip(1)
-        return (rank < most[:, None]) & self.valid
+        order = last - ranked.argsort(dim=1, descending=True, stable=True)  # [H, B] places, best first
+        among = torch.arange(last + 1, device=score.device) < most[:, None]
+        chosen = torch.zeros_like(self.valid).scatter_(1, order, among)
+        return chosen & self.valid
 
 
 def block_share(default: float = 0.25) -> Any:

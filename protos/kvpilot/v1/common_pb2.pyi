@@ -67,7 +67,7 @@ class Objective(_message.Message):
     def __init__(self, max_divergence: _Optional[float] = ..., latency_weight: _Optional[float] = ..., memory_weight: _Optional[float] = ...) -> None: ...
 
 class CacheBytes(_message.Message):
-    __slots__ = ("device_bytes", "host_bytes", "shadow_bytes", "peak_device_bytes", "full_cache_bytes", "device_bytes_16bit", "peak_device_bytes_16bit", "full_cache_bytes_16bit")
+    __slots__ = ("device_bytes", "host_bytes", "shadow_bytes", "peak_device_bytes", "full_cache_bytes", "device_bytes_16bit", "peak_device_bytes_16bit", "full_cache_bytes_16bit", "disk_bytes")
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHADOW_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class CacheBytes(_message.Message):
     DEVICE_BYTES_16BIT_FIELD_NUMBER: _ClassVar[int]
     PEAK_DEVICE_BYTES_16BIT_FIELD_NUMBER: _ClassVar[int]
     FULL_CACHE_BYTES_16BIT_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     device_bytes: int
     host_bytes: int
     shadow_bytes: int
@@ -84,7 +85,8 @@ class CacheBytes(_message.Message):
     device_bytes_16bit: int
     peak_device_bytes_16bit: int
     full_cache_bytes_16bit: int
-    def __init__(self, device_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., shadow_bytes: _Optional[int] = ..., peak_device_bytes: _Optional[int] = ..., full_cache_bytes: _Optional[int] = ..., device_bytes_16bit: _Optional[int] = ..., peak_device_bytes_16bit: _Optional[int] = ..., full_cache_bytes_16bit: _Optional[int] = ...) -> None: ...
+    disk_bytes: int
+    def __init__(self, device_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., shadow_bytes: _Optional[int] = ..., peak_device_bytes: _Optional[int] = ..., full_cache_bytes: _Optional[int] = ..., device_bytes_16bit: _Optional[int] = ..., peak_device_bytes_16bit: _Optional[int] = ..., full_cache_bytes_16bit: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
 
 class Switch(_message.Message):
     __slots__ = ("at_token", "from_pipeline", "to_pipeline", "reason", "ordered_by", "before", "after", "stall_ms")

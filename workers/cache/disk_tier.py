@@ -1,0 +1,169 @@
+"""The disk tier as block tables see it: every block has a number, which is its address there.
+
+A batch of blocks (``workers.cache.disk``) is what a page is in an arena: one lot, one format, and it goes when its last
+block is released. A full block never changes, so it is written once, for as long as its table wants it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from kernels.api import I32, U8
+from kernels.layout import CacheShape, Format, Tier
+from workers.cache.arena import Lot, TierFullError
+from workers.cache.disk import Batch, DiskFullError, DiskStore, Part
+
+WRITE_BYTES = 4 << 20
+"""Most bytes of a batch: long enough for the disk, and short enough to wait for in memory."""
+WRITES_AT_ONCE = 2
+_NONE = -1
+
+
+@dataclass
+class _File:
+    """A batch whose blocks have numbers."""
+
+    batch: Batch
+    lot: Lot
+    numbers: I32
+    live: int
+
+
+class DiskTier:
+    """Numbered blocks in the files of a store. Used by the engine thread alone.
+
+    Args:
+        store: the files.
+        shape: the cache's dimensions.
+    """
+
+    tier = Tier.DISK
+
+    def __init__(self, store: DiskStore, shape: CacheShape) -> None:
+        self.store = store
+        self.shape = shape
+        self.make_room: Callable[[int], object] = lambda nbytes: False
+        """Frees so many bytes of what others keep in the store, as far as it gives way; false: it does not."""
+        self._files: dict[int, _File] = {}  # by the id of their lot
+        self._next_lot = 1
+        self._lot_of: I32 = np.zeros(0, np.int32)  # of each number; _NONE: it is free
+        self._place: I32 = np.zeros(0, np.int32)  # within the batch
+        self._free: list[int] = []
+
+    @property
+    def budget_bytes(self) -> int:
+        """Most bytes of files."""
+        return self.store.budget_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of files, of whoever shares the store."""
+        return self.store.used_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left of the budget."""
+        return self.store.free_bytes
+
+    def require(self, released: I32, wanted: Iterable[tuple[Lot | None, Format, int]]) -> None:
+        """Checks that the ``wanted`` (lot, format, blocks) fit beside what is ``released`` only when they are written.
+
+        Raises:
+            TierFullError: they do not.
+        """
+        needed = sum(blocks * self.shape.block_bytes(fmt) for _, fmt, blocks in wanted)
+        if needed > self.free_bytes:
+            self.make_room(needed)
+        if needed > self.free_bytes:
+            raise TierFullError(Tier.DISK, needed, self.free_bytes)
+
+    def write(self, pieces: Iterable[torch.Tensor], fmt: Format) -> I32:
+        """Writes blocks, given in pieces uint8 [n, block_bytes] that are made as they are needed; waits for the files.
+
+        Returns:
+            The blocks' numbers.
+
+        Raises:
+            TierFullError: the budget or the file system has no room; nothing was stored.
+        """
+        batches: list[Batch] = []
+        try:
+            for piece in pieces:
+                if len(batches) >= WRITES_AT_ONCE:
+                    batches[-WRITES_AT_ONCE].written.result()
+                batches.append(self._write(piece.cpu().numpy()))
+            for batch in batches:
+                batch.written.result()
+        except BaseException as error:
+            for batch in batches:
+                self.store.free(batch)
+            if isinstance(error, DiskFullError):
+                raise TierFullError(Tier.DISK, error.needed_bytes, self.free_bytes) from error
+            raise
+        numbers = [self._enter(batch, fmt) for batch in batches]
+        return np.concatenate(numbers) if numbers else np.zeros(0, np.int32)
+
+    def _write(self, blocks: U8) -> Batch:
+        try:
+            return self.store.write(blocks)
+        except DiskFullError as full:
+            if not self.make_room(full.needed_bytes):
+                raise
+        return self.store.write(blocks)
+
+    def read(self, numbers: I32, into: list[U8]) -> Future[list[int]]:
+        """Starts to read blocks into rows [block_bytes] of memory, which nobody else may touch until it is done.
+
+        Returns:
+            Places, among ``numbers``, of those whose bytes are not those that were written.
+        """
+        lots = self._lot_of[numbers]
+        order = np.argsort(lots, kind="stable")
+        parts, starts = [], [0, *(np.flatnonzero(np.diff(lots[order])) + 1), len(order)]
+        for start, end in pairwise(starts):
+            mine = order[start:end]
+            batch = self._files[int(lots[mine[0]])].batch
+            parts.append(Part(batch, self._place[numbers[mine]], [into[place] for place in mine], mine.tolist()))
+        return self.store.read_into(parts)
+
+    def release(self, numbers: I32) -> None:
+        """Gives back blocks; those that are lent to forks stay."""
+        numbers = self.owned(numbers)
+        for lot, count in zip(*np.unique(self._lot_of[numbers], return_counts=True), strict=True):
+            file = self._files[int(lot)]
+            file.live -= int(count)
+            if not file.live:
+                self._lot_of[file.numbers] = _NONE
+                self._free += file.numbers.tolist()
+                del self._files[int(lot)]
+                self.store.free(file.batch)
+
+    def owned(self, numbers: I32) -> I32:
+        """Those of the blocks that are not lent to forks."""
+        lent = [lot for lot, file in self._files.items() if file.lot.borrowed]
+        return np.asarray(numbers[~np.isin(self._lot_of[numbers], lent)], np.int32)
+
+    def lots_of(self, numbers: I32) -> list[Lot]:
+        """The lots these blocks belong to."""
+        return [self._files[int(lot)].lot for lot in np.unique(self._lot_of[numbers])]
+
+    def _enter(self, batch: Batch, fmt: Format) -> I32:
+        """Numbers for the blocks of a batch."""
+        if len(self._free) < batch.blocks:
+            known = len(self._lot_of)
+            more = max(batch.blocks, known)
+            self._lot_of = np.concatenate([self._lot_of, np.full(more, _NONE, np.int32)])
+            self._place = np.concatenate([self._place, np.zeros(more, np.int32)])
+            self._free = [*range(known + more - 1, known - 1, -1), *self._free]
+        numbers = np.array([self._free.pop() for _ in range(batch.blocks)], np.int32)
+        lot = Lot(self._next_lot, fmt)
+        self._next_lot += 1
+        self._files[lot.id] = _File(batch, lot, numbers, batch.blocks)
+        self._lot_of[numbers], self._place[numbers] = lot.id, np.arange(batch.blocks)
+        return numbers
