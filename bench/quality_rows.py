@@ -13,6 +13,7 @@ from bench.quality_lab import Bytes, Compared
 from bench.quality_subjects import LeftOut, Subject
 from kernels.layout import CacheShape, Format
 from workers.expected import expected_use
+from workers.profile.profile import ModelProfile
 from workers.stages.base import Pipeline
 
 _DIGITS = 5
@@ -114,8 +115,8 @@ class Tally:
         """What it raised goes into the row, in place of figures."""
         self.error = f"{type(error).__name__}: {error}"
 
-    def row(self, full: Tally, shape: CacheShape) -> Row:
-        """The row, beside the full cache's tally."""
+    def row(self, full: Tally, shape: CacheShape, profile: ModelProfile | None = None) -> Row:
+        """The row of a model of this cache shape and profile, beside the full cache's tally."""
         measured = bool(self.found) and self.error is None
         built = self.pipeline
         asks = self.table in (Table.RETRIEVAL, Table.CONVERSATION)
@@ -134,7 +135,7 @@ class Tally:
             loss_class=built.loss_class.name.lower() if built else None,
             bytes_fraction=self._share("device") if measured else None,
             host_fraction=self._share("elsewhere") if measured else None,
-            shadow_fraction=_shadow_fraction(built, shape, self.context) if built else None,
+            shadow_fraction=_shadow_fraction(built, shape, self.context, profile) if built else None,
             divergence=self._mean("divergence") if measured else None,
             divergence_last_quarter=float(last.mean()) if last is not None and self.table is Table.GENERATION else None,
             perplexity=self.perplexity if measured else None,
@@ -163,8 +164,8 @@ class Tally:
         return taken / sum(one.full for one in self.used)
 
 
-def _shadow_fraction(pipeline: Pipeline, shape: CacheShape, tokens: int) -> float:
-    use = expected_use(pipeline, shape, tokens)
+def _shadow_fraction(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: ModelProfile | None) -> float:
+    use = expected_use(pipeline, shape, tokens, profile)
     shadow_bytes = use.shadow_bytes / shape.block_bytes(Format.RAW) * shape.block_bytes_16bit(Format.RAW)
     return shadow_bytes / use.full_bytes_16bit
 

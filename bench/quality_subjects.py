@@ -18,7 +18,9 @@ from kernels.layout import BLOCK_TOKENS, CacheShape
 from kvpilot.pipeline import PipelineError
 from kvpilot.recipes import recipes
 from workers.expected import expected_use
+from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Codec, Full, Pipeline, Stage
+from workers.stages.budgets import PER_HEAD
 from workers.stages.registry import build, stages
 
 TARGETS = (0.5, 0.25, 0.125)
@@ -69,19 +71,19 @@ class Subject:
         return f"{self.name}{self.variant}{at}"
 
 
-def all_subjects(shape: CacheShape, only: Sequence[str] = (), profiled: frozenset[str] = frozenset()) -> list[Subject]:
+def all_subjects(shape: CacheShape, only: Sequence[str] = (), profile: ModelProfile | None = None) -> list[Subject]:
     """The full cache first, then what ``only`` names, or everything.
 
     Args:
         shape: the model's cache dimensions.
         only: names.
-        profiled: the tensors that the model's profile has.
+        profile: the model's, for stages that need it.
 
     Raises:
         KeyError: ``only`` names something else; the message says what there is.
     """
     of = (_of_stages, _of_recipes, _of_combinations)
-    found = [subject for group in of for subject in group(shape, profiled)]
+    found = [subject for group in of for subject in group(shape, profile)]
     names = list(dict.fromkeys(subject.name for subject in found))
     for name in only:
         if name not in names:
@@ -90,31 +92,31 @@ def all_subjects(shape: CacheShape, only: Sequence[str] = (), profiled: frozense
     return sorted(chosen, key=lambda subject: subject.name != FULL)
 
 
-def _of_stages(shape: CacheShape, profiled: frozenset[str]) -> Iterator[Subject]:
+def _of_stages(shape: CacheShape, profile: ModelProfile | None) -> Iterator[Subject]:
     for name, kind in stages().items():
         stage = kind()
-        if why := stage.refuses(shape) or stage.lacks(profiled):
+        if why := stage.refuses(shape) or stage.lacks(names_of(profile)):
             yield Subject(name, stage.kind.value, None, _never(f"cannot serve this model: {why}"))
             continue
         for variant in _variants(stage):
             text = f"({', '.join(f'{field}={value}' for field, value in variant.items())})" if variant else ""
             pipeline = Pipeline((dataclasses.replace(stage, **variant),))
-            yield from _at_targets(name, stage.kind.value, pipeline, shape, TARGETS, text)
+            yield from _at_targets(name, stage.kind.value, pipeline, shape, TARGETS, text, profile)
 
 
-def _of_recipes(shape: CacheShape, profiled: frozenset[str]) -> Iterator[Subject]:
+def _of_recipes(shape: CacheShape, profile: ModelProfile | None) -> Iterator[Subject]:
     for name in recipes():
-        yield Subject(name, RECIPE, None, _built(name, shape, profiled))
+        yield Subject(name, RECIPE, None, _built(name, shape, names_of(profile)))
 
 
-def _of_combinations(shape: CacheShape, profiled: frozenset[str]) -> Iterator[Subject]:
+def _of_combinations(shape: CacheShape, profile: ModelProfile | None) -> Iterator[Subject]:
     for text, targets in COMBINATIONS.items():
         try:
-            pipeline = build(text, shape, profiled)
+            pipeline = build(text, shape, names_of(profile))
         except PipelineError as error:
             yield Subject(text, COMBINATION, None, _never(str(error)))
         else:
-            yield from _at_targets(text, COMBINATION, pipeline, shape, targets)
+            yield from _at_targets(text, COMBINATION, pipeline, shape, targets, "", profile)
 
 
 def _variants(stage: Stage) -> list[dict[str, Any]]:
@@ -126,11 +128,19 @@ def _variants(stage: Stage) -> list[dict[str, Any]]:
 
 
 def _at_targets(
-    name: str, kind: str, pipeline: Pipeline, shape: CacheShape, targets: Sequence[float], variant: str = ""
+    name: str,
+    kind: str,
+    pipeline: Pipeline,
+    shape: CacheShape,
+    targets: Sequence[float],
+    variant: str,
+    profile: ModelProfile | None,
 ) -> Iterator[Subject]:
     """One for each share if a parameter of the first stage changes the bytes, else one as it is."""
-    knobs = _knobs(pipeline, shape)
-    made = [Subject(name, kind, target, _set_to(pipeline, knobs, shape, target), variant) for target in targets]
+    knobs = _knobs(pipeline, shape, profile)
+    made = [
+        Subject(name, kind, target, _set_to(pipeline, knobs, shape, target, profile), variant) for target in targets
+    ]
     if not (knobs and any(_reaches(subject) for subject in made)):
         yield Subject(name, kind, None, lambda tokens: pipeline, variant)
     if knobs:
@@ -149,31 +159,38 @@ def _reaches(subject: Subject) -> bool:
 # -- the parameter that counts -----------------------------------------------------------------------------------------
 
 
-def fraction(pipeline: Pipeline, shape: CacheShape, tokens: int) -> float:
+def fraction(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: ModelProfile | None = None) -> float:
     """Device bytes foretold, of the full cache's, raw ones as if they were of 16 bits."""
-    use = expected_use(pipeline.without_shadow(), shape, tokens)
+    use = expected_use(pipeline.without_shadow(), shape, tokens, profile)
     return use.device_bytes_16bit / use.full_bytes_16bit
 
 
-def _knobs(pipeline: Pipeline, shape: CacheShape) -> tuple[str, ...]:
-    """The parameters of the first stage that change its bytes, in the order in which they are turned."""
+def _knobs(pipeline: Pipeline, shape: CacheShape, profile: ModelProfile | None) -> tuple[str, ...]:
+    """The parameters of the first stage that change its bytes, in the order in which they are turned.
+
+    Of one whose heads have budgets of its own just one: how many heads keep all, which is what it is about.
+    """
+    of_heads = getattr(pipeline.stages[0], "rule", None) == PER_HEAD
     fields = [field for field in dataclasses.fields(pipeline.stages[0]) if _major(field)]
-    order = {name: place for place, name in enumerate(_PREFERRED)}
+    order = {name: place for place, name in enumerate(() if of_heads else _PREFERRED)}
     found = []
     for field in sorted(fields, key=lambda field: order.get(field.name, len(order))):
         if field.type not in ("int", "float", int, float) or field.metadata["bounds"].choices:
             continue
         values = _values(field, PROBE_TOKENS)
         try:
-            first, last = (fraction(_turned(pipeline, field.name, at), shape, PROBE_TOKENS) for at in _ends(values))
+            turned = [_turned(pipeline, field.name, at) for at in _ends(values)]
+            first, last = (fraction(one, shape, PROBE_TOKENS, profile) for one in turned)
         except ValueError:  # not without another parameter
             continue
         if first != last:
             found.append(field.name)
-    return tuple(found)
+    return tuple(found[:1] if of_heads else found)
 
 
-def _set_to(pipeline: Pipeline, knobs: Sequence[str], shape: CacheShape, target: float) -> Callable[[int], Pipeline]:
+def _set_to(
+    pipeline: Pipeline, knobs: Sequence[str], shape: CacheShape, target: float, profile: ModelProfile | None
+) -> Callable[[int], Pipeline]:
     """Turns one parameter after the other: the next one where those before it, turned down, do not do."""
 
     @cache
@@ -181,7 +198,7 @@ def _set_to(pipeline: Pipeline, knobs: Sequence[str], shape: CacheShape, target:
         turned, reached, set_to = pipeline, math.inf, ""
         for knob in knobs:
             try:
-                value, reached = _most_within(turned, knob, shape, tokens, target)
+                value, reached = _most_within(turned, knob, shape, tokens, target, profile)
             except ValueError as error:
                 raise LeftOut(f"cannot be set to {target:.3g} of the bytes by {knob}: {error}") from None
             turned, set_to = _turned(turned, knob, value), f"{set_to} {knob}={value:g}"
@@ -196,7 +213,9 @@ def _set_to(pipeline: Pipeline, knobs: Sequence[str], shape: CacheShape, target:
     return make
 
 
-def _most_within(pipeline: Pipeline, knob: str, shape: CacheShape, tokens: int, target: float) -> tuple[float, float]:
+def _most_within(
+    pipeline: Pipeline, knob: str, shape: CacheShape, tokens: int, target: float, profile: ModelProfile | None
+) -> tuple[float, float]:
     """The value that takes most of what the target allows, and what it takes; if none fits, the one that takes least.
 
     What is taken rises or falls with the value, but for a little to and fro at the edges of blocks, where a few more
@@ -207,7 +226,7 @@ def _most_within(pipeline: Pipeline, knob: str, shape: CacheShape, tokens: int, 
     values = _values(field, tokens)
 
     def taken(value: float) -> float:
-        return fraction(_turned(pipeline, knob, value), shape, tokens)
+        return fraction(_turned(pipeline, knob, value), shape, tokens, profile)
 
     if taken(values[0]) > taken(values[-1]):
         values = values[::-1]

@@ -171,7 +171,7 @@ class Tables:
 
 
 def _rows(made: Sequence[Tally], lab: Lab) -> list[Row]:
-    return [tally.row(made[0], lab.cache.shape) for tally in made]
+    return [tally.row(made[0], lab.cache.shape, lab.cache.profile) for tally in made]
 
 
 def _each(lab: Lab, ready: SequenceCache, made: Sequence[Tally], measure: Measure) -> None:

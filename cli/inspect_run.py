@@ -86,7 +86,7 @@ class Choice:
     seen: int
     """Tokens seen by then; all that came later are kept."""
     budget: int
-    """Tokens a head keeps, in the mean."""
+    """Tokens a head keeps, in the mean; where each head has its own number, at most."""
     first: int
     """Tokens at the beginning that stay whatever their score."""
     recent: int

@@ -63,8 +63,10 @@ def merge(cards: Iterable[job_pb2.WorkerCard]) -> dict[str, generation_pb2.Model
         held.context_tokens = min(held.context_tokens, model.context_tokens)
         held.capacity_bytes = min(held.capacity_bytes, model.capacity_bytes)
         held.chat = held.chat and model.chat
-        common = {stage.name for stage in model.stages}
+        common = {stage.name: stage for stage in model.stages}
         kept = [stage for stage in held.stages if stage.name in common]
+        for stage in kept:
+            stage.unfit = stage.unfit or common[stage.name].unfit  # of one without the model's profile, say
         del held.stages[:]
         held.stages.extend(kept)
     return merged

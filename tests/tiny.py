@@ -17,7 +17,8 @@ from workers.engine.attention import ATTENTION_NAME
 from workers.engine.engine import Engine
 from workers.engine.runner import LoadedModel, wrap_model
 from workers.profile.measure import measure
-from workers.profile.profile import ModelProfile
+from workers.profile.profile import KINDS, ModelProfile
+from workers.profile.rotary import Rope
 from workers.settings import WorkerSettings
 
 VOCABULARY = 258
@@ -88,6 +89,13 @@ def tiny_profile(shape: CacheShape) -> ModelProfile:
     loaded = wrap_model(model, tiny_tokenizer(), "tiny")
     found = measure(loaded, [prompt(400, seed) for seed in range(3)], "0" * 64)
     return replace(found, shape=shape)
+
+
+def random_profile(shape: CacheShape) -> ModelProfile:
+    """A profile of random numbers, for what depends on it without a model."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {name: torch.rand(kind.shape(shape), generator=generator) for name, kind in KINDS.items()}
+    return ModelProfile("random", "0" * 64, shape, 0, tensors, Rope(None, torch.float32))
 
 
 def tiny_engine(loaded: LoadedModel | None = None, **settings: object) -> Engine:

@@ -12,20 +12,31 @@ from workers.cache.accounting import CacheUse, measure
 from workers.cache.arrangement import Blocks
 from workers.cache.digests import digest_bytes
 from workers.cache.staging import needed, staging_bytes
+from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, Pipeline
-from workers.stages.budgets import free_tokens
+from workers.stages.budgets import PER_HEAD, free_tokens
 from workers.stages.selecting import Selector
 
 
-def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse:
+def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: ModelProfile | None = None) -> CacheUse:
     """Bytes when a prompt of so many tokens has just been computed: blocks, their scales and zeros, tables, exact copy,
     digests and, if the device has room for all of it, the pool of recalled blocks.
 
     ``budgets="ada"`` shares a layer's tokens out to its heads by what the text is; here each head gets the mean, which
-    is at most one block a head from what it will be. While decoding, evictors that evict again hold up to 31 tokens
+    is at most one block a head from what it will be. Of stages whose text alone says how many tokens each head keeps
+    (``fastgen``), the most they can take is told. While decoding, evictors that evict again hold up to 31 tokens
     more; those that do not, all that are generated. Peaks are not told.
+
+    Args:
+        pipeline: what the cache is brought to.
+        shape: the model's cache dimensions.
+        tokens: of the prompt.
+        profile: the model's, for stages that need it.
+
+    Raises:
+        ValueError: the profile lacks what a stage needs.
     """
-    length = kept_tokens(pipeline.evictor, shape, tokens)  # [L, H]
+    length = kept_tokens(pipeline.evictor, shape, tokens, profile)  # [L, H]
     blocks = -(-length // BLOCK_TOKENS)
     index = np.arange(int(blocks.max(initial=0)))
     valid = index < blocks[..., None]  # [L, H, B]
@@ -54,10 +65,17 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse
     return replace(use, host_bytes=use.host_bytes + staged)
 
 
-def kept_tokens(evictor: Evictor | None, shape: CacheShape, tokens: int) -> I32:
-    """[layers, kv_heads] tokens that stay of so many, in the mean of a layer's heads."""
+def kept_tokens(evictor: Evictor | None, shape: CacheShape, tokens: int, profile: ModelProfile | None = None) -> I32:
+    """[layers, kv_heads] tokens that stay of so many, in the mean of a layer's heads; arguments as above."""
     length = np.full((shape.layers, shape.kv_heads), tokens, np.int32)
-    if evictor:
+    if evictor and (lack := evictor.lacks(names_of(profile))):
+        raise ValueError(f"stage {evictor.name!r}: {lack}")
+    if evictor and evictor.rule == PER_HEAD:
+        for layer in range(shape.layers):
+            budget = evictor.head_budget(tokens, profile.layer(layer) if profile else None)
+            if budget is not None:
+                length[layer] = np.minimum(tokens, np.maximum(budget.cpu().numpy(), sum(evictor.protected(tokens))))
+    elif evictor:
         fixed = sum(evictor.protected(tokens))
         free = max(evictor.budget(tokens) - fixed, 0)
         for layer in range(shape.layers):

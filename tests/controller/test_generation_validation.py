@@ -209,6 +209,15 @@ def test_workers_of_one_model_serve_what_they_have_in_common() -> None:
     assert [stage.name for stage in merged.stages] == ["full"]
 
 
+@pytest.mark.parametrize("places", [(0, 1), (1, 0)])
+def test_a_stage_that_one_worker_cannot_serve_is_refused_for_all(places: tuple[int, int]) -> None:
+    cards = [make_card("w1"), make_card("w2")]
+    cards[1].hello.model.stages[0].unfit = "it needs the model's profile"
+    merged = merge([cards[place] for place in places])[MODEL]
+    assert merged.stages[0].unfit == "it needs the model's profile"
+    assert [stage.unfit for stage in merged.stages[1:]] == [""] * (len(merged.stages) - 1)
+
+
 def test_long_lists_of_violations_fit_into_metadata() -> None:
     problem = bad_fields({f"sampling.stop[{place}]": "x" * 100 for place in range(1000)}).problem
     bad = error_details_pb2.BadRequest()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.stages.budgets import ADA, PYRAMID, RULES, UNIFORM, best, free_tokens
+from workers.stages.budgets import ADA, PER_HEAD, PYRAMID, RULES, UNIFORM, best, free_tokens
 
 fixed = settings(derandomize=True, max_examples=100, deadline=None, database=None)
 
@@ -47,20 +47,22 @@ def cases(draw) -> tuple:
 
 
 @fixed
-@given(case=cases(), rule=st.sampled_from(RULES))
+@given(case=cases(), rule=st.sampled_from((*RULES, PER_HEAD)))
 def test_what_stays_is_what_the_rule_says(case: tuple, rule: str) -> None:
     score, protected, valid, free = case
+    if rule == PER_HEAD:
+        free = np.arange(len(score)) * 7 % (free + 1)  # another number for each head
     keep = best(rule, score, protected, valid, 3, free)
     ranked = [
         sorted(np.flatnonzero(valid[head]), key=lambda token: (protected[head, token], score[head, token], token))[::-1]
         for head in range(len(score))
     ]
-    own = free // 5 if rule == ADA else free
-    wanted = {(head, token) for head in range(len(score)) for token in ranked[head][: 3 + own]}
+    own = np.broadcast_to(free // 5 if rule == ADA else free, len(score))
+    wanted = {(head, token) for head in range(len(score)) for token in ranked[head][: 3 + own[head]]}
     if rule == ADA:
-        rest = [(head, token) for head in range(len(score)) for token in ranked[head][3 + own :]]
+        rest = [(head, token) for head in range(len(score)) for token in ranked[head][3 + own[head] :]]
         rest.sort(key=lambda place: (score[place], place[1], place[0]))
-        wanted |= set(rest[::-1][: len(score) * (free - own)])
+        wanted |= set(rest[::-1][: len(score) * (free - own[0])])
     assert set(zip(*np.nonzero(keep), strict=True)) == wanted
     assert keep[protected].all()
     assert not keep[~valid].any()

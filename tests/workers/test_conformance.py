@@ -32,7 +32,7 @@ from workers.cache.disk import DiskStore
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.profile.profile import names_of
 from workers.stages.base import Codec, Evictor, Kind, LossClass, Lossy, Pipeline, Placer, Stage
-from workers.stages.budgets import RULES
+from workers.stages.budgets import PER_HEAD, RULES
 from workers.stages.registry import build, stages
 from workers.stages.selecting import Digest
 
@@ -48,13 +48,15 @@ LEVELS = {Format.INT8: 255, Format.INT4: 15, Format.INT2: 3}
 
 
 def small(stage: type[Stage], **more: object) -> Stage:
-    """A stage with parameters that bite at ``TOKENS``: whole numbers at most 64, where they may be."""
+    """A stage with parameters that bite at ``TOKENS``: whole numbers at most 64, where they may be, and little of the
+    attention, which random keys spread widely."""
     numbers = {
         field.name: MOST
         for field in dataclasses.fields(stage)
         if type(field.default) is int and field.default > MOST and field.metadata["bounds"].accept(MOST)
     }
-    return stage(**(numbers | more))
+    shares = {"recovered": 0.4} if "recovered" in {field.name for field in dataclasses.fields(stage)} else {}
+    return stage(**(numbers | shares | more))
 
 
 REPRESENTATIVES = {Kind.EVICT: ("window", "snapkv"), Kind.COMPRESS: ("kivi",), Kind.OFFLOAD: ("host",)}
@@ -338,8 +340,9 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
             sinks, _ = evictor.protected(seen)
             assert kept[:sinks] == list(range(sinks))
             if settled:
-                assert len(kept) <= evictor.budget(seen) + grown
-                assert grown or len(kept) == min(seen, max(evictor.budget(seen), sum(evictor.protected(seen))))
+                budget = budget_of(evictor, world, layer, head)
+                assert len(kept) <= (evictor.budget(seen) if budget is None else budget) + grown
+                assert grown or budget is None or len(kept) == min(seen, max(budget, sum(evictor.protected(seen))))
         k, v = world.read(layer, head)
         for block, (fmt, tier, _) in enumerate(blocks):
             rows = slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
@@ -363,6 +366,14 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
             check_contents(k[rows], world.k[layer, head, at], fmt, by_channel=True)
             check_contents(v[rows], world.v[layer, head, at], fmt, by_channel=False)
     check_bytes(world)
+
+
+def budget_of(evictor: Evictor, world: World, layer: int, head: int) -> int | None:
+    """What a head is to keep; None where only the text tells."""
+    if evictor.rule != PER_HEAD:
+        return evictor.budget(world.seq.seen)
+    budget = evictor.head_budget(world.seq.seen, world.cache.profile.layer(layer))
+    return None if budget is None else int(budget[head])
 
 
 def check_contents(got: torch.Tensor, want: torch.Tensor, fmt: Format, by_channel: bool) -> None:

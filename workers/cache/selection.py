@@ -16,7 +16,7 @@ from workers.cache.arrangement import Mask, Tokens
 from workers.cache.staging import Sources
 from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, LayerView
-from workers.stages.budgets import best, free_tokens
+from workers.stages.budgets import PER_HEAD, Counts, best, free_tokens
 
 Queries = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 """Of a layer, at most so many: see ``workers.cache.recent.RecentQueries.read``."""
@@ -112,6 +112,9 @@ def choose(evictor: Evictor, views: Views) -> Mask:
         if score.shape != valid.shape or not bool(torch.isfinite(score[view.valid]).all()):
             raise ValueError(f"stage {evictor.name!r}: scores must be finite and of shape {valid.shape}")
         protected = (position < sinks) | (position >= seen - recent)
-        here = free_tokens(evictor.rule, layer, layers, free, seen - sinks - recent)
+        here: int | Counts = free_tokens(evictor.rule, layer, layers, free, seen - sinks - recent)
+        if evictor.rule == PER_HEAD:
+            budget = evictor.head_budget_of(view).cpu().numpy()  # [H]
+            here = np.maximum(budget, (protected & valid).sum(axis=1)) - sinks - recent
         keep[layer] = best(evictor.rule, score.double().cpu().numpy(), protected, valid, sinks + recent, here)
     return keep

@@ -239,8 +239,30 @@ class Evictor(Lossy):
 
     @property
     def rule(self) -> str:
-        """How what is kept beyond the protected tokens is shared out, one of ``workers.stages.budgets.RULES``."""
+        """How what is kept beyond the protected tokens is shared out, one of ``workers.stages.budgets.RULES``.
+
+        Or ``PER_HEAD``: then :meth:`head_budget` or :meth:`head_budget_of` says how many tokens each head keeps, and
+        :meth:`budget` the most.
+        """
         return str(getattr(self, "budgets", UNIFORM))
+
+    def head_budget(self, seen: int, profile: LayerProfile | None) -> torch.Tensor | None:
+        """Tokens each KV head of a layer keeps out of ``seen``, protected ones included: int64 [H].
+
+        None: what the model is does not tell, only the text.
+        """
+        return None
+
+    def head_budget_of(self, layer: LayerView) -> torch.Tensor:
+        """The same of tokens that are there.
+
+        Raises:
+            NotImplementedError: a stage with the rule ``PER_HEAD`` that has neither method.
+        """
+        budget = self.head_budget(layer.seen, layer.profile)
+        if budget is None:
+            raise NotImplementedError(f"stage {self.name!r} does not say how many tokens each head keeps")
+        return budget
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ pyramid   less from layer to layer: a layer's heads have from 2 n - n / 20 in th
           (PyramidKV, arXiv 2406.02069, beta 20); less steeply where the first would have more than there are
 ada       the H n best of a layer, whichever head has them; each head keeps at least the best n / 5 of its own
           (Ada-KV, arXiv 2407.11550)
+per-head  what the stage says for each head, by what the head does; no parameter chooses this rule
 ========  ===========================================================================================================
 """
 
@@ -16,12 +17,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-UNIFORM, PYRAMID, ADA = "uniform", "pyramid", "ada"
+UNIFORM, PYRAMID, ADA, PER_HEAD = "uniform", "pyramid", "ada", "per-head"
 RULES = (UNIFORM, PYRAMID, ADA)
+"""Those that a parameter can choose."""
 PYRAMID_BETA = 20
 ADA_FLOOR = 0.2
 Scores = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Counts = npt.NDArray[np.int64]
 
 
 def free_tokens(rule: str, layer: int, layers: int, free: int, most: int) -> int:
@@ -40,21 +43,22 @@ def free_tokens(rule: str, layer: int, layers: int, free: int, most: int) -> int
     return round(first - (first - last) * layer / (layers - 1))
 
 
-def best(rule: str, score: Scores, protected: Mask, valid: Mask, fixed: int, free: int) -> Mask:
+def best(rule: str, score: Scores, protected: Mask, valid: Mask, fixed: int, free: int | Counts) -> Mask:
     """Which tokens [H, T] of a layer stay: ``fixed`` + ``free`` a head, those protected first.
 
     Ties go to later tokens of a head, and between heads to what stands further back in its table.
 
     Args:
-        rule: one of RULES.
+        rule: one of RULES, or PER_HEAD.
         score: [H, T].
         protected, valid: [H, T] tokens that come before all others, and which entries are tokens.
         fixed: how many tokens are protected.
-        free: what :func:`free_tokens` says.
+        free: what :func:`free_tokens` says; with PER_HEAD one number for each head, [H].
     """
     ranked = np.where(valid, np.where(protected, np.inf, score), -np.inf)
     if rule != ADA:
         return _top(ranked, fixed + free) & valid
+    assert isinstance(free, int)
     floor = int(ADA_FLOOR * free)
     keep = _top(ranked, fixed + floor) & valid
     # one row of all heads, those of a token side by side, so that ties still go to the later token
@@ -63,9 +67,10 @@ def best(rule: str, score: Scores, protected: Mask, valid: Mask, fixed: int, fre
     return keep | chosen.reshape(score.shape[::-1]).T
 
 
-def _top(score: Scores, count: int) -> Mask:
-    """The best ``count`` entries of each row; among equals the later ones."""
+def _top(score: Scores, count: int | Counts) -> Mask:
+    """The best ``count`` entries of each row, or of each its own number; among equals the later ones."""
     chosen = np.zeros(score.shape, bool)
-    order = np.argsort(-score[:, ::-1], axis=1, kind="stable")[:, : min(count, score.shape[1])]
-    np.put_along_axis(chosen, score.shape[1] - 1 - order, True, axis=1)
+    order = np.argsort(-score[:, ::-1], axis=1, kind="stable")
+    taken = np.arange(score.shape[1]) < np.reshape(count, (-1, 1))
+    np.put_along_axis(chosen, score.shape[1] - 1 - order, np.broadcast_to(taken, score.shape), axis=1)
     return chosen

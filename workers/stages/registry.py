@@ -23,7 +23,9 @@ from workers.stages.compress.fp8 import FP8
 from workers.stages.compress.int8 import Int8
 from workers.stages.compress.kivi import Kivi
 from workers.stages.evict.dilated import Dilated
+from workers.stages.evict.duo import Duo
 from workers.stages.evict.expected_attention import ExpectedAttention
+from workers.stages.evict.fastgen import FastGen
 from workers.stages.evict.h2o import H2O
 from workers.stages.evict.hashevict import HashEvict
 from workers.stages.evict.infinipot import InfiniPot
@@ -33,6 +35,7 @@ from workers.stages.evict.kvzip import KVzip
 from workers.stages.evict.merge import Merge
 from workers.stages.evict.morphkv import MorphKV
 from workers.stages.evict.nacl import NaCL
+from workers.stages.evict.razor import Razor
 from workers.stages.evict.rkv import RKV
 from workers.stages.evict.scissorhands import Scissorhands
 from workers.stages.evict.snapkv import SnapKV
@@ -65,6 +68,9 @@ BUILT_IN: tuple[type[Stage], ...] = (
     MorphKV,
     RKV,
     ExpectedAttention,
+    Duo,
+    Razor,
+    FastGen,
     FP8,
     Int8,
     Kivi,
