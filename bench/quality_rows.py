@@ -107,7 +107,13 @@ class Tally:
         return self.pipeline is not None and self.error is None
 
     def note(self, used: Bytes, found: Sequence[Compared]) -> None:
-        """Takes in what a sample showed."""
+        """Takes in what a sample showed.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        if not all(bool(one.divergence.isfinite().all() and one.loss.isfinite().all()) for one in found):
+            raise FloatingPointError("log-probabilities are not finite")
         self.used.append(used)
         self.found += found
 
