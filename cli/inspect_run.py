@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 
 from kernels.api import F32, I32
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import page_blocks
 from workers.cache.arrangement import Mask, blocks_of, tokens_of
+from workers.cache.formats import format_of, formats
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.runner import LoadedModel, ModelRunner
@@ -32,7 +33,7 @@ _SPARE_ROWS = 16
 class Block:
     """A block of a table. It holds the tokens at ``position`` [up to 32]."""
 
-    format: Format
+    format: BlockFormat
     tier: Tier
     position: I32
 
@@ -41,7 +42,7 @@ class Block:
 class Kind:
     """All of a request's blocks of one format on one tier."""
 
-    format: Format
+    format: BlockFormat
     tier: Tier
     blocks: int
     tokens: int
@@ -125,7 +126,7 @@ class Inspection:
         return tuple(
             Kind(fmt, tier, len(alike), sum(len(block.position) for block in alike))
             for tier in Tier
-            for fmt in Format
+            for fmt in formats()
             if (alike := [block for block in blocks if (block.format, block.tier) == (fmt, tier)])
         )
 
@@ -287,7 +288,7 @@ def read_heads(cache: KVCache, seq: SequenceCache, scores: dict[int, tuple[Score
                 head,
                 tuple(
                     Block(
-                        Format(int(blocks.format[layer, head, index])),
+                        format_of(int(blocks.format[layer, head, index])),
                         Tier(int(blocks.tier[layer, head, index])),
                         _positions(tokens.position[layer, head], tokens.valid[layer, head], int(index)),
                     )

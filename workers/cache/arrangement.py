@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.api import F16, F32, I32, U8, Tables, TokenSource
-from kernels.layout import BLOCK_TOKENS, Format, Tier
+from kernels.layout import BLOCK_TOKENS, BlockFormat, Format, Tier
 
 Mask = npt.NDArray[np.bool_]
 ROWS: U8 = np.arange(BLOCK_TOKENS, dtype=np.uint8)
@@ -108,7 +108,9 @@ def pick(source: TokenSource, index: npt.NDArray[np.integer]) -> TokenSource:
     return TokenSource(source.address[index], source.format[index], source.tier[index], source.row[index])
 
 
-def restyle(now: Blocks, position: I32, residual: int | None, fmt: Format, device_tokens: int | None) -> Arrangement:
+def restyle(
+    now: Blocks, position: I32, residual: int | None, fmt: BlockFormat, device_tokens: int | None
+) -> Arrangement:
     """The same tokens in other formats and tiers.
 
     Args:
@@ -134,7 +136,9 @@ def restyle(now: Blocks, position: I32, residual: int | None, fmt: Format, devic
     return Arrangement(blocks, source, by_block[build[:, :, :whole]])
 
 
-def regroup(tokens: Tokens, keep: Mask, residual: int | None, fmt: Format, device_tokens: int | None) -> Arrangement:
+def regroup(
+    tokens: Tokens, keep: Mask, residual: int | None, fmt: BlockFormat, device_tokens: int | None
+) -> Arrangement:
     """Other tokens: those of ``tokens`` that ``keep`` [L, H, T] marks, packed into new blocks.
 
     A block that would hold exactly what an existing block of the wanted format and tier holds is taken as it is.
@@ -173,7 +177,7 @@ def regroup(tokens: Tokens, keep: Mask, residual: int | None, fmt: Format, devic
     return Arrangement(blocks, source, moved.position.reshape(by_block)[build], moved)
 
 
-def _styles(blocks: Blocks, residual: int | None, fmt: Format, device_tokens: int | None) -> tuple[U8, U8]:
+def _styles(blocks: Blocks, residual: int | None, fmt: BlockFormat, device_tokens: int | None) -> tuple[U8, U8]:
     """Wanted format and tier [L, H, B] of each block, by its distance from the table's end."""
     ends = (np.arange(blocks.address.shape[2]) + 1) * BLOCK_TOKENS
     younger = blocks.length[..., None] - ends  # [L, H, B] tokens behind a block; negative where it is not full

@@ -18,7 +18,7 @@ import torch
 
 from kernels.api import F32, I32, U8, Backend, Tables, TokenSource
 from kernels.backends import make_backend
-from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, BlockFormat, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import Arena, Lot, TierFullError
 from workers.cache.arrangement import (
@@ -34,6 +34,9 @@ from workers.cache.arrangement import (
     restyle,
     tokens_of,
 )
+from workers.cache.blocks import BlockStore, Notes, Owners, whole_blocks
+from workers.cache.coded import CodedReader
+from workers.cache.formats import MOST_FORMATS, format_of
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.reading import Reader, StepReading
@@ -68,7 +71,7 @@ class SequenceCache:
     exact_tokens: int | None = None
     """Tokens computed before the first lossy pipeline; None while all are."""
     shadow: Shadow | None = None
-    lots: dict[tuple[Tier, Format], Lot] = field(default_factory=dict)
+    lots: dict[tuple[Tier, BlockFormat], Lot] = field(default_factory=dict)
     prefix: list[PrefixRow] = field(default_factory=list)
     prompt_votes: F32 | None = None
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
@@ -84,6 +87,8 @@ class SequenceCache:
     """Its own lots, which its forks read."""
     readers: tuple[Reader, ...] = ()
     """What reads it in decode steps, beside or before the kernels."""
+    coded: CodedReader | None = None
+    """What reads its blocks that kernels do not know, after the readers."""
 
 
 class KVCache:
@@ -115,6 +120,7 @@ class KVCache:
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
         self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
+        self.blocks = BlockStore(backend, self.backend)
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
         self.scaling = shape.head_dim**-0.5
@@ -176,6 +182,7 @@ class KVCache:
         tables.address[slot, :, :, : tail.shape[2]][tail] = addresses
         fork = replace(seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[])
         fork.lots[Tier.DEVICE, Format.RAW] = lot
+        self._read_coded(fork)
         if not seq.forks:
             held = [arena.lots_of(now.on(tier)) for tier, arena in self._arenas.items()]
             seq.lent = [lot for lots in held for lot in lots if not lot.borrowed]
@@ -284,16 +291,19 @@ class KVCache:
     def settle(self, seq: SequenceCache) -> None:
         """Brings the request's masses and votes in the tables up to date with the steps it has taken part in."""
         self.backend.settle(np.array([seq.slot], np.int32))
+        if seq.coded:
+            seq.coded.settle()
 
     def reading(self, sequences: Sequence[SequenceCache]) -> StepReading:
         """Readers of a decode step over these requests."""
-        readers = {row: seq.readers for row, seq in enumerate(sequences)}
-        return StepReading(readers, len(sequences), self.shape)
+        coded = {row: seq.coded for row, seq in enumerate(sequences) if seq.coded}
+        readers = {row: (*seq.readers, seq.coded) if seq.coded else seq.readers for row, seq in enumerate(sequences)}
+        return StepReading(readers, len(sequences), self.shape, coded)
 
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
         values."""
-        return CacheContext(self.backend, blocks_of(self.tables, seq.slot))
+        return CacheContext(self.blocks, blocks_of(self.tables, seq.slot), self.tables.position[seq.slot])
 
     def exact_context(self, seq: SequenceCache, tokens: int) -> TokenContext | None:
         """Reader of the exact keys and values of a request's first ``tokens`` tokens, kept or not. Changes nothing.
@@ -398,7 +408,7 @@ class KVCache:
             seq.preparation.plan(target, by_shadow=copied and not seq.evicted)
         return seq.preparation
 
-    def left_to_prepare(self, seq: SequenceCache) -> Counter[tuple[Tier, Format]]:
+    def left_to_prepare(self, seq: SequenceCache) -> Counter[tuple[Tier, BlockFormat]]:
         """Blocks that :meth:`prepare` has yet to build, by tier and format."""
         assert seq.preparation is not None
         left = seq.preparation.left()
@@ -407,7 +417,7 @@ class KVCache:
             left[Tier.HOST, Format.RAW] += rows * self._row_blocks
         return left
 
-    def prepare(self, seq: SequenceCache, most: Callable[[Tier, Format], int]) -> Slice | None:
+    def prepare(self, seq: SequenceCache, most: Callable[[Tier, BlockFormat], int]) -> Slice | None:
         """Builds a slice of what :meth:`begin` has planned: first the exact copy, then the blocks.
 
         Args:
@@ -435,10 +445,12 @@ class KVCache:
             return None
         piece = preparation.next_piece(max(1, most(*kind)))
         blocks = len(piece.layer)
-        self._prefer_exact(seq, piece.source, piece.position, piece.layer, piece.head)
+        owners = Owners(piece.layer, piece.head, piece.position)
+        self._prefer_exact(seq, piece.source, owners, np.full(blocks, piece.format, np.uint8))
         addresses = self._allocate_ahead(self._lot(seq, *kind), piece.tier, blocks)
         try:
-            self.backend.transcode(piece.source, piece.format, piece.tier, addresses)
+            notes = self._notes(seq, piece.format, piece.layer, piece.head, piece.index)
+            self.blocks.transcode(piece.source, piece.format, piece.tier, addresses, owners, notes)
         except Exception:
             self._arenas[piece.tier].release(addresses)
             raise
@@ -474,7 +486,7 @@ class KVCache:
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
             queries, device = partial(self.recent.read, seq.slot), self.device.data.device
-            keep = choose(evictor, tokens, seq.seen, self.scaling, self.backend, queries, device)
+            keep = choose(evictor, tokens, seq.seen, self.scaling, self.blocks, queries, device)
             if restore or not keep[tokens.valid].all():
                 return regroup(tokens, keep, *style)
         elif restore:
@@ -487,11 +499,12 @@ class KVCache:
         self._refer_to_shadow(seq, target)
         vain = seq.preparation.place(now, target) if seq.preparation else dict.fromkeys(MEMORY_TIERS, _NOTHING)
         build = new.valid & (new.address == BUILD)
-        layer, head, _ = np.nonzero(build)
-        self._prefer_exact(seq, target.source, target.source_position, layer, head)
-        groups: dict[tuple[Tier, Format], Mask] = {}
-        for code in np.unique(new.tier[build].astype(int) * len(Format) + new.format[build]):
-            tier, fmt = Tier(int(code) // len(Format)), Format(int(code) % len(Format))
+        layer, head, index = np.nonzero(build)
+        owners = Owners(layer, head, target.source_position)
+        self._prefer_exact(seq, target.source, owners, new.format[build])
+        groups: dict[tuple[Tier, BlockFormat], Mask] = {}
+        for code in np.unique(new.tier[build].astype(int) * MOST_FORMATS + new.format[build]).tolist():
+            tier, fmt = Tier(code // MOST_FORMATS), format_of(code % MOST_FORMATS)
             groups[tier, fmt] = build & (new.tier == tier) & (new.format == fmt)
         released = {tier: np.concatenate([_without(now.on(tier), new.on(tier)), vain[tier]]) for tier in MEMORY_TIERS}
         wanted = {key: int(mask.sum()) for key, mask in groups.items()}
@@ -509,13 +522,15 @@ class KVCache:
         of_build = np.cumsum(build.reshape(-1)) - 1  # place of each block to build among the sources
         built = {}
         for (tier, fmt), mask in groups.items():
-            source = pick(target.source, of_build[mask.reshape(-1)])
+            mine = of_build[mask.reshape(-1)]
+            source = pick(target.source, mine)
+            notes = self._notes(seq, fmt, layer[mine], head[mine], index[mine], target.moved)
             if direct[tier]:
                 addresses = self._arenas[tier].allocate(self._lot(seq, tier, fmt), int(mask.sum()))
-                self.backend.transcode(source, fmt, tier, addresses)
+                self.blocks.transcode(source, fmt, tier, addresses, owners[mine], notes)
                 new.address[mask] = addresses
             else:  # what is given back makes the room: a copy waits elsewhere until then
-                built[tier, fmt] = self.backend.encode(source, fmt)
+                built[tier, fmt] = self.blocks.encode(source, fmt, owners[mine], notes)
         if target.moved is not None and seq.shadow is not None:
             before = tokens_of(self.tables, seq.slot)
             seq.shadow.remember(before.position, before.valid, before.mass, before.votes)
@@ -532,6 +547,7 @@ class KVCache:
             self.tables.address[seq.slot][beyond] = addresses
             self.tables.format[seq.slot][beyond], self.tables.tier[seq.slot][beyond] = Format.RAW, Tier.DEVICE
         self._release_prefixes(seq)
+        self._read_coded(seq)
         self._note_peak(seq)
 
     def _swap_tables(self, seq: SequenceCache, target: Arrangement) -> None:
@@ -547,6 +563,27 @@ class KVCache:
             tables.mass[slot, :, :, :count] = target.moved.mass
             tables.votes[slot, :, :, :count] = target.moved.votes
             seq.evicted = bool((blocks.length < seq.seen).any())
+
+    def _notes(
+        self, seq: SequenceCache, fmt: BlockFormat, layer: I64, head: I64, index: I64, moved: Tokens | None = None
+    ) -> Notes | None:
+        """What a codec may know of blocks to build, which will be in these places [N]; None for kernels' formats."""
+        if isinstance(fmt, Format):
+            return None
+        tables = self.tables
+        mass, votes = (moved.mass, moved.votes) if moved else (tables.mass[seq.slot], tables.votes[seq.slot])
+        by_block = (*mass.shape[:2], -1, BLOCK_TOKENS)
+        return Notes(
+            mass.reshape(by_block)[layer, head, index],
+            votes.reshape(by_block)[layer, head, index].astype(np.float32),
+            seq.seen,
+            partial(self.recent.read, seq.slot),
+        )
+
+    def _read_coded(self, seq: SequenceCache) -> None:
+        """Gives a request whose tables have coded blocks their reader, and no other."""
+        coded = (self.tables.format[seq.slot] >= len(Format)) & self._valid(seq)
+        seq.coded = CodedReader(self.blocks, self.tables, seq.slot) if coded.any() else None
 
     def _after(self, seq: SequenceCache, pipeline: Pipeline) -> None:
         """Settles what a pipeline means for exactness, and drops a shadow that nothing needs."""
@@ -599,7 +636,9 @@ class KVCache:
                 tables.tier[slot, layer, head, block].reshape(flat),
                 (index % BLOCK_TOKENS).astype(np.uint8).reshape(flat),
             )
-            shadow.add_rows(self.backend, source, rows)
+            of_layer, of_head = (np.broadcast_to(axis, index.shape)[..., 0].ravel() for axis in (layer, head))
+            owners = Owners(of_layer, of_head, np.broadcast_to(position, index.shape).reshape(flat).astype(np.int32))
+            shadow.add_rows(self.blocks, source, owners, rows)
         seq.shadow = shadow
 
     def _everything(self, seq: SequenceCache) -> Tokens:
@@ -631,18 +670,22 @@ class KVCache:
             getattr(everything, name)[place] = getattr(now, name)[layers, head_, index]
         return everything
 
-    def _prefer_exact(self, seq: SequenceCache, source: TokenSource, position: I32, layer: I64, head: I64) -> None:
+    def _prefer_exact(self, seq: SequenceCache, source: TokenSource, owners: Owners, wanted: U8) -> None:
         """Lets blocks be built from the shadow's exact tokens instead of rounded ones.
 
         Args:
             seq: the request.
             source: of N blocks; changed in place.
-            position: [N, 32] original positions of the source's tokens, -1 beyond the end.
-            layer, head: [N] whose blocks they are.
+            owners: of the blocks; a position is -1 beyond the end.
+            wanted: [N] formats to build. A coded block that only moves is not encoded anew.
         """
         if seq.shadow is None:
             return
+        layer, head, position = owners.layer, owners.head, owners.position
         rounded = (source.format != Format.RAW) & (position >= 0) & (position < seq.shadow.rows * BLOCK_TOKENS)
+        moves = (wanted >= len(Format)) & (source.format[:, 0] == wanted)
+        if moves.any():
+            rounded[moves & whole_blocks(source)] = False
         if not rounded.any():
             return
         row = np.where(rounded, position // BLOCK_TOKENS, 0)  # [N, 32]
@@ -692,7 +735,7 @@ class KVCache:
         row_bytes = self.worst_bytes(1)
         return sum(arena.budget_bytes // row_bytes for arena in self._arenas.values()) * row_bytes
 
-    def device_tokens_at_least(self, seq: SequenceCache, fmt: Format) -> int:
+    def device_tokens_at_least(self, seq: SequenceCache, fmt: BlockFormat) -> int:
         """Last tokens of the longest table that must stay on the device if the host tier takes all it has room for.
 
         Args:
@@ -723,7 +766,7 @@ class KVCache:
 
     # -- small helpers -------------------------------------------------------------------------------------------------
 
-    def _lot(self, seq: SequenceCache, tier: Tier, fmt: Format) -> Lot:
+    def _lot(self, seq: SequenceCache, tier: Tier, fmt: BlockFormat) -> Lot:
         return seq.lots.setdefault((tier, fmt), self._arenas[tier].open_lot(fmt))
 
     def _valid(self, seq: SequenceCache) -> Mask:
@@ -760,7 +803,7 @@ class KVCache:
 _NOTHING = np.zeros(0, np.int32)
 
 
-def _style(pipeline: Pipeline) -> tuple[int | None, Format, int | None]:
+def _style(pipeline: Pipeline) -> tuple[int | None, BlockFormat, int | None]:
     """How many last tokens stay raw, the format of older blocks, how many last tokens stay on the device."""
     codec, placer = pipeline.codec, pipeline.placer
     return (
@@ -779,9 +822,10 @@ def _without(addresses: I32, others: I32) -> I32:
 class CacheContext:
     """Keys and values that a request keeps, wherever and however its blocks are stored."""
 
-    def __init__(self, backend: Backend, blocks: Blocks) -> None:
-        self._backend = backend
+    def __init__(self, store: BlockStore, blocks: Blocks, position: I32) -> None:
+        self._store = store
         self._blocks = blocks
+        self._position = position[:, :, : blocks.address.shape[2] * BLOCK_TOKENS].copy()
         self.tokens = int(blocks.length.max(initial=0))
         self.length = blocks.length
         """[layers, kv_heads] tokens kept; what :meth:`read` gives beyond them is not defined."""
@@ -798,7 +842,12 @@ class CacheContext:
         row = np.broadcast_to(np.arange(BLOCK_TOKENS, dtype=np.uint8), spread).copy()
         address = np.where(blocks.valid[layer].reshape(-1, 1), repeat(blocks.address), np.int32(-1))
         source = TokenSource(address, repeat(blocks.format), repeat(blocks.tier), row)
-        k, v = self._backend.read(source)  # [heads * count, 32, D]
+        owners = Owners(
+            np.full(heads * count, layer),
+            np.arange(heads).repeat(count),
+            self._position[layer].reshape(spread),
+        )
+        k, v = self._store.read(source, owners)  # [heads * count, 32, D]
         whole = (heads, count * BLOCK_TOKENS, -1)
         return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.api import Backend, TokenSource
+from kernels.api import TokenSource
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Mask, Tokens
+from workers.cache.blocks import BlockStore, Owners
 from workers.stages.base import Evictor, LayerView
 from workers.stages.budgets import best, free_tokens
 
@@ -24,7 +25,7 @@ def choose(
     tokens: Tokens,
     seen: int,
     scaling: float,
-    backend: Backend,
+    blocks: BlockStore,
     queries: Queries,
     device: torch.device,
 ) -> Mask:
@@ -40,7 +41,7 @@ def choose(
     layers = len(tokens.valid)
     keep = np.zeros(tokens.valid.shape, bool)
     for layer in range(layers):
-        view = _view(tokens, layer, seen, scaling, backend, queries, device)
+        view = _view(tokens, layer, seen, scaling, blocks, queries, device)
         score = evictor.score(view)
         valid, position = tokens.valid[layer], tokens.position[layer]
         if score.shape != valid.shape or not bool(torch.isfinite(score[view.valid]).all()):
@@ -52,7 +53,7 @@ def choose(
 
 
 def _view(
-    tokens: Tokens, layer: int, seen: int, scaling: float, backend: Backend, queries: Queries, device: torch.device
+    tokens: Tokens, layer: int, seen: int, scaling: float, blocks: BlockStore, queries: Queries, device: torch.device
 ) -> LayerView:
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         heads, count = tokens.position.shape[1:]
@@ -69,7 +70,12 @@ def _view(
             by_block(tokens.tier, 0),
             by_block(tokens.row, 0),
         )
-        k, v = backend.read(source)
+        owners = Owners(
+            np.full(len(source.address), layer),
+            np.arange(heads).repeat(padded // BLOCK_TOKENS),
+            by_block(tokens.position, 0),
+        )
+        k, v = blocks.read(source, owners)
         return k.reshape(heads, padded, -1)[:, :count], v.reshape(heads, padded, -1)[:, :count]
 
     return LayerView(

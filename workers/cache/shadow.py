@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kernels.api import F16, F32, I32, Backend, TokenSource
+from kernels.api import F16, F32, I32, TokenSource
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from workers.cache.arena import Arena
+from workers.cache.blocks import BlockStore, Owners
 
 
 class Shadow:
@@ -33,14 +34,14 @@ class Shadow:
         shape = self._arena.shape
         return self.rows * shape.layers * shape.kv_heads * shape.block_bytes(Format.RAW)
 
-    def add_rows(self, backend: Backend, source: TokenSource, rows: int) -> None:
+    def add_rows(self, blocks: BlockStore, source: TokenSource, owners: Owners, rows: int) -> None:
         """Appends ``rows`` rows whose tokens ``source`` names, in the order row, layer, head.
 
         Raises:
             TierFullError: nothing was added.
         """
         addresses = self._arena.allocate(self.lot, len(source.address))
-        backend.transcode(source, Format.RAW, Tier.HOST, addresses)
+        blocks.transcode(source, Format.RAW, Tier.HOST, addresses, owners)
         self.address[self.rows : self.rows + rows] = addresses.reshape(rows, *self.address.shape[1:])
         self.rows += rows
 
