@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-fast lint bench-serve bench-decode bench-kernels protos fmt clean
+.PHONY: help setup model demo test test-fast lint bench-serve bench-decode bench-kernels bench-quality protos fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -56,6 +56,9 @@ bench-decode: model ## tokens/s with a long context, raw and at 4 bits, and how 
 
 bench-kernels: $(READY) ## decode attention of every block format, beside the memory's bandwidth and torch's attention
 	$(BIN)/kvpilot bench kernels
+
+bench-quality: model ## divergence, needles, recall and long answers of every stage and recipe, at how many bytes (minutes)
+	$(BIN)/kvpilot bench quality --quick
 
 protos: $(READY) ## regenerate the stubs after a change to a .proto file
 	$(BIN)/buf format --write

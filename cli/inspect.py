@@ -6,10 +6,11 @@ import json
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from cli.document import fields
 from cli.errors import BadInputError
@@ -20,13 +21,11 @@ from kvpilot.log import LogFormat, LogLevel, configure_logging
 from kvpilot.pipeline import PipelineError
 from models import store
 from workers.engine.attention import cache_shape
-from workers.engine.runner import LoadedModel, load_model
+from workers.engine.runner import load_config, load_model
 from workers.stages.base import Pipeline
 from workers.stages.registry import build
 
-if TYPE_CHECKING:
-    from rich.status import Status
-
+DTYPE = torch.float32
 EXACT_DIGITS = 9
 """Decimal digits that tell every float32 from its neighbours."""
 
@@ -55,8 +54,15 @@ def inspect(
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     console = Console(highlight=False)
     with Console(stderr=True).status("loading the model") as status:
-        loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), torch.float32)
-        found = run(loaded, pipeline, text, tokens, str(prompt_file), status)
+        config = load_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        built, prompt = read_order(config, tokenizer, pipeline, text, tokens, str(prompt_file))
+        loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), DTYPE)
+
+        def progress(seen: int) -> None:
+            status.update(f"{seen} of {len(prompt) + tokens} tokens computed")
+
+        found = inspect_request(loaded, built, prompt, tokens, progress)
     show(found, console)
     if json_file is not None:
         json_file.write_text(json.dumps(document(found), ensure_ascii=False) + "\n", encoding="utf-8")
@@ -66,33 +72,26 @@ def inspect(
         picture.write_bytes(draw(found))
 
 
-def run(
-    loaded: LoadedModel, pipeline: str, text: str, tokens: int, source: str, status: Status | None = None
-) -> Inspection:
-    """What the pipeline keeps of a text and so many tokens behind it.
+def read_order(
+    config: Any, tokenizer: Any, pipeline: str, text: str, tokens: int, source: str
+) -> tuple[Pipeline, list[int]]:
+    """The pipeline and the prompt's tokens, if the model can serve them and so many tokens more.
 
     Args:
-        loaded: the model.
+        config: the model's, of transformers.
+        tokenizer: the model's.
         pipeline: as text.
         text: the prompt.
         tokens: to generate.
         source: where the prompt comes from, for errors.
-        status: told how far it is.
 
     Raises:
         BadInputError: naming what is wrong, its value and what is accepted.
     """
-    built = build_pipeline(pipeline, cache_shape(loaded.model.config, next(loaded.model.parameters()).dtype))
-    if loaded.tokenizer is None:
-        raise BadInputError(f"--model: {loaded.name!r} has no tokenizer; accepted: a model with one")
-    prompt = list(loaded.tokenizer(text)["input_ids"])
-    check_length(prompt, tokens, loaded.context_tokens, source)
-
-    def progress(seen: int) -> None:
-        if status is not None:
-            status.update(f"{seen} of {len(prompt) + tokens} tokens computed")
-
-    return inspect_request(loaded, built, prompt, tokens, progress)
+    built = build_pipeline(pipeline, cache_shape(config, DTYPE))
+    prompt = list(tokenizer(text)["input_ids"])
+    check_length(prompt, tokens, config.max_position_embeddings, source)
+    return built, prompt
 
 
 def read_text(file: Path) -> str:

@@ -557,6 +557,43 @@ def bench_decode(
         command.bench(json, model, pipelines, contexts, tokens, rounds, switches, threads)
 
 
+@bench_app.command("quality")
+def bench_quality(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with tables and pictures to this file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures into this PNG file.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer texts, at 1,024 and 2,048 tokens: minutes instead of hours.")
+    ] = False,
+    model: ModelOption = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A stage, recipe or combination, measured beside the full cache; may be given several times. "
+            "Default: all.",
+        ),
+    ] = None,
+) -> None:
+    """What every stage and recipe costs in quality, at a half, a quarter and an eighth of the full cache's bytes.
+
+    Four tables: the tokens behind real texts; needles in them, with the question in the prompt and behind the reduced
+    cache; a conversation whose last turn needs the first; a long generation, with evictors at work. Device bytes count
+    scales, zero points and tables, raw blocks as of 16 bits. Where a stage cannot reach a share or serve the model, its
+    row says why; one that raises has its error there, and the exit code is 1 at the end.
+
+      kvpilot bench quality --quick --json quality.json --html quality.html
+
+      kvpilot bench quality --quick --only snapkv --only kivi-2bit
+    """
+    with reported():
+        from bench import quality as command
+
+        command.bench(quick, model, tuple(dict.fromkeys(only or ())), command.Files(json, html, plot))
+
+
 @bench_app.command("kernels")
 def bench_kernels(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,

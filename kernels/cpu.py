@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -19,11 +18,10 @@ from kernels.cpu_convert import encode_blocks, load_blocks, read_tokens, store_b
 from kernels.cpu_threads import team
 from kernels.cpu_tiles import CHANNELS
 from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, BlockFormat, CacheShape, Format, Tier
-from kernels.partials import Partial, stack
+from kernels.partials import LOG2_E, Partial, stack
 
 I64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-LOG2_E = math.log2(math.e)
 _NO_TOKENS = np.empty((0, 0, 0), np.uint8)
 _NO_PARTIALS = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0), np.float32)
 RAW_KINDS = {torch.float32: cpu_memory.F32, torch.float16: cpu_memory.F16, torch.bfloat16: cpu_memory.BF16}

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels import partials
 from kernels.cpu_attend_block import (
     NOTHING,
     SPLIT_BLOCKS,
@@ -35,7 +36,7 @@ from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, Format
 
 Arrays = Any  # tuples of arrays
 FORMATS = len(Format)
-LOG2_E, LN_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
+LOG2_E, LN_2 = np.float32(partials.LOG2_E), np.float32(1 / partials.LOG2_E)
 
 
 @jit

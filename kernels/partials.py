@@ -11,10 +11,14 @@ and a denominator; as a ``Partial`` its output is numerator / denominator, its l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+LOG2_E = math.log2(math.e)
+"""What scores come times, for the kernels' powers of 2 instead of e."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ With ``TRITON_INTERPRET=1`` set before these modules are imported, the same kern
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -18,12 +17,11 @@ from triton.runtime.interpreter import InterpretedFunction
 from kernels.api import I32, VOTE_DECAY, DecodePlan, Tables, TokenSource
 from kernels.checks import check_arenas, check_attend, check_decode, check_plan, check_write
 from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, BlockFormat, CacheShape, Format, Tier
-from kernels.partials import Partial, stack
+from kernels.partials import LOG2_E, Partial, stack
 from kernels.triton_attend import attend_splits, merge_splits
 from kernels.triton_convert import COPY_WORDS, copy_blocks, encode_blocks, read_tokens, write_tokens
 from kernels.triton_plan import UNREAD_KIND, Bucket, BucketKey, TritonPlan, Work, kinds
 
-LOG2_E = math.log2(math.e)
 INTERPRETED = isinstance(attend_splits, InterpretedFunction)
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTEGERS = {4: (torch.int32, tl.int32), 2: (torch.int16, tl.int16)}

@@ -30,47 +30,27 @@ class Preset:
 
 
 PRESETS: Mapping[Scenario, Preset] = MappingProxyType(
-    {
+    {  # max_divergence, latency_weight, memory_weight, static
         # host offload with recall and 4 bits; blocks are read on the host, none is recalled
-        Scenario.SCENARIO_LONG_CONTEXT: Preset(
-            max_divergence=0.03, latency_weight=0.5, memory_weight=1.0, static="kivi(bits=4) | host(recent=256)"
-        ),
+        Scenario.SCENARIO_LONG_CONTEXT: Preset(0.03, 0.5, 1.0, "kivi(bits=4) | host(recent=256)"),
         # eviction and light compression: fewer bytes read per step
-        Scenario.SCENARIO_HIGH_THROUGHPUT: Preset(
-            max_divergence=0.05, latency_weight=1.0, memory_weight=1.0, static="snapkv(keep=0.5) | kivi(bits=4)"
-        ),
+        Scenario.SCENARIO_HIGH_THROUGHPUT: Preset(0.05, 1.0, 1.0, "snapkv(keep=0.5) | kivi(bits=4)"),
         # heavy quantisation; host memory is short too, so no exact copy
-        Scenario.SCENARIO_EDGE: Preset(
-            max_divergence=0.10, latency_weight=0.25, memory_weight=2.0, static="kivi(bits=2, shadow=false)"
-        ),
+        Scenario.SCENARIO_EDGE: Preset(0.10, 0.25, 2.0, "kivi(bits=2, shadow=false)"),
         # a later turn may ask for anything: drop nothing, round little, park older blocks on the host
-        Scenario.SCENARIO_MULTI_TURN: Preset(
-            max_divergence=0.02, latency_weight=1.0, memory_weight=0.5, static="int8 | host(recent=256)"
-        ),
+        Scenario.SCENARIO_MULTI_TURN: Preset(0.02, 1.0, 0.5, "int8 | host(recent=256)"),
         # exact tiers only
-        Scenario.SCENARIO_ACCURACY_CRITICAL: Preset(
-            max_divergence=0.0, latency_weight=1.0, memory_weight=0.5, static="host(recent=256)"
-        ),
+        Scenario.SCENARIO_ACCURACY_CRITICAL: Preset(0.0, 1.0, 0.5, "host(recent=256)"),
         # a window
-        Scenario.SCENARIO_STREAMING: Preset(
-            max_divergence=0.10, latency_weight=2.0, memory_weight=1.0, static="window(sinks=4, recent=512)"
-        ),
+        Scenario.SCENARIO_STREAMING: Preset(0.10, 2.0, 1.0, "window(sinks=4, recent=512)"),
         # the survey has none and means the learned policy; this one no kind of text rules out
-        Scenario.SCENARIO_MIXED: Preset(
-            max_divergence=0.03, latency_weight=1.0, memory_weight=1.0, static="kivi(bits=4)"
-        ),
+        Scenario.SCENARIO_MIXED: Preset(0.03, 1.0, 1.0, "kivi(bits=4)"),
         # nacl, chosen once at the prompt's end
-        Scenario.SCENARIO_PREFILL_HEAVY: Preset(
-            max_divergence=0.03, latency_weight=2.0, memory_weight=0.5, static="nacl(keep=0.5)"
-        ),
+        Scenario.SCENARIO_PREFILL_HEAVY: Preset(0.03, 2.0, 0.5, "nacl(keep=0.5)"),
         # a plug-in: snapkv or kivi; of these, that which drops nothing
-        Scenario.SCENARIO_MINIMAL_MODIFICATION: Preset(
-            max_divergence=0.03, latency_weight=1.0, memory_weight=1.0, static="kivi(bits=4)"
-        ),
+        Scenario.SCENARIO_MINIMAL_MODIFICATION: Preset(0.03, 1.0, 1.0, "kivi(bits=4)"),
         # by the link to the host, where it was measured; where it was not, little and small goes over it
-        Scenario.SCENARIO_HARDWARE_SPECIFIC: Preset(
-            max_divergence=0.03, latency_weight=1.0, memory_weight=1.0, static="kivi(bits=4) | host(recent=1024)"
-        ),
+        Scenario.SCENARIO_HARDWARE_SPECIFIC: Preset(0.03, 1.0, 1.0, "kivi(bits=4) | host(recent=1024)"),
     }
 )
 """One preset per scenario; SCENARIO_UNSPECIFIED is SCENARIO_MIXED, see :func:`effective_scenario`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from cli import inspect_run, inspect_view
 from cli.document import fields
-from cli.inspect import document, run
+from cli.inspect import document, read_order
 from cli.inspect_picture import HOST_BRIGHTNESS, colour, draw, image
 from cli.inspect_run import Inspection, inspect_request
 from cli.main import app
@@ -56,6 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run(loaded: LoadedModel, pipeline: str, text: str, tokens: int) -> Inspection:
+    config = loaded.model.config
+    return inspect_request(loaded, *read_order(config, loaded.tokenizer, pipeline, text, tokens, "text"), tokens)
+
+
 def inspected(*words: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["inspect", *words], env={"COLUMNS": "100", "NO_COLOR": "1"})
     return result.exit_code, result.output
@@ -71,7 +77,7 @@ def test_document_says_what_the_tables_and_the_accounting_say(
         "read_heads",
         lambda cache, seq, scores, read=inspect_run.read_heads: caches.append((cache, seq)) or read(cache, seq, scores),
     )
-    found = json.loads(json.dumps(document(run(loaded, pipeline, TEXT, TOKENS, "text"))))
+    found = json.loads(json.dumps(document(run(loaded, pipeline, TEXT, TOKENS))))
     ((cache, seq),) = caches
     tables, slot, shape = cache.tables, seq.slot, cache.shape
     assert found["seen_tokens"] == seq.seen == len(TEXT) + TOKENS
@@ -110,7 +116,7 @@ def test_a_worker_ends_with_the_same_tokens_and_bytes(pipeline: str, loaded: Loa
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_scores_decide_what_is_kept(pipeline: str, loaded: LoadedModel) -> None:
-    found = run(loaded, pipeline, TEXT, 0, "text")
+    found = run(loaded, pipeline, TEXT, 0)
     told = document(found)
     if found.choice is None:
         assert told["choice"] is None
@@ -138,7 +144,7 @@ def test_scores_decide_what_is_kept(pipeline: str, loaded: LoadedModel) -> None:
 
 def test_scores_are_those_of_the_last_choice(loaded: LoadedModel) -> None:
     pipeline = "h2o(keep=0.3)"
-    begin, later = (run(loaded, pipeline, TEXT, tokens, "text") for tokens in (0, TOKENS))
+    begin, later = (run(loaded, pipeline, TEXT, tokens) for tokens in (0, TOKENS))
     assert begin.choice is not None
     assert later.choice is not None
     assert begin.choice.seen == len(TEXT)
@@ -156,7 +162,7 @@ def printed(found: Inspection, width: int = 100) -> str:
 
 
 def test_map_shows_where_each_layer_keeps(loaded: LoadedModel) -> None:
-    found = run(loaded, "window(sinks=4, recent=64)", TEXT, 0, "text")
+    found = run(loaded, "window(sinks=4, recent=64)", TEXT, 0)
     rows = inspect_view.layer_map(found, 100)[: found.shape.layers]
     assert [row[:8] for row in rows] == ["layer  0", "layer  1"]
     cells = rows[0][9:-5]
@@ -184,7 +190,7 @@ def test_shades(share: float, shade: str) -> None:
 
 
 def test_terminal_shows_totals_and_pieces(loaded: LoadedModel) -> None:
-    found = run(loaded, "snapkv(keep=0.4) | kivi(bits=4)", TEXT, 3, "text")
+    found = run(loaded, "snapkv(keep=0.4) | kivi(bits=4)", TEXT, 3)
     said = printed(found)
     assert "snapkv(keep=0.4) | kivi(bits=4) (recoverable), tiny, " in said
     assert f"{len(TEXT)} + 3 tokens" in said
@@ -218,14 +224,14 @@ def test_pieces_cover_a_stretch_once_and_the_last_takes_the_rest_in() -> None:
 
 
 def test_where_there_is_nothing_to_compare_it_is_said(loaded: LoadedModel) -> None:
-    assert "no stage evicts: every head keeps every token" in printed(run(loaded, "kivi(bits=2)", TEXT, 0, "text"))
-    windowed = printed(run(loaded, "window(sinks=4, recent=64)", TEXT, 0, "text"))
+    assert "no stage evicts: every head keeps every token" in printed(run(loaded, "kivi(bits=2)", TEXT, 0))
+    windowed = printed(run(loaded, "window(sinks=4, recent=64)", TEXT, 0))
     assert "every piece is kept by the same share of the 4 heads: 0%" in windowed
-    assert "nothing to choose from" in printed(run(loaded, "snapkv", "short", 0, "text"))
+    assert "nothing to choose from" in printed(run(loaded, "snapkv", "short", 0))
 
 
 def test_picture_has_a_colour_for_each_token_of_each_head(loaded: LoadedModel) -> None:
-    found = run(loaded, "h2o(keep=0.3) | int8 | host(recent=64)", TEXT, TOKENS, "text")
+    found = run(loaded, "h2o(keep=0.3) | int8 | host(recent=64)", TEXT, TOKENS)
     pixels = image(found)
     assert pixels.shape == (4, found.seen, 3)
     assert ((pixels == 1).all(axis=2) == ~found.kept).all()
@@ -266,9 +272,12 @@ def test_command_writes_what_it_is_asked_for(folder: Path, tmp_path: Path) -> No
 def test_bad_input_is_named_with_what_is_accepted(
     pipeline: str, data: bytes, options: tuple[str, ...], named: tuple[str, ...], folder: Path, tmp_path: Path
 ) -> None:
-    prompt = tmp_path / "prompt.txt"
+    """And before the weights are loaded: these cannot be."""
+    prompt, weightless = tmp_path / "prompt.txt", tmp_path / "model"
     prompt.write_bytes(data)
-    model = () if "--model" in options else ("--model", str(folder))
+    shutil.copytree(folder, weightless)
+    (weightless / "model.safetensors").write_bytes(b"")
+    model = () if "--model" in options else ("--model", str(weightless))
     code, said = inspected(pipeline, "--prompt-file", str(prompt), *model, *options)
     assert code == 2
     for part in named:

@@ -1,4 +1,8 @@
-"""What every stage must do, whoever wrote it: run over all that are registered, alone and in all combinations.
+"""What every stage must do, whoever wrote it: run over all that are registered.
+
+Each passes every check alone; a few that stand for their kind pass them together, and each is applied, decoded with and
+undone in their company, so that a further stage costs a fraction of a second. The stages of installed packages are
+among them; to see one alone: ``pytest tests/workers/test_conformance.py -k NAME``.
 
 Keys and values are random numbers written straight into a cache; no model is needed to see what becomes of them.
 """
@@ -35,51 +39,56 @@ SHAPES = {
 }
 SHAPE = SHAPES["gqa"]
 TOKENS = 301  # a partly filled last block, and more than any default budget but window's
+MOST = 2 * BLOCK_TOKENS  # the largest default of a count that is left as it is
 LEVELS = {Format.INT8: 255, Format.INT4: 15, Format.INT2: 3}
 
 
 def small(stage: type[Stage], **more: object) -> Stage:
-    """A stage with parameters that bite at ``TOKENS``: counts of tokens as small as they may be."""
-    counts = {
-        field.name: 2 * BLOCK_TOKENS
+    """A stage with parameters that bite at ``TOKENS``: whole numbers at most 64, where they may be."""
+    numbers = {
+        field.name: MOST
         for field in dataclasses.fields(stage)
-        if field.name in ("recent", "size") and field.metadata["bounds"].accept(2 * BLOCK_TOKENS)
+        if type(field.default) is int and field.default > MOST and field.metadata["bounds"].accept(MOST)
     }
-    return stage(**(counts | more))
+    return stage(**(numbers | more))
 
 
-REPRESENTATIVE = (None, "window", "snapkv")
-"""Evictors that meet every codec and placer: none, one by position that goes on, one by attention that does not."""
-WITH_ALL = "kivi"
-"""The codec that every evictor meets."""
+REPRESENTATIVES = {Kind.EVICT: ("window", "snapkv"), Kind.COMPRESS: ("kivi",), Kind.OFFLOAD: ("host",)}
+"""Those that stand for their kind where stages meet; of evictors one that goes on while decoding, one that does not."""
 
 
-def combinations(**more: object) -> list[str]:
-    """Pipelines that hold every stage alone and with those it may depend on; ``more`` goes to stages that take it.
-
-    Codecs and placers read blocks and do not ask who chose the tokens, so not every evictor has to meet all of them.
-    """
-    by_kind: dict[Kind, list[Stage | None]] = {kind: [None] for kind in (Kind.EVICT, Kind.COMPRESS, Kind.OFFLOAD)}
-    for stage in stages().values():
-        if stage.kind is not Kind.FULL:
-            given = {name: value for name, value in more.items() if name in {f.name for f in dataclasses.fields(stage)}}
-            by_kind[stage.kind].append(small(stage, **given))
-
-    def wanted(evictor: Stage | None, codec: Stage | None, placer: Stage | None) -> bool:
-        met_by_all = placer is None and (codec is None or codec.name == WITH_ALL)
-        return met_by_all or (evictor.name if evictor else None) in REPRESENTATIVE
-
-    chosen = itertools.product(*by_kind.values())
-    found = (tuple(stage for stage in each if stage) for each in chosen if wanted(*each))
-    return [Pipeline(each).text for each in found if each]
+def given(stage: type[Stage], more: dict[str, object]) -> Stage:
+    names = {field.name for field in dataclasses.fields(stage)}
+    return small(stage, **{name: value for name, value in more.items() if name in names})
 
 
-PIPELINES = combinations()
-PERMANENT = [text for text in combinations(shadow=False) if "shadow=false" in text]
-ALONE = [small(stage) for stage in stages().values()]
-RULED = [dataclasses.replace(stage, budgets=rule) for stage in ALONE if hasattr(stage, "budgets") for rule in RULES]
+def alone(**more: object) -> list[str]:
+    """A pipeline of each stage; ``more`` goes to stages that take it."""
+    return [Pipeline((given(stage, more),)).text for stage in stages().values() if stage.kind is not Kind.FULL]
+
+
+def together(**more: object) -> list[str]:
+    """The representatives in twos and threes: how kinds go together, which a stage of one kind does not change."""
+    kinds = [(None, *(given(stages()[name], more) for name in names)) for names in REPRESENTATIVES.values()]
+    found = (tuple(filter(None, each)) for each in itertools.product(*kinds))
+    return [Pipeline(each).text for each in found if len(each) > 1]
+
+
+def in_company() -> list[str]:
+    """Each stage with a representative of every other kind."""
+    others = {kind: small(stages()[names[-1]]) for kind, names in REPRESENTATIVES.items()}
+    found = (others | {stage.kind: small(stage)} for stage in stages().values() if stage.kind is not Kind.FULL)
+    return [Pipeline(tuple(by_kind[kind] for kind in Kind if kind in by_kind)).text for by_kind in found]
+
+
+ALONE = alone()
+PIPELINES = ALONE + together()
+COMPANIES = in_company()
+PERMANENT = [text for text in alone(shadow=False) + together(shadow=False) if "shadow=false" in text]
+RULED = [small(stage, budgets=rule) for stage in stages().values() if hasattr(stage, "budgets") for rule in RULES]
 every_stage = pytest.mark.parametrize("stage", stages().values(), ids=stages())
 every_pipeline = pytest.mark.parametrize("text", PIPELINES)
+every_pipeline_and_company = pytest.mark.parametrize("text", list(dict.fromkeys(PIPELINES + COMPANIES)))
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
@@ -101,7 +110,12 @@ class World:
         return list(itertools.product(range(self.shape.layers), range(self.shape.kv_heads)))
 
     def pipeline(self, text: str) -> Pipeline:
-        return build(text, self.shape)
+        try:
+            return build(text, self.shape)
+        except PipelineError as error:
+            if "cannot serve this model" in str(error):
+                pytest.skip(str(error))
+            raise
 
     def apply(self, text: str, occasion: Occasion = Occasion.SWITCH) -> None:
         self.cache.apply(self.seq, self.pipeline(text), occasion)
@@ -157,8 +171,8 @@ class World:
         for layer, head in self.heads:
             kept = int(tables.length[slot, layer, head])
             blocks = [block if addresses else block[:2] for block in self.blocks(layer, head)]
-            masses = (tables.mass[slot, layer, head, :kept].tolist(), tables.votes[slot, layer, head, :kept].tolist())
-            contents = [part.float().tolist() for part in self.read(layer, head)]
+            masses = [masses[slot, layer, head, :kept].tobytes() for masses in (tables.mass, tables.votes)]
+            contents = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in self.read(layer, head)]
             found.append((self.positions(layer, head), blocks, masses, contents))
         return found
 
@@ -234,7 +248,7 @@ def test_it_says_what_it_is(stage: type[Stage]) -> None:
     assert stage.__doc__
     assert stage.summary.endswith(".")
     assert isinstance(stage().loss_class, LossClass)
-    assert stage.refuses is Stage.refuses or isinstance(stage().refuses(SHAPE), str | None)
+    assert None in [stage().refuses(shape) for shape in SHAPES.values()]
 
 
 @every_stage
@@ -262,10 +276,6 @@ def test_an_evictor_protects_a_block_and_asks_for_no_more_than_its_budget(name: 
 @every_shape
 @every_pipeline
 def test_budget_order_recent_tokens_and_contents(text: str, shape: CacheShape) -> None:
-    try:
-        build(text, shape)
-    except PipelineError:
-        pytest.skip("the stage refuses this shape, and says so")
     world = make_world(make_cache(shape))
     world.apply(text, Occasion.PROMPT)
     check(world, text)
@@ -371,7 +381,7 @@ def check_bytes(world: World) -> None:
     assert cache.host.used_bytes >= use.host_bytes + use.shadow_bytes
 
 
-@every_pipeline
+@every_pipeline_and_company
 def test_applying_twice_is_applying_once(text: str) -> None:
     world = make_world()
     world.apply(text, Occasion.PROMPT)
@@ -409,7 +419,7 @@ def test_a_switch_there_and_back_restores_every_bit(text: str, shape: CacheShape
     check(world, "full")
 
 
-@every_pipeline
+@every_pipeline_and_company
 def test_so_does_one_after_decoding_on_the_way(text: str) -> None:
     world = make_world()
     world.apply(text)
@@ -426,7 +436,7 @@ def test_so_does_one_after_decoding_on_the_way(text: str) -> None:
 def test_a_walk_through_many_pipelines_loses_nothing(seed: int) -> None:
     rng, world = np.random.default_rng(seed), make_world(tokens=100 + 41 * seed)
     for step in range(12):
-        text = str(rng.choice([*PIPELINES, "full"]))
+        text = str(rng.choice([*ALONE, *COMPANIES, "full"]))
         world.apply(text)
         check_order(world)
         check_bytes(world)
@@ -550,7 +560,10 @@ def test_neighbours_are_left_alone(text: str) -> None:
 
 @every_pipeline
 def test_without_room_nothing_changes(text: str) -> None:
-    world = make_world(make_cache(host_bytes=40 << 10))  # too little for a shadow or for the older blocks
+    world = make_world(make_cache(host_bytes=40 << 10), tokens=480)  # too little for a shadow or for the older blocks
+    pipeline = world.pipeline(text)
+    if not pipeline.wants_shadow and pipeline.placer.device_tokens() > 352:
+        pytest.skip("of 480 tokens, it leaves all but two rows of blocks or so on the device")
     before, device = world.snapshot(), world.cache.device.used_bytes
     with pytest.raises(TierFullError) as full:
         world.apply(text)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kernels.layout import BLOCK_TOKENS
 from tests.tiny import prompt, tiny_loaded, tiny_model
-from workers.cache import selection
 from workers.cache.arrangement import tokens_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
@@ -75,9 +73,7 @@ def decode(cache: KVCache, seq: SequenceCache, steps: int) -> None:
 
 def view(cache: KVCache, seq: SequenceCache, layer: int) -> LayerView:
     cache.settle(seq)
-    queries = partial(cache.recent.read, seq.slot)
-    tokens = tokens_of(cache.tables, seq.slot)
-    return selection._view(tokens, layer, seq.seen, cache.scaling, cache.backend, queries, torch.device("cpu"))
+    return cache.views(seq, tokens_of(cache.tables, seq.slot)).layer(layer)
 
 
 # -- the queries ------------------------------------------------------------------------------------------------------

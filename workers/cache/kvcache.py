@@ -41,7 +41,7 @@ from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.reading import Reader, StepReading
 from workers.cache.recent import RecentQueries
-from workers.cache.selection import choose
+from workers.cache.selection import Views, choose
 from workers.cache.shadow import Shadow
 from workers.stages.base import LossClass, Pipeline
 
@@ -479,14 +479,18 @@ class KVCache:
                 if tier is not Tier.DEVICE or not self.prefixes.drop(full.needed_bytes - full.free_bytes):
                     raise
 
+    def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
+        """What evictors may look at of these tokens of a request."""
+        queries = partial(self.recent.read, seq.slot)
+        return Views(tokens, seq.seen, self.scaling, self.blocks, queries, self.device.data.device)
+
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
         evictor, style = pipeline.evictor, _style(pipeline)
         settle = occasion is Occasion.SETTLE
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
-            queries, device = partial(self.recent.read, seq.slot), self.device.data.device
-            keep = choose(evictor, tokens, seq.seen, self.scaling, self.blocks, queries, device)
+            keep = choose(evictor, self.views(seq, tokens))
             if restore or not keep[tokens.valid].all():
                 return regroup(tokens, keep, *style)
         elif restore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,42 +21,35 @@ Queries = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 """Of a layer, at most so many: see ``workers.cache.recent.RecentQueries.read``."""
 
 
-def choose(
-    evictor: Evictor,
-    tokens: Tokens,
-    seen: int,
-    scaling: float,
-    blocks: BlockStore,
-    queries: Queries,
-    device: torch.device,
-) -> Mask:
-    """Marks the tokens [L, H, T] that stay. Ties go to the more recent token.
+@dataclass(frozen=True)
+class Views:
+    """What evictors may look at, layer by layer."""
 
-    Raises:
-        ValueError: a score of the wrong shape or with NaN, naming the stage.
-    """
-    sinks, recent = evictor.protected(seen)
-    if recent < BLOCK_TOKENS:
-        raise ValueError(f"stage {evictor.name!r} protects the last {recent} tokens; at least {BLOCK_TOKENS} must stay")
-    free = max(evictor.budget(seen) - sinks - recent, 0)
-    layers = len(tokens.valid)
-    keep = np.zeros(tokens.valid.shape, bool)
-    for layer in range(layers):
-        view = _view(tokens, layer, seen, scaling, blocks, queries, device)
-        score = evictor.score(view)
-        valid, position = tokens.valid[layer], tokens.position[layer]
-        if score.shape != valid.shape or not bool(torch.isfinite(score[view.valid]).all()):
-            raise ValueError(f"stage {evictor.name!r}: scores must be finite and of shape {valid.shape}")
-        protected = (position < sinks) | (position >= seen - recent)
-        here = free_tokens(evictor.rule, layer, layers, free, seen - sinks - recent)
-        keep[layer] = best(evictor.rule, score.double().cpu().numpy(), protected, valid, sinks + recent, here)
-    return keep
+    tokens: Tokens
+    seen: int  # tokens of the request so far
+    scaling: float  # the model's factor on attention scores
+    blocks: BlockStore
+    queries: Queries
+    device: torch.device
 
+    def layer(self, index: int) -> LayerView:
+        """One layer's tokens."""
+        tokens, device = self.tokens, self.device
+        return LayerView(
+            index=index,
+            layers=len(tokens.position),
+            position=torch.from_numpy(tokens.position[index]).to(device),
+            valid=torch.from_numpy(tokens.valid[index]).to(device),
+            mass=torch.from_numpy(tokens.mass[index]).to(device),
+            votes=torch.from_numpy(tokens.votes[index].astype(np.float32)).to(device),
+            seen=self.seen,
+            scaling=self.scaling,
+            read=partial(self._read, index),
+            queries=partial(self.queries, index),
+        )
 
-def _view(
-    tokens: Tokens, layer: int, seen: int, scaling: float, blocks: BlockStore, queries: Queries, device: torch.device
-) -> LayerView:
-    def read() -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.tokens
         heads, count = tokens.position.shape[1:]
         padded = -(-count // BLOCK_TOKENS) * BLOCK_TOKENS
 
@@ -75,18 +69,30 @@ def _view(
             np.arange(heads).repeat(padded // BLOCK_TOKENS),
             by_block(tokens.position, 0),
         )
-        k, v = blocks.read(source, owners)
+        k, v = self.blocks.read(source, owners)
         return k.reshape(heads, padded, -1)[:, :count], v.reshape(heads, padded, -1)[:, :count]
 
-    return LayerView(
-        index=layer,
-        layers=len(tokens.position),
-        position=torch.from_numpy(tokens.position[layer]).to(device),
-        valid=torch.from_numpy(tokens.valid[layer]).to(device),
-        mass=torch.from_numpy(tokens.mass[layer]).to(device),
-        votes=torch.from_numpy(tokens.votes[layer].astype(np.float32)).to(device),
-        seen=seen,
-        scaling=scaling,
-        read=read,
-        queries=partial(queries, layer),
-    )
+
+def choose(evictor: Evictor, views: Views) -> Mask:
+    """Marks the tokens [L, H, T] that stay. Ties go to the more recent token.
+
+    Raises:
+        ValueError: a score of the wrong shape or with NaN, naming the stage.
+    """
+    tokens, seen = views.tokens, views.seen
+    sinks, recent = evictor.protected(seen)
+    if recent < BLOCK_TOKENS:
+        raise ValueError(f"stage {evictor.name!r} protects the last {recent} tokens; at least {BLOCK_TOKENS} must stay")
+    free = max(evictor.budget(seen) - sinks - recent, 0)
+    layers = len(tokens.valid)
+    keep = np.zeros(tokens.valid.shape, bool)
+    for layer in range(layers):
+        view = views.layer(layer)
+        score = evictor.score(view)
+        valid, position = tokens.valid[layer], tokens.position[layer]
+        if score.shape != valid.shape or not bool(torch.isfinite(score[view.valid]).all()):
+            raise ValueError(f"stage {evictor.name!r}: scores must be finite and of shape {valid.shape}")
+        protected = (position < sinks) | (position >= seen - recent)
+        here = free_tokens(evictor.rule, layer, layers, free, seen - sinks - recent)
+        keep[layer] = best(evictor.rule, score.double().cpu().numpy(), protected, valid, sinks + recent, here)
+    return keep

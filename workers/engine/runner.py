@@ -48,10 +48,21 @@ def load_model(path: Path, name: str, device: torch.device, dtype: torch.dtype) 
         ValueError: a model that kvpilot does not serve, saying why.
         OSError: a folder that holds no model.
     """
-    config = AutoConfig.from_pretrained(path)
-    check_servable(config)
+    load_config(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
     return wrap_model(model.to(device), AutoTokenizer.from_pretrained(path), name)
+
+
+def load_config(path: Path) -> Any:
+    """The transformers configuration of a model folder.
+
+    Raises:
+        ValueError: a model that kvpilot does not serve, saying why.
+        OSError: a folder that holds no model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    check_servable(config)
+    return config
 
 
 def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:

@@ -7,6 +7,7 @@ A stage is a frozen dataclass of parameters; it holds no tensors and no state. W
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -185,8 +186,11 @@ class Evictor(Lossy):
         raise NotImplementedError
 
     def protected(self, seen: int) -> tuple[int, int]:
-        """Tokens kept whatever their score: how many of the first positions, how many of the last (32 or more)."""
-        raise NotImplementedError
+        """Tokens kept whatever their score: how many of the first positions, how many of the last (32 or more).
+
+        Of a stage that does not say: the last block.
+        """
+        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """Importance of each token, float [H, T]; higher stays."""
@@ -196,6 +200,28 @@ class Evictor(Lossy):
     def rule(self) -> str:
         """How what is kept beyond the protected tokens is shared out, one of ``workers.stages.budgets.RULES``."""
         return str(getattr(self, "budgets", UNIFORM))
+
+
+@dataclass(frozen=True)
+class Share(Evictor):
+    """An evictor that keeps a share of all tokens seen."""
+
+    keep: float = share(0.5)
+
+    def budget(self, seen: int) -> int:
+        """The share ``keep`` of all tokens seen, at least two blocks."""
+        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
+
+
+@dataclass(frozen=True)
+class Fixed(Evictor):
+    """An evictor whose cache does not grow: each head keeps so many tokens."""
+
+    size: int = size()
+
+    def budget(self, seen: int) -> int:
+        """``size``."""
+        return self.size
 
 
 @dataclass(frozen=True)
@@ -290,6 +316,11 @@ class Placer(Stage):
     """Chooses which blocks live on the host tier."""
 
     kind: ClassVar[Kind] = Kind.OFFLOAD
+
+    @property
+    def loss_class(self) -> LossClass:
+        """Exact: what is moved is read as it was."""
+        return LossClass.EXACT
 
     def device_tokens(self) -> int:
         """How many of a head's last tokens stay on the device; blocks wholly older go to the host."""

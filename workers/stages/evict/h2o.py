@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from kernels.layout import BLOCK_TOKENS
-from workers.stages.base import Evictor, LayerView, budgets, shadow, share
+from workers.stages.base import LayerView, Share, budgets, shadow
 
 
 @dataclass(frozen=True)
-class H2O(Evictor):
+class H2O(Share):
     """Half the budget to the tokens that received most attention so far, half to the most recent.
 
     The score is attention summed over all past queries and the KV head's query group. Where a request is switched to
@@ -26,13 +25,8 @@ class H2O(Evictor):
     name: ClassVar[str] = "h2o"
     summary: ClassVar[str] = "Tokens that received most attention so far (heavy hitters) and the most recent ones."
     needs_prompt_mass: ClassVar[bool] = True
-    keep: float = share(0.5)
     budgets: str = budgets()
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """The share ``keep`` of all tokens seen, at least two blocks."""
-        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
 
     def protected(self, seen: int) -> tuple[int, int]:
         """The recent half."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
-from workers.stages.base import Evictor, LayerView, budgets, parameter, shadow, share
+from workers.stages.base import LayerView, Share, budgets, parameter, shadow
 
 
 @dataclass(frozen=True)
-class HashEvict(Evictor):
+class HashEvict(Share):
     """Drops the keys whose SimHash is furthest from the current query's, before any attention is computed.
 
     A hash is the signs of ``bits`` random projections, the same for keys and queries and for all heads of a layer; the
@@ -27,18 +25,9 @@ class HashEvict(Evictor):
 
     name: ClassVar[str] = "hashevict"
     summary: ClassVar[str] = "Tokens whose keys have a locality-sensitive hash near the current query's."
-    keep: float = share(0.5)
     bits: int = parameter(16, Bounds(least=4, most=64), "random projections", minor=True)
     budgets: str = budgets()
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """The share ``keep`` of all tokens seen, at least two blocks."""
-        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The last block."""
-        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """Minus the Hamming distance."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import BLOCK_TOKENS
-from workers.stages.base import Evictor, LayerView, budgets, shadow, share
+from workers.stages.base import LayerView, Share, budgets, shadow
 
 
 @dataclass(frozen=True)
-class KeyDiff(Evictor):
+class KeyDiff(Share):
     """The tokens whose keys point away from the mean direction of the head's keys. Query-agnostic.
 
     The mean is that of the keys that are there, each of length 1: it moves as tokens come and go. The paper's window of
@@ -26,17 +24,8 @@ class KeyDiff(Evictor):
 
     name: ClassVar[str] = "keydiff"
     summary: ClassVar[str] = "Tokens whose keys are least like the head's mean key."
-    keep: float = share(0.5)
     budgets: str = budgets()
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """The share ``keep`` of all tokens seen, at least two blocks."""
-        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The last block."""
-        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """Minus the cosine of the key and the mean of all keys' directions."""

@@ -9,11 +9,11 @@ import torch
 
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
-from workers.stages.base import Evictor, LayerView, parameter, shadow, size
+from workers.stages.base import Fixed, LayerView, parameter, shadow
 
 
 @dataclass(frozen=True)
-class MorphKV(Evictor):
+class MorphKV(Fixed):
     """The last 32 tokens, and of the older ones those that these look at: ``size`` in all, however long the text.
 
     Attention of the recent tokens' queries is summed, or its maximum taken (``fuse``), and summed over the query group.
@@ -25,17 +25,8 @@ class MorphKV(Evictor):
 
     name: ClassVar[str] = "morphkv"
     summary: ClassVar[str] = "A fixed number of tokens: the recent ones, and those they attend to."
-    size: int = size()
     fuse: str = parameter("sum", Bounds(choices=("sum", "max")))
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """``size``."""
-        return self.size
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The last block."""
-        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """The recent queries' attention, fused."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,13 +9,13 @@ import torch
 
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
-from workers.stages.base import Evictor, LayerView, parameter, shadow, share
+from workers.stages.base import LayerView, Share, parameter, shadow
 
 CERTAIN = 1e3  # above every score of a token that is drawn
 
 
 @dataclass(frozen=True)
-class NaCL(Evictor):
+class NaCL(Share):
     """Once, after the prompt or at a switch: the tokens that the prompt's last 32 look at, and others by lot.
 
     The last queries are the proxy tokens that stand for what a generation will ask. A token's score is the attention
@@ -31,18 +30,9 @@ class NaCL(Evictor):
     name: ClassVar[str] = "nacl"
     summary: ClassVar[str] = "Tokens that the prompt's end attends to, and some of the others by lot; chosen once."
     evicts_while_decoding: ClassVar[bool] = False
-    keep: float = share(0.5)
     drawn: float = parameter(0.3, Bounds(least=0, most=1), "share of what stays", minor=True)
     seed: int = parameter(0, Bounds(least=0), minor=True)
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """The share ``keep`` of all tokens seen, at least two blocks."""
-        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The proxies."""
-        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """The proxies' attention plus CERTAIN for the best; the same plus Gumbel noise for the others."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
-from workers.stages.base import Evictor, LayerView, parameter, shadow, size
+from workers.stages.base import Fixed, LayerView, parameter, shadow
 
 INTERVAL_TOKENS = 4 * BLOCK_TOKENS
 OBSERVED_QUERIES = 8
@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class RKV(Evictor):
+class RKV(Fixed):
     """Every 128 tokens the ``size`` best by importance minus redundancy; for the long thoughts of reasoning models.
 
     Importance is the attention of the last 8 queries, the greatest within the query group and the mean over queries.
@@ -34,7 +34,6 @@ class RKV(Evictor):
 
     name: ClassVar[str] = "rkv"
     summary: ClassVar[str] = "A fixed number of tokens: attended to lately, and unlike other keys."
-    size: int = size()
     weight: float = parameter(0.1, Bounds(least=0, most=1), "share of importance in the score")
     shadow: bool = shadow()
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from kernels.layout import BLOCK_TOKENS
-from workers.stages.base import Evictor, LayerView, shadow, share
+from workers.stages.base import LayerView, Share, shadow
 
 
 @dataclass(frozen=True)
-class Scissorhands(Evictor):
+class Scissorhands(Share):
     """Drops the tokens that most of the last 32 queries paid less than an even share.
 
     A query pays a token little if it pays it less than 1 / t of its attention, t being the kept tokens that it sees;
@@ -26,16 +25,7 @@ class Scissorhands(Evictor):
 
     name: ClassVar[str] = "scissorhands"
     summary: ClassVar[str] = "Tokens that the last 32 queries repeatedly attended to more than evenly."
-    keep: float = share(0.5)
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """The share ``keep`` of all tokens seen, at least two blocks."""
-        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The last block."""
-        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """Minus the number of queries, of all heads of the group, that paid little."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +10,13 @@ import torch.nn.functional as F
 
 from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
-from workers.stages.base import Evictor, LayerView, budgets, parameter, shadow, share
+from workers.stages.base import LayerView, Share, budgets, parameter, shadow
 
 OBSERVATION_WINDOW = 64
 
 
 @dataclass(frozen=True)
-class SnapKV(Evictor):
+class SnapKV(Share):
     """Once, after the prompt or at a switch: per head the tokens that the last 64 queries vote for.
 
     Votes are attention summed over the observation window's queries and the KV head's query group, average-pooled over
@@ -31,14 +30,13 @@ class SnapKV(Evictor):
     name: ClassVar[str] = "snapkv"
     summary: ClassVar[str] = "Tokens the last 64 queries attend to, chosen once per head."
     evicts_while_decoding: ClassVar[bool] = False
-    keep: float = share(0.5)
     pool: int = parameter(5, Bounds(least=1, most=63, step=2), "tokens", minor=True)
     budgets: str = budgets()
     shadow: bool = shadow()
 
     def budget(self, seen: int) -> int:
         """The share ``keep`` of all tokens seen, at least the observation window and a block."""
-        return max(OBSERVATION_WINDOW + BLOCK_TOKENS, math.ceil(self.keep * seen))
+        return max(OBSERVATION_WINDOW + BLOCK_TOKENS, super().budget(seen))
 
     def protected(self, seen: int) -> tuple[int, int]:
         """The observation window."""

@@ -7,12 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from kernels.layout import BLOCK_TOKENS
-from workers.stages.base import Evictor, LayerView, shadow, size
+from workers.stages.base import Fixed, LayerView, shadow
 
 
 @dataclass(frozen=True)
-class Tova(Evictor):
+class Tova(Fixed):
     """The ``size`` tokens that the current query pays most attention to, in the mean over all of a layer's heads.
 
     All heads of a layer keep the same tokens; where an earlier pipeline left them different ones, a token counts as
@@ -24,16 +23,7 @@ class Tova(Evictor):
 
     name: ClassVar[str] = "tova"
     summary: ClassVar[str] = "A fixed number of tokens: those the current query attends to, over all heads."
-    size: int = size()
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """``size``."""
-        return self.size
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The last block."""
-        return 0, BLOCK_TOKENS
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """The last query's attention, its mean over the layer's heads for each of them."""

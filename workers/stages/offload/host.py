@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from workers.stages.base import LossClass, Placer, whole_blocks
+from workers.stages.base import Placer, whole_blocks
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,6 @@ class Host(Placer):
     name: ClassVar[str] = "host"
     summary: ClassVar[str] = "Older blocks on the host tier, in whatever format they have."
     recent: int = whole_blocks(256)
-
-    @property
-    def loss_class(self) -> LossClass:
-        """Exact."""
-        return LossClass.EXACT
 
     def device_tokens(self) -> int:
         """``recent``."""

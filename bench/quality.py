@@ -1,0 +1,163 @@
+"""What every cache stage and recipe costs in quality, at how many bytes: four tables, on one model in this process.
+
+A prompt is computed once with the full cache; each pipeline is put in force on a fork of it, and what follows is scored
+behind the fork and behind the full cache. Long generations and conversations are decoded step by step, many forks as
+one batch, with evictors at work as in the engine. ``bench.quality_tables`` has the four, ``bench.quality_subjects``
+what is measured at which share of the bytes, ``bench.quality_tasks`` the texts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bench.machine import describe_machine
+from bench.quality_lab import Clock
+from bench.quality_report import Report, render, summary
+from bench.quality_rows import Table
+from bench.quality_subjects import all_subjects
+from bench.quality_tables import FULL_SIZES, QUICK_SIZES, Sizes, Tables
+from bench.quality_tasks import Words, conversations, long_answers, needles, texts
+from cli.errors import BadInputError, FailedError
+from kvpilot.log import LogFormat, LogLevel, configure_logging
+from models import store
+from workers.engine.attention import cache_shape
+from workers.engine.runner import LoadedModel, load_model
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is written. None: nothing."""
+
+    json: Path | None = None
+    html: Path | None = None
+    plot: Path | None = None
+
+
+def bench(quick: bool, model: str | None, only: Sequence[str], files: Files) -> None:
+    """Runs the benchmark, prints it, and writes it to the files.
+
+    Raises:
+        BadInputError: a name that is no stage, recipe or combination, a model that lacks what is needed, or a file that
+            cannot be written.
+        FailedError: a pipeline raised; everything was printed and written all the same.
+    """
+    configure_logging(LogLevel.WARNING, LogFormat.AUTO)
+    import_module("transformers.utils.logging").disable_progress_bar()
+    for option, file in asdict(files).items():
+        if file is not None and not file.absolute().parent.is_dir():
+            raise BadInputError(f"--{option}: {str(file)!r} given; accepted: a file in a folder that exists")
+    folder = store.resolve(model or store.DEFAULT_MODEL)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    said = Console(stderr=True, highlight=False)
+    with said.status("loading the model"):
+        loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), torch.float32)
+    words = ["kvpilot", "bench", "quality", *(["--quick"] if quick else []), *(["--model", model] if model else [])]
+    words += [word for name in only for word in ("--only", name)]
+    report = measure(loaded, QUICK_SIZES if quick else FULL_SIZES, only, shlex.join(words), said)
+    console = Console(highlight=False)
+    for table in Table:
+        console.print(*render(report, table), sep="\n")
+    console.print(summary(report), markup=False)
+    write(report, files)
+    if report.failed:
+        names = ", ".join(dict.fromkeys(f"{row.label} ({row.table})" for row in report.failed))
+        raise FailedError(f"{len(report.failed)} of {len(report.rows)} rows are errors: {names}")
+
+
+def measure(loaded: LoadedModel, sizes: Sizes, only: Sequence[str], command: str, said: Console) -> Report:
+    """The report.
+
+    Args:
+        loaded: the model.
+        sizes: what is measured; lengths that the model's context does not hold are left out.
+        only: names of stages, recipes and combinations beside the full cache; empty: all.
+        command: for the report's head.
+        said: is told how far it is.
+
+    Raises:
+        BadInputError: see :func:`bench`.
+    """
+    began = time.perf_counter()
+    sizes = _fitting(sizes, loaded)
+    shape = cache_shape(loaded.model.config, next(loaded.model.parameters()).dtype)
+    try:
+        subjects = all_subjects(shape, only)
+    except KeyError as error:
+        raise BadInputError(f"--only: {error.args[0]}") from None
+    clock, tokens = Clock(), Words(loaded)
+    report = Report(
+        describe_machine(torch.get_num_threads()),
+        loaded.name,
+        datetime.now(UTC).date().isoformat(),
+        command,
+        asdict(sizes) | {"subjects": len(subjects)},
+    )
+    with said.status(f"{len(subjects)} pipelines") as status:
+
+        def say(what: str) -> None:
+            status.update(what)
+            said.print(f"{time.perf_counter() - began:6.0f} s  {what}", markup=False)
+
+        with clock("finding texts"):
+            found = texts(tokens, sizes.texts, max(sizes.contexts) + sizes.horizon + 1)
+            stacks = [
+                stack for length in sizes.contexts for stack in needles(tokens, sizes.haystacks, sizes.needles, length)
+            ]
+            chats = conversations(tokens, sizes.conversations, sizes.turn_tokens)
+            prompts = long_answers(tokens, sizes.prompts, sizes.prompt_tokens)
+        report.settings["sources"] = {
+            "text": [text.name for text in found],
+            "retrieval": [stack.name for stack in stacks],
+            "conversation": [chat.name for chat in chats],
+            "generation": [prompt.name for prompt in prompts],
+        }
+        tables = Tables(loaded, subjects, clock, say)
+        report.rows += tables.text(found, sizes.contexts, sizes.horizon)
+        report.rows += tables.retrieval(stacks)
+        report.rows += tables.conversation(chats)
+        report.rows += tables.generation(prompts, sizes.answer_tokens)
+    report.seconds = time.perf_counter() - began
+    counted = clock.seconds
+    report.spent = counted | {"the rest": report.seconds - sum(counted.values())}
+    return report
+
+
+def write(report: Report, files: Files) -> None:
+    """Writes what is asked for."""
+    if files.json is not None:
+        files.json.write_text(json.dumps(report.document(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if files.html is None and files.plot is None:
+        return
+    from bench.quality_page import page
+    from bench.quality_plot import plot
+
+    picture = plot(report)
+    if files.plot is not None:
+        files.plot.write_bytes(picture)
+    if files.html is not None:
+        files.html.write_text(page(report, picture), encoding="utf-8")
+
+
+def _fitting(sizes: Sizes, loaded: LoadedModel) -> Sizes:
+    """The sizes without the lengths that the model's context does not hold."""
+    if loaded.tokenizer is None:
+        raise BadInputError(f"--model: {loaded.name!r} has no tokenizer; accepted: a model with one")
+    spare = 2 * sizes.horizon + 64  # what follows, or a question and its answer
+    contexts = tuple(length for length in sizes.contexts if length + spare <= loaded.context_tokens)
+    needed = max(min(sizes.contexts) + spare, sizes.prompt_tokens + sizes.answer_tokens, 2 * sizes.turn_tokens)
+    if not contexts or needed > loaded.context_tokens:
+        raise BadInputError(
+            f"--model: {loaded.name!r} has a context of {loaded.context_tokens} tokens; accepted: at least {needed}"
+        )
+    return replace(sizes, contexts=contexts)

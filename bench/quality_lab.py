@@ -1,0 +1,193 @@
+"""A cache in this process on which pipelines are tried: a prompt is computed once, each pipeline has a fork of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from kernels.layout import BLOCK_TOKENS, Format, Tier
+from workers.cache.arena import page_blocks
+from workers.cache.arrangement import blocks_of
+from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.engine.attention import cache_shape
+from workers.engine.runner import LoadedModel, ModelRunner
+from workers.engine.scoring import divergences
+from workers.stages.base import Pipeline
+from workers.stages.evict.snapkv import OBSERVATION_WINDOW
+
+STEP_TOKENS = 256
+"""Tokens of a prompt computed in one pass, as a worker does by default."""
+_SPARE_ROWS = 64
+"""Room beside what is asked for, in rows of blocks: tails of forks, and pages that are not full."""
+
+
+@dataclass
+class Clock:
+    """Seconds by what they were spent on."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Counts the time until the end of the block."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What a request takes, as if raw blocks held a 16-bit dtype: scales, zero points and tables included."""
+
+    device: int
+    host: int
+    full: int
+    """Of the full cache, with the same tokens."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """N next-token distributions of a pipeline beside the full cache's; M of them with the token that came."""
+
+    divergence: torch.Tensor  # [N] nats
+    agreement: torch.Tensor  # bool [N] the same most probable token
+    loss: torch.Tensor  # [M] -log p of the token that came
+    hit: torch.Tensor  # bool [M] it is the most probable one
+
+
+def compare(exact: torch.Tensor, other: torch.Tensor, following: Sequence[int]) -> Compared:
+    """Compares log-probabilities [N, V].
+
+    Args:
+        exact: behind the full cache.
+        other: behind a pipeline's.
+        following: the token that came behind each, or behind the first M of them.
+    """
+    came = torch.tensor(following, device=other.device)
+    known = other[: len(came)]
+    return Compared(
+        divergence=divergences(exact, other).cpu(),
+        agreement=(exact.argmax(dim=-1) == other.argmax(dim=-1)).cpu(),
+        loss=-known.gather(1, came[:, None])[:, 0].cpu(),
+        hit=(known.argmax(dim=-1) == came).cpu(),
+    )
+
+
+class Lab:
+    """One model over one cache.
+
+    Args:
+        loaded: the model.
+        tokens: of the longest sequence.
+        forks: most pipelines that have a fork at once.
+        placed: most of them that put blocks on the host tier.
+        clock: counts prompts, switches, scores and decode steps.
+    """
+
+    def __init__(self, loaded: LoadedModel, tokens: int, forks: int, placed: int, clock: Clock) -> None:
+        self.clock = clock
+        room = tokens + OBSERVATION_WINDOW + STEP_TOKENS
+        row_bytes = row_bytes_of(loaded)
+        rows = -(-room // BLOCK_TOKENS)
+        parameter = next(loaded.model.parameters())
+        self.cache = KVCache(
+            cache_shape(loaded.model.config, parameter.dtype),
+            (rows * (1 + forks) + _SPARE_ROWS) * row_bytes,
+            (rows * placed + _SPARE_ROWS) * row_bytes,
+            forks + 4,
+            room,
+            loaded.name,
+            parameter.device,
+        )
+        self._room = room
+        self._runner = ModelRunner(loaded, self.cache)
+
+    def open(self) -> SequenceCache:
+        """A new sequence."""
+        return self.cache.open(self._room)
+
+    def compute(self, seq: SequenceCache, ids: Sequence[int], until: int) -> None:
+        """Computes the prompt ``ids`` up to, and without, a token that is not among its last."""
+        with self.clock("prompts"):
+            while seq.seen < until:
+                self._prefill(seq, ids[seq.seen : min(until, seq.seen + STEP_TOKENS)], len(ids))
+
+    @contextmanager
+    def prompt(self, base: SequenceCache, ids: Sequence[int]) -> Iterator[tuple[SequenceCache, torch.Tensor]]:
+        """A fork of ``base``, which has computed the beginning of ``ids``, at their end; and the distribution there.
+
+        All queries of an evictor's observation window are in what the fork computes, if ``base`` stopped that long
+        before the end. The votes are then those of a prompt that was computed alone.
+        """
+        with self.fork(base) as seq:
+            with self.clock("prompts"):
+                logits = self._prefill(seq, ids[seq.seen :], len(ids))
+            yield seq, torch.log_softmax(logits.float(), dim=-1)
+
+    @contextmanager
+    def fork(self, seq: SequenceCache) -> Iterator[SequenceCache]:
+        """A fork, closed at the end."""
+        forked = self.cache.fork(seq)
+        try:
+            yield forked
+        finally:
+            self.cache.close(forked)
+
+    def apply(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion = Occasion.PROMPT) -> None:
+        """Puts a pipeline in force, without an exact copy of what it loses; or does its upkeep."""
+        with self.clock("switches"):
+            self.cache.apply(seq, pipeline.without_shadow(), occasion)
+
+    def score(self, seq: SequenceCache, ids: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities [len(ids), V] behind each of these tokens, which are not kept."""
+        with self.clock("scores"):
+            logits = self._runner.score(self.cache.context(seq), seq.seen, ids)
+            return torch.log_softmax(logits.float(), dim=-1)
+
+    def decode(
+        self,
+        trials: Sequence[tuple[SequenceCache, Pipeline]],
+        ids: Sequence[int],
+        behind: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        """The same tokens for all, step by step, each with its pipeline's upkeep every 32 tokens, as the engine has it.
+
+        Args:
+            trials: sequences, and the pipelines in force.
+            ids: the tokens.
+            behind: is told the index of each token and log-probabilities [trials, V] behind it, before the upkeep.
+        """
+        for index, token in enumerate(ids):
+            with self.clock("decode steps"):
+                for seq, _ in trials:
+                    self.cache.reserve(seq, 1)
+                logits, _ = self._runner.decode([seq for seq, _ in trials], [token] * len(trials))
+                logprobs = torch.log_softmax(logits.float(), dim=-1)
+            behind(index, logprobs)
+            for seq, pipeline in trials:
+                if seq.seen % BLOCK_TOKENS == 0 and not pipeline.is_full:
+                    self.apply(seq, pipeline, Occasion.SETTLE)
+
+    def bytes(self, seq: SequenceCache) -> Bytes:
+        """What a sequence takes now."""
+        use, now, shape = self.cache.use(seq), blocks_of(self.cache.tables, seq.slot), self.cache.shape
+        on_host = now.format[now.valid & (now.tier == Tier.HOST)]
+        host = sum(int((on_host == fmt).sum()) * shape.block_bytes_16bit(fmt) for fmt in Format)
+        return Bytes(use.device_bytes_16bit, host, use.full_bytes_16bit)
+
+    def _prefill(self, seq: SequenceCache, chunk: Sequence[int], prompt_tokens: int) -> torch.Tensor:
+        self.cache.reserve(seq, len(chunk))
+        return self._runner.prefill(seq, chunk, prompt_tokens, all_queries=True)
+
+
+def row_bytes_of(loaded: LoadedModel) -> int:
+    """Bytes of 32 raw tokens in whole pages."""
+    shape = cache_shape(loaded.model.config, next(loaded.model.parameters()).dtype)
+    page = page_blocks(shape)
+    return -(-shape.layers * shape.kv_heads // page) * page * shape.block_bytes(Format.RAW)

@@ -1,0 +1,1 @@
+"""Stages for kvpilot, each a file."""
