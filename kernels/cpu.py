@@ -15,6 +15,7 @@ from kernels.checks import check_arenas, check_attend, check_decode, check_plan,
 from kernels.cpu_attend import attend
 from kernels.cpu_attend_block import SPLIT_BLOCKS, SPLIT_TOKENS
 from kernels.cpu_convert import encode_blocks, load_blocks, read_tokens, store_blocks, write_tokens
+from kernels.cpu_levels import attend_levels
 from kernels.cpu_threads import team
 from kernels.cpu_tiles import CHANNELS
 from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, BlockFormat, CacheShape, Format, Tier
@@ -65,6 +66,9 @@ class CpuBackend:
         backend.read(source)
         backend.store(0, source.address[0, :1], backend.encode(source, Format.RAW))
         backend.load(0, source.address[0, :1], Format.RAW)
+        block = np.zeros(UNIT_BYTES, np.uint8)
+        query, pairs, first = np.zeros((1, 1, 2), np.float32), np.zeros(256, np.uint64), np.zeros(1, np.int64)
+        attend_levels(team(), block.ctypes.data + first, first, 4, query, pairs)
 
     def plan(
         self, slots: I32, tiers: Collection[Tier] = MEMORY_TIERS, *, appends: bool = True, changing: bool = False

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.api import F32, VOTE_DECAY, DecodePlan, Tables
+from kernels.api import F32, I32, U8, VOTE_DECAY, DecodePlan, Tables
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kernels.partials import Partial, merge
 from workers.cache.arrangement import Mask
 from workers.cache.blocks import I64, BlockStore
 from workers.cache.formats import CodedFormat, format_of
+from workers.stages.base import CodedBlocks
 
 
 @dataclass
@@ -26,6 +27,7 @@ class _Kind:
     votes: F32  # [N, 32]
     read: Mask | None = None  # [N] which were read in this step; None: all
     score: torch.Tensor | None = None  # [those read, G, 32] of this step
+    found: tuple[I32, U8, CodedBlocks] | None = None  # where those read were at last: address, tier
     share: F32 | None = None  # [N] of attention in this step, mean over the query group
 
 
@@ -68,12 +70,22 @@ class CodedReader:
             head, index = (kind.head, kind.index) if kind.read is None else (kind.head[there], kind.index[there])
             if not len(head):
                 continue
-            blocks = self._blocks.coded(self._tables, self._slot, layer, head, index, kind.format)
+            blocks = self._find(kind, layer, head, index)
             queries = q[0].float().view(self._blocks.shape.kv_heads, -1, q.shape[-1])
             found = kind.format.codec.attend(queries, blocks, scaling)
             kind.score = found.score
             parts.append(Partial(found.output.view(1, q.shape[1], -1), found.lse.view(1, -1)))
         return merge(parts) if len(parts) > 1 else parts[0] if parts else None
+
+    def _find(self, kind: _Kind, layer: int, head: I64, index: I64) -> CodedBlocks:
+        """The blocks to read, which mostly are where they were in the last step."""
+        address = self._tables.address[self._slot, layer, head, index]
+        tier = self._tables.tier[self._slot, layer, head, index]
+        if kind.found and np.array_equal(kind.found[0], address) and np.array_equal(kind.found[1], tier):
+            return kind.found[2]
+        blocks = self._blocks.coded(self._tables, self._slot, layer, head, index, kind.format)
+        kind.found = address, tier, blocks
+        return blocks
 
     def after(self, layer: int) -> None:
         """See ``workers.cache.reading.Reader``."""

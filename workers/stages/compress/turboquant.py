@@ -7,9 +7,13 @@ from functools import cache
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from kernels.cpu_levels import attend_levels
+from kernels.cpu_threads import team
 from kernels.layout import BLOCK_TOKENS, CacheShape
+from kernels.partials import LOG2_E
 from kvpilot.bounds import Bounds
 from workers.stages.attended import Attended, attend_blocks
 from workers.stages.base import BlockBatch, BlockPlaces, Coded, CodedBlocks, parameter, shadow
@@ -29,7 +33,7 @@ class TurboQuant(Coded):
     coordinates, and the quantiser with the least mean squared error (Lloyd-Max) is worked out once for each D. Queries
     are rotated too, so scores are made of codes, and the sum of values is rotated back once a query.
 
-    Stored: norms of keys and of values f16 [32] each, codes of keys and of values, of ``bits`` each, [32, D].
+    Stored: codes of keys and of values, of ``bits`` each, [32, D]; norms of keys and of values f16 [32] each.
 
     Source: Zandieh et al., TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate, arXiv 2504.19874.
     Deviations: the variant of least squared error for keys and values; the one with an unbiased inner product, which
@@ -59,7 +63,7 @@ class TurboQuant(Coded):
             unit = x @ turn / norm.masked_fill(norm == 0, 1.0)
             norms.append(norm.clamp(max=_HALF_MAX).half().flatten(1).view(torch.uint8))
             codes.append(pack(torch.bucketize(unit, bounds), self.bits).flatten(1))
-        return torch.cat([*norms, *codes], 1)
+        return torch.cat([*codes, *norms], 1)
 
     def decode(self, codes: torch.Tensor, blocks: BlockPlaces) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``Coded``."""
@@ -68,8 +72,14 @@ class TurboQuant(Coded):
         return k @ back, v @ back
 
     def attend(self, q: torch.Tensor, blocks: CodedBlocks, scaling: float) -> Attended:
-        """See ``Coded``. Keys and values stay rotated."""
+        """See ``Coded``. Keys and values stay rotated, and in RAM a block is read where it lies."""
         turn = rotation(blocks.shape.head_dim).to(q.device)
+        if blocks.memory is not None:
+            table = _pairs(blocks.shape.head_dim, self.bits)
+            scaled = (q @ turn * (scaling * LOG2_E)).numpy()
+            parts = attend_levels(team(), blocks.memory.numpy(), blocks.head.numpy(), self.bits, scaled, table)
+            output, lse, score = (torch.from_numpy(part) for part in parts)
+            return Attended(output @ turn.mT, lse, score)
         k, v = self._rotated(blocks.codes(), blocks.shape)
         score = (q @ turn)[blocks.head] @ k.mT * scaling
         found = attend_blocks(score, blocks.head, len(q), lambda powers: powers @ v)
@@ -79,8 +89,8 @@ class TurboQuant(Coded):
         """K and V [N, 32, D], rotated."""
         table = levels(shape.head_dim, self.bits).to(codes.device)
         row = packed_bytes(shape.head_dim, self.bits)
-        norms = codes[:, : 4 * BLOCK_TOKENS].view(torch.float16).float().view(-1, 2, BLOCK_TOKENS, 1)
-        packed = codes[:, 4 * BLOCK_TOKENS :].reshape(-1, 2, BLOCK_TOKENS, row)
+        norms = codes[:, 2 * BLOCK_TOKENS * row :].view(torch.float16).float().view(-1, 2, BLOCK_TOKENS, 1)
+        packed = codes[:, : 2 * BLOCK_TOKENS * row].reshape(-1, 2, BLOCK_TOKENS, row)
         numbers = table[unpack(packed, self.bits, shape.head_dim)] * norms
         return numbers[:, 0], numbers[:, 1]
 
@@ -108,6 +118,14 @@ def levels(dim: int, bits: int) -> torch.Tensor:
         between = np.concatenate([[-1.0], (found[1:] + found[:-1]) / 2, [1.0]])
         found = np.diff(np.interp(between, edges, moment)) / np.diff(np.interp(between, edges, mass))
     return torch.from_numpy(found.astype(np.float32))
+
+
+@cache
+def _pairs(dim: int, bits: int) -> npt.NDArray[np.uint64]:
+    """All pairs of levels as 64 bits, [4 ** bits]; the low code's is the first."""
+    table = levels(dim, bits).numpy()
+    low, high = np.arange(4**bits) % 2**bits, np.arange(4**bits) >> bits
+    return np.stack([table[low], table[high]], 1).view(np.uint64).ravel()
 
 
 def _between(table: torch.Tensor) -> torch.Tensor:
