@@ -77,6 +77,8 @@ class Stepper:
             queue.SimpleQueue()
         )
         self._jobs = self._tokens = 0
+        self.token_ids: list[int] = []
+        """What the request at work, or the last one, has generated."""
         engine.start(self._take, lambda report: None, lambda error: self._events.put((0.0, error)))
 
     def _take(self, events: list[Event]) -> None:
@@ -84,14 +86,15 @@ class Stepper:
         for _, event in events:
             self._events.put((now, event))
 
-    def begin(self, token_ids: list[int], pipeline: str, max_tokens: int) -> str:
+    def begin(self, token_ids: list[int], pipeline: str, max_tokens: int, session_id: str = "") -> str:
         """Submits a request; without a pipeline it may be switched."""
         self._jobs += 1
-        self._tokens = 0
+        self._tokens, self.token_ids = 0, []
         request = generation_pb2.GenerateRequest(
             token_ids=generation_pb2.TokenIds(ids=token_ids),
             sampling=generation_pb2.Sampling(max_tokens=max_tokens, ignore_eos=True),
             pipeline=pipeline,
+            session_id=session_id,
         )
         job_id = f"bench-{self._jobs}"
         self._engine.submit(job_pb2.Job(job_id=job_id, request=request))
@@ -104,6 +107,7 @@ class Stepper:
             moment, event = self._events.get(timeout=PATIENCE_S)
             if isinstance(event, BaseException):
                 raise event
+            self.token_ids += [token.id for token in event.tokens.tokens]
             times += [moment] * len(event.tokens.tokens)
             self._tokens += len(event.tokens.tokens)
             if event.HasField("finished"):

@@ -33,6 +33,7 @@ from kvpilot.log import LogFormat, LogLevel, configure_logging
 from models import store
 from workers.engine.attention import cache_shape
 from workers.engine.runner import LoadedModel, load_model
+from workers.profile.profile import names_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def measure(loaded: LoadedModel, sizes: Sizes, only: Sequence[str], command: str
     sizes = _fitting(sizes, loaded)
     shape = cache_shape(loaded.model.config, next(loaded.model.parameters()).dtype)
     try:
-        subjects = all_subjects(shape, only)
+        subjects = all_subjects(shape, only, names_of(loaded.profile))
     except KeyError as error:
         raise BadInputError(f"--only: {error.args[0]}") from None
     clock, tokens = Clock(), Words(loaded)

@@ -104,6 +104,7 @@ class Lab:
             room,
             loaded.name,
             parameter.device,
+            profile=loaded.profile,
         )
         self._room = room
         self._runner = ModelRunner(loaded, self.cache)

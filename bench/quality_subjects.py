@@ -67,13 +67,19 @@ class Subject:
         return f"{self.name}{self.variant}{at}"
 
 
-def all_subjects(shape: CacheShape, only: Sequence[str] = ()) -> list[Subject]:
+def all_subjects(shape: CacheShape, only: Sequence[str] = (), profiled: frozenset[str] = frozenset()) -> list[Subject]:
     """The full cache first, then what ``only`` names, or everything.
+
+    Args:
+        shape: the model's cache dimensions.
+        only: names.
+        profiled: the tensors that the model's profile has.
 
     Raises:
         KeyError: ``only`` names something else; the message says what there is.
     """
-    found = [*_of_stages(shape), *_of_recipes(shape), *_of_combinations(shape)]
+    of = (_of_stages, _of_recipes, _of_combinations)
+    found = [subject for group in of for subject in group(shape, profiled)]
     names = list(dict.fromkeys(subject.name for subject in found))
     for name in only:
         if name not in names:
@@ -82,10 +88,10 @@ def all_subjects(shape: CacheShape, only: Sequence[str] = ()) -> list[Subject]:
     return sorted(chosen, key=lambda subject: subject.name != FULL)
 
 
-def _of_stages(shape: CacheShape) -> Iterator[Subject]:
+def _of_stages(shape: CacheShape, profiled: frozenset[str]) -> Iterator[Subject]:
     for name, kind in stages().items():
         stage = kind()
-        if why := stage.refuses(shape):
+        if why := stage.refuses(shape) or stage.lacks(profiled):
             yield Subject(name, stage.kind.value, None, _never(f"cannot serve this model: {why}"))
             continue
         for variant in _variants(stage):
@@ -94,15 +100,15 @@ def _of_stages(shape: CacheShape) -> Iterator[Subject]:
             yield from _at_targets(name, stage.kind.value, pipeline, shape, TARGETS, text)
 
 
-def _of_recipes(shape: CacheShape) -> Iterator[Subject]:
+def _of_recipes(shape: CacheShape, profiled: frozenset[str]) -> Iterator[Subject]:
     for name in recipes():
-        yield Subject(name, RECIPE, None, _built(name, shape))
+        yield Subject(name, RECIPE, None, _built(name, shape, profiled))
 
 
-def _of_combinations(shape: CacheShape) -> Iterator[Subject]:
+def _of_combinations(shape: CacheShape, profiled: frozenset[str]) -> Iterator[Subject]:
     for text, targets in COMBINATIONS.items():
         try:
-            pipeline = build(text, shape)
+            pipeline = build(text, shape, profiled)
         except PipelineError as error:
             yield Subject(text, COMBINATION, None, _never(str(error)))
         else:
@@ -220,10 +226,10 @@ def _major(field: dataclasses.Field[Any]) -> bool:
     return not field.metadata["minor"]
 
 
-def _built(text: str, shape: CacheShape) -> Callable[[int], Pipeline]:
+def _built(text: str, shape: CacheShape, profiled: frozenset[str]) -> Callable[[int], Pipeline]:
     def make(tokens: int) -> Pipeline:
         try:
-            return build(text, shape)
+            return build(text, shape, profiled)
         except PipelineError as error:
             raise LeftOut(str(error)) from None
 

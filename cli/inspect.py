@@ -19,9 +19,10 @@ from cli.inspect_view import show
 from kernels.layout import CacheShape
 from kvpilot.log import LogFormat, LogLevel, configure_logging
 from kvpilot.pipeline import PipelineError
-from models import store
+from models import profiles, store
 from workers.engine.attention import cache_shape
 from workers.engine.runner import load_config, load_model
+from workers.profile.profile import KINDS
 from workers.stages.base import Pipeline
 from workers.stages.registry import build
 
@@ -56,7 +57,7 @@ def inspect(
     with Console(stderr=True).status("loading the model") as status:
         config = load_config(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        built, prompt = read_order(config, tokenizer, pipeline, text, tokens, str(prompt_file))
+        built, prompt = read_order(config, tokenizer, _profiled(folder), pipeline, text, tokens, str(prompt_file))
         loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), DTYPE)
 
         def progress(seen: int) -> None:
@@ -73,13 +74,14 @@ def inspect(
 
 
 def read_order(
-    config: Any, tokenizer: Any, pipeline: str, text: str, tokens: int, source: str
+    config: Any, tokenizer: Any, profiled: frozenset[str], pipeline: str, text: str, tokens: int, source: str
 ) -> tuple[Pipeline, list[int]]:
     """The pipeline and the prompt's tokens, if the model can serve them and so many tokens more.
 
     Args:
         config: the model's, of transformers.
         tokenizer: the model's.
+        profiled: the tensors that the model's profile has.
         pipeline: as text.
         text: the prompt.
         tokens: to generate.
@@ -88,10 +90,18 @@ def read_order(
     Raises:
         BadInputError: naming what is wrong, its value and what is accepted.
     """
-    built = build_pipeline(pipeline, cache_shape(config, DTYPE))
+    built = build_pipeline(pipeline, cache_shape(config, DTYPE), profiled)
     prompt = list(tokenizer(text)["input_ids"])
     check_length(prompt, tokens, config.max_position_embeddings, source)
     return built, prompt
+
+
+def _profiled(folder: Path) -> frozenset[str]:
+    """The tensors of the profile that the model will be loaded with."""
+    try:
+        return frozenset(KINDS if profiles.find_profile(folder) else ())
+    except (profiles.ProfileError, OSError):  # the weights' own error says more
+        return frozenset()
 
 
 def read_text(file: Path) -> str:
@@ -113,14 +123,14 @@ def read_text(file: Path) -> str:
         ) from None
 
 
-def build_pipeline(text: str, shape: CacheShape) -> Pipeline:
+def build_pipeline(text: str, shape: CacheShape, profiled: frozenset[str] = frozenset()) -> Pipeline:
     """The pipeline, refused in the words in which a submitted one is.
 
     Raises:
         BadInputError: it names what does not exist, or cannot serve the model.
     """
     try:
-        return build(text, shape)
+        return build(text, shape, profiled)
     except PipelineError as error:
         raise BadInputError(f"pipeline: {error}") from None
 

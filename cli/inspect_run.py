@@ -187,7 +187,14 @@ def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> KVCache:
     row_bytes = -(-shape.layers * shape.kv_heads // page) * page * shape.block_bytes(Format.RAW)  # in whole pages
     host_rows = 0 if pipeline.is_full else 2 * rows
     return KVCache(
-        shape, rows * row_bytes, host_rows * row_bytes, 1, tokens, loaded.name, parameter.device, backend="auto"
+        shape,
+        rows * row_bytes,
+        host_rows * row_bytes,
+        1,
+        tokens,
+        loaded.name,
+        parameter.device,
+        profile=loaded.profile,
     )
 
 

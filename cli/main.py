@@ -460,11 +460,35 @@ def model_fetch(
 
 @model_app.command("list")
 def model_list() -> None:
-    """List the models in the store and those that can be fetched."""
+    """List the models in the store and those that can be fetched.
+
+    A line each: name, folder or how to get it, what it is, and, of those in the store, whether it has a profile.
+    """
     with reported():
         from cli import model as command
 
         command.show()
+
+
+@model_app.command("profile")
+def model_profile(
+    model: Annotated[str, typer.Argument(help="A name from the store, or a folder written with a slash.")],
+    tokens: Annotated[int, typer.Option(min=1024, metavar="N", help="Tokens of text to find it from.")] = 8192,
+    force: Annotated[bool, typer.Option("--force", help="Find it anew although there is one.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the file's name.")] = False,
+) -> None:
+    """Find out once about a model what some stages need: how it asks, which heads retrieve, how its keys are spread.
+
+    Runs the model over real text of this machine (licences, manuals, Python's library) in this process, and keeps
+    the profile in $KVPILOT_CACHE/profiles under the hash of the model. Workers that start afterwards load it. Does
+    nothing if it is there. `kvpilot model list` shows which models have one.
+
+      kvpilot model profile smollm2
+    """
+    with reported():
+        from cli import profile as command
+
+        command.profile(model, tokens, force, json)
 
 
 @app.command(rich_help_panel=SETUP)
@@ -592,6 +616,25 @@ def bench_quality(
         from bench import quality as command
 
         command.bench(quick, model, tuple(dict.fromkeys(only or ())), command.Files(json, html, plot))
+
+
+@bench_app.command("sessions")
+def bench_sessions(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    model: ModelOption = None,
+    prompt_tokens: Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of the first turn.")] = 3000,
+    question_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that a later turn adds.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Later turns of each kind; medians are given.")] = 3,
+    threads: Threads = None,
+) -> None:
+    """A session's next turn: time to its first token, resumed from the host tier, from disk, and cold.
+
+    One engine in this process, one request at a time. Cold turns compute the whole conversation again.
+    """
+    with reported():
+        from bench import sessions as command
+
+        command.bench(json, model, prompt_tokens, question_tokens, rounds, threads)
 
 
 @bench_app.command("kernels")

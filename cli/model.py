@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from cli import fetch as fetching
 from cli import text
 from cli.errors import FailedError
-from models import store
+from models import profiles, store
 
 
 def fetch(name: str) -> None:
@@ -80,10 +82,18 @@ class _Lines:
 
 
 def show() -> None:
-    """Prints one line per model: name, where it is or how to get it, what it is."""
+    """Prints one line per model: name, where it is or how to get it, what it is, whether it has a profile."""
     stored = {folder.name: folder for folder in store.stored_models()}
     for source in store.SOURCES:
         folder = stored.pop(source.name, None)
-        print(f"{source.name}\t{folder or f'to fetch: kvpilot model fetch {source.alias}'}\t{source.summary}")
+        place = folder or f"to fetch: kvpilot model fetch {source.alias}"
+        print(f"{source.name}\t{place}\t{source.summary}\t{_profiled(folder) if folder else ''}")
     for name, folder in stored.items():
-        print(f"{name}\t{folder}\t")
+        print(f"{name}\t{folder}\t\t{_profiled(folder)}")
+
+
+def _profiled(folder: Path) -> str:
+    try:
+        return "profiled" if profiles.find_profile(folder) else "no profile"
+    except (profiles.ProfileError, OSError) as error:
+        return f"no profile: {error}"

@@ -15,6 +15,7 @@ from workers.settings import WorkerSettings
 
 DEVICE_BUDGET_BYTES = 512 << 20
 HOST_BUDGET_BYTES = 1024 << 20
+DISK_BUDGET_BYTES = 2048 << 20
 CONTROLLER_PREFIX = str(ControllerSettings.model_config["env_prefix"])
 WORKER_PREFIX = str(WorkerSettings.model_config["env_prefix"])
 
@@ -44,6 +45,7 @@ def plan_stack(settings: CliSettings) -> StackPlan:
     share: dict[str, object] = {
         "device_budget_bytes": (device or min(DEVICE_BUDGET_BYTES, memory // 8)) // count,
         "host_budget_bytes": (min(HOST_BUDGET_BYTES, memory // 4) if host is None else host) // count,
+        "disk_budget_bytes": DISK_BUDGET_BYTES // count,
         "threads": max(1, (settings.threads or os.cpu_count() or 1) // count),
         "log_format": "console",
     }

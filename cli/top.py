@@ -72,7 +72,8 @@ def render(snapshot: Snapshot, endpoint: str) -> RenderableType:
         f", {sum(worker.state.tokens_per_s for worker in snapshot.workers):.1f} tokens/s",
     )
     workers = sorted(snapshot.workers, key=lambda worker: str(worker.hello.worker))
-    return Group(head, *map(_bundle, snapshot.bundles), _Workers(workers), _Requests(snapshot))
+    sessions = [_sessions(worker) for worker in workers if worker.state.sessions.parked]
+    return Group(head, *map(_bundle, snapshot.bundles), _Workers(workers), *sessions, _Requests(snapshot))
 
 
 def _bundle(bundle: operator_pb2.Bundle) -> Text:
@@ -115,6 +116,17 @@ def _worker_row(worker: operator_pb2.Worker) -> list[str]:
         f"{state.step_ms:.1f}",
         str(state.preemptions),
     ]
+
+
+def _sessions(worker: operator_pb2.Worker) -> Text:
+    """What a worker keeps of sessions between their turns."""
+    kept = worker.state.sessions
+    damaged = f", {kept.corrupt_pieces} damaged on disk" if kept.corrupt_pieces else ""
+    return Text(
+        f"{worker.hello.worker}: {text.count(kept.parked, 'session')} parked, {text.size(kept.host_bytes)} on the host,"
+        f" {text.size(kept.disk_bytes)} on disk; {text.count(kept.restored_turns, 'turn')} resumed,"
+        f" {text.count(kept.restored_tokens, 'token')} not computed again{damaged}"
+    )
 
 
 def _tier(worker: operator_pb2.Worker, name: str) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from kernels.layout import CacheShape
 from kvpilot.v1 import generation_pb2, job_pb2, policy_pb2
 from workers.engine.attention import ATTENTION_NAME
 from workers.engine.engine import Engine
 from workers.engine.runner import LoadedModel, wrap_model
+from workers.profile.measure import measure
+from workers.profile.profile import ModelProfile
 from workers.settings import WorkerSettings
 
 VOCABULARY = 258
@@ -71,6 +75,21 @@ def tiny_loaded(model_type: str = "llama", **changes) -> LoadedModel:
     return wrap_model(tiny_model(model_type, **changes), tiny_tokenizer(), "tiny")
 
 
+@cache
+def tiny_profile(shape: CacheShape) -> ModelProfile:
+    """The profile of a random llama with a cache of this shape, found from random bytes."""
+    model = tiny_model(
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.query_heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.query_heads * shape.head_dim,
+    )
+    loaded = wrap_model(model, tiny_tokenizer(), "tiny")
+    found = measure(loaded, [prompt(400, seed) for seed in range(3)], "0" * 64)
+    return replace(found, shape=shape)
+
+
 def tiny_engine(loaded: LoadedModel | None = None, **settings: object) -> Engine:
     """An engine that is driven by hand: see :func:`run`."""
     defaults = {
@@ -81,6 +100,7 @@ def tiny_engine(loaded: LoadedModel | None = None, **settings: object) -> Engine
         "host_budget_bytes": 64 << 20,
         "kernel_backend": "cpu",
         "max_context_tokens": 2048,
+        "disk_budget_bytes": 0,
     }
     return Engine(WorkerSettings(**(defaults | settings)), loaded or tiny_loaded())
 

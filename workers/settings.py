@@ -15,6 +15,7 @@ from kvpilot.configuration import FileSettings
 from kvpilot.log import LogFormat, LogLevel
 from kvpilot.pipeline import parse_pipeline
 from kvpilot.process import split_address
+from models import store
 
 
 class KernelBackend(StrEnum):
@@ -59,6 +60,21 @@ class WorkerSettings(FileSettings):
     dtype: ModelDtype = Field(ModelDtype.AUTO, description="dtype of weights and raw blocks")
     device_budget_bytes: ByteSize = Field(ByteSize(512 * MIB), gt=0, description="cache bytes on the device tier")
     host_budget_bytes: ByteSize = Field(ByteSize(1024 * MIB), ge=0, description="cache bytes on the host tier")
+    disk_folder: Path = Field(
+        default_factory=lambda: store.cache_folder() / "blocks",
+        description="where the disk tier keeps its files; each process has a sub-folder, removed when it ends",
+    )
+    disk_budget_bytes: ByteSize = Field(
+        ByteSize(2048 * MIB), ge=0, description="most bytes of files on the disk tier; 0: no disk tier"
+    )
+    session_host_s: float = Field(
+        60.0,
+        ge=0,
+        description="how long a session's cache stays on the host tier after a turn, then it goes to disk",
+    )
+    session_keep_s: float = Field(
+        3600.0, ge=0, description="how long a session's cache is kept at all between turns; 0: not kept"
+    )
     max_running: int = Field(8, ge=1, description="most requests decoded at once")
     max_context_tokens: int = Field(0, ge=0, description="longest prompt plus answer; 0: the model's own limit")
     step_tokens: int = Field(256, ge=1, description="most tokens computed in one step, decodes first")

@@ -24,6 +24,7 @@ from cli.main import app
 from kernels.api import Backend, TokenSource
 from kernels.layout import CacheShape, Format
 from kernels.reference import ReferenceBackend
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def test_report_gives_medians_and_the_median_ratio() -> None:
@@ -164,3 +165,18 @@ def test_a_refused_format_is_reported_and_a_wrong_kernel_fails(monkeypatch: pyte
     assert "strange does not do int8: int8: not here" in kernels.markdown(report)
     with pytest.raises(FailedError, match="backend wrong: attention over raw blocks"):
         kernels.measure(replace(chosen, backends=("wrong",)), Console(quiet=True))
+
+
+def test_a_sessions_next_turn_is_measured(tmp_path: Path) -> None:
+    folder, found = tmp_path / "tiny", tmp_path / "found.json"
+    tiny_model(attention="sdpa").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    sizes = ["--prompt-tokens", "200", "--question-tokens", "8", "--rounds", "1"]
+    result = CliRunner().invoke(app, ["bench", "sessions", "--model", f"{folder}/", *sizes, "--json", str(found)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(found.read_text())
+    assert report["resumed_tokens"] == 192  # of 216, in whole rows
+    assert report["session_bytes"] == 6 * 2 * 2 * 2 * 32 * 16 * 4
+    assert set(report["first_token_s"]) == {"host", "disk", "cold"}
+    assert report["times_sooner"]["cold"] == 1.0
+    assert "resumed from" in result.output

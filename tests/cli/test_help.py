@@ -12,7 +12,8 @@ from kvpilot.request import SCENARIOS
 
 COMMANDS = [
     *("up", "generate", "chat", "top", "inspect", "mode", "override", "release", "demo", "recipes"),
-    *("model/fetch", "model/list", "bench/serve", "bench/steer", "bench/kernels", "models/collect"),
+    *("model/fetch", "model/list", "model/profile", "bench/serve", "bench/steer", "bench/kernels"),
+    *("models/collect",),
     *("models/train", "models/evaluate", "models/calibrate", "models/list", "models/show", "models/explain"),
     *("models/promote", "models/rollback", "models/shadow", "models/history", "models/decisions"),
 ]

@@ -59,7 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(loaded: LoadedModel, pipeline: str, text: str, tokens: int) -> Inspection:
     config = loaded.model.config
-    return inspect_request(loaded, *read_order(config, loaded.tokenizer, pipeline, text, tokens, "text"), tokens)
+    return inspect_request(
+        loaded, *read_order(config, loaded.tokenizer, frozenset(), pipeline, text, tokens, "text"), tokens
+    )
 
 
 def inspected(*words: str) -> tuple[int, str]:

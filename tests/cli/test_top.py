@@ -137,3 +137,18 @@ def test_empty_controller() -> None:
     said = shown(Snapshot(operator_pb2.MODE_OFF))
     assert "mode off" in said
     assert "0 workers, 0 live requests" in said
+
+
+def test_parked_sessions_are_a_line() -> None:
+    picture = snapshot()
+    assert "parked" not in shown(picture)
+    kept = picture.workers[0].state.sessions
+    kept.parked, kept.host_bytes, kept.disk_bytes = 3, 12 * MIB, 40 * MIB
+    kept.restored_turns, kept.restored_tokens = 1, 640
+    line = (
+        "worker-0: 3 sessions parked, 12.0 MiB on the host, 40.0 MiB on disk; 1 turn resumed, 640 tokens not computed"
+    )
+    assert line in shown(picture)
+    assert "damaged" not in shown(picture)
+    kept.corrupt_pieces = 2
+    assert "2 damaged on disk" in shown(picture)

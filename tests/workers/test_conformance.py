@@ -22,12 +22,14 @@ import torch
 from kernels.api import TokenSource
 from kernels.layout import BLOCK_TOKENS, GROUP, BlockFormat, CacheShape, Format, Tier
 from kvpilot.pipeline import PipelineError
+from tests.tiny import tiny_profile
 from workers.cache.accounting import CacheUse
 from workers.cache.arena import TierFullError
 from workers.cache.blocks import Owners
 from workers.cache.formats import CodedFormat, format_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import DecodeAttention
+from workers.profile.profile import names_of
 from workers.stages.base import Codec, Coded, Evictor, Kind, LossClass, Pipeline, Placer, Stage
 from workers.stages.budgets import RULES
 from workers.stages.registry import build, stages
@@ -111,7 +113,7 @@ class World:
 
     def pipeline(self, text: str) -> Pipeline:
         try:
-            return build(text, self.shape)
+            return build(text, self.shape, names_of(self.cache.profile))
         except PipelineError as error:
             if "cannot serve this model" in str(error):
                 pytest.skip(str(error))
@@ -185,7 +187,7 @@ class World:
 
 
 def make_cache(shape: CacheShape = SHAPE, backend: str = "cpu", host_bytes: int = 4 << 20) -> KVCache:
-    return KVCache(shape, 4 << 20, host_bytes, 2, 512, "m", torch.device("cpu"), backend)
+    return KVCache(shape, 4 << 20, host_bytes, 2, 512, "m", torch.device("cpu"), backend, tiny_profile(shape))
 
 
 def make_world(cache: KVCache | None = None, tokens: int = TOKENS, seed: int = 0, chunk: int = 0) -> World:

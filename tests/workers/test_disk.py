@@ -160,3 +160,15 @@ def test_files_of_a_killed_process_go(tmp_path):
     for store in (alive, after):
         store.close()
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_batch_that_is_freed_while_it_is_read_is_read_to_the_end(tmp_path):
+    store = DiskStore(tmp_path, 64 << 20)
+    batches = [store.write(some_blocks(4000, seed)) for seed in range(4)]
+    reads = [store.read(batch) for batch in batches]  # more than there are threads: some have not begun
+    for batch in batches:
+        store.free(batch)
+    for seed, read in enumerate(reads):
+        np.testing.assert_array_equal(read.result(), some_blocks(4000, seed))
+    store.close()
+    assert store.counts.corrupt_blocks == store.used_bytes == 0

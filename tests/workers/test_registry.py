@@ -16,19 +16,22 @@ from hypothesis import strategies as st
 from kernels.layout import CacheShape, Format
 from kvpilot.pipeline import PipelineError, format_value
 from kvpilot.v1 import common_pb2
+from tests.tiny import tiny_profile
+from workers.profile.profile import KINDS
 from workers.stages.base import Kind, LossClass, Pipeline, Stage
-from workers.stages.registry import build, describe, loss_class_proto, stages
+from workers.stages.registry import build, catalog, describe, loss_class_proto, stages
 
 SHAPE = CacheShape(layers=2, kv_heads=2, query_heads=4, head_dim=16, dtype=torch.float32)
+PROFILE = tiny_profile(SHAPE)
 ROOT = Path(__file__).resolve().parents[2]
 fixed = settings(derandomize=True, max_examples=100, deadline=None, database=None)
 
 
 @pytest.mark.parametrize("name", stages())
 def test_every_stage_builds_with_its_defaults(name: str) -> None:
-    pipeline = build(name, SHAPE)
+    pipeline = build(name, SHAPE, PROFILE.names)
     assert pipeline == Pipeline((stages()[name](),))
-    assert build(pipeline.text, SHAPE) == pipeline
+    assert build(pipeline.text, SHAPE, PROFILE.names) == pipeline
 
 
 def test_what_a_pipeline_is_made_of() -> None:
@@ -90,7 +93,7 @@ def some_pipeline() -> st.SearchStrategy:
 @fixed
 @given(pipeline=some_pipeline())
 def test_the_text_of_a_pipeline_builds_an_equal_one(pipeline: Pipeline) -> None:
-    again = build(pipeline.text, SHAPE)
+    again = build(pipeline.text, SHAPE, PROFILE.names)
     assert again == pipeline
     assert hash(again) == hash(pipeline)
     assert again.text == pipeline.text
@@ -175,6 +178,29 @@ def test_a_stage_that_cannot_serve_the_model_says_why() -> None:
     build("window", narrow)
 
 
+@pytest.mark.parametrize("name", [name for name, stage in stages().items() if stage.needs])
+def test_a_stage_that_needs_what_is_not_known_of_the_model_says_how_to_find_it(name: str) -> None:
+    words = f"stage '{name}' cannot serve this model: it needs the model's [a-z ]+; `kvpilot model profile NAME` finds"
+    with pytest.raises(PipelineError, match=words):
+        build(name, SHAPE)
+    with pytest.raises(PipelineError, match=words):
+        catalog(SHAPE, PROFILE.names - {stages()[name].needs[-1]}).check(f"{name} | kivi")
+    build(name, SHAPE, PROFILE.names)
+
+
+def test_clients_are_told_which_stages_lack_a_profile() -> None:
+    without = {info.name: info.unfit for info in describe(SHAPE)}
+    assert without["expected_attention"] == (
+        "it needs the model's query statistics; `kvpilot model profile NAME` finds them"
+    )
+    assert {name for name, unfit in without.items() if unfit} == {n for n, stage in stages().items() if stage.needs}
+    assert not any(info.unfit for info in describe(SHAPE, PROFILE.names))
+
+
+def test_stages_need_only_tensors_that_profiles_have() -> None:
+    assert {needed for stage in stages().values() for needed in stage.needs} <= set(KINDS)
+
+
 # -- what clients are told -------------------------------------------------------------------------------------------
 
 
@@ -192,7 +218,7 @@ def test_the_description_is_complete() -> None:
             assert parameter.type in ("int", "float", "bool", "str")
             assert parameter.accepts
             given_ = f"{info.name}({parameter.name}={parameter.default_value})"  # reads back as it is written
-            assert build(given_, SHAPE) == build(info.name, SHAPE)
+            assert build(given_, SHAPE, PROFILE.names) == build(info.name, SHAPE, PROFILE.names)
             assert parameter.default_value == format_value(getattr(stage(), parameter.name))
 
 

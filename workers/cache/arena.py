@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,6 +44,19 @@ class Lot:
     pages: int = 0
 
 
+class Guests(Protocol):
+    """Who has pages of an arena only for as long as nobody else needs them."""
+
+    @property
+    def yielding_bytes(self) -> int:
+        """Bytes of pages that :meth:`give_up` can release."""
+        ...
+
+    def give_up(self, nbytes: int) -> None:
+        """Releases so many bytes, or all there are."""
+        ...
+
+
 def page_blocks(shape: CacheShape) -> int:
     """Raw blocks per page: a divisor of a row's blocks near 10, so that rows waste nothing, else 8."""
     row = shape.layers * shape.kv_heads
@@ -69,11 +83,23 @@ class Arena:
         self._page_lot = np.zeros(pages, np.int32)
         self._lots: dict[int, Lot] = {}
         self._next_lot = 1
+        self.guests: Guests | None = None
+        """Asked for room before anybody is refused it."""
 
     @property
     def free_bytes(self) -> int:
         """Bytes of pages that belong to nobody."""
         return len(self._free_pages) * self.page_bytes
+
+    @property
+    def guest_bytes(self) -> int:
+        """Bytes of pages that guests give up when they are needed."""
+        return self.guests.yielding_bytes if self.guests else 0
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes of pages that can be had: free ones and those of guests."""
+        return self.free_bytes + self.guest_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -103,6 +129,7 @@ class Arena:
             TierFullError: too few free pages; nothing was taken.
         """
         pages_needed = self.pages_needed(lot, lot.format, blocks)
+        self._ask_guests(pages_needed - len(self._free_pages))
         if pages_needed > len(self._free_pages):
             raise TierFullError(self.tier, pages_needed * self.page_bytes, self.free_bytes)
         if pages_needed:
@@ -160,13 +187,20 @@ class Arena:
         needed = sum(
             self.pages_needed(None if lot and lot.id in shrinking else lot, fmt, blocks) for lot, fmt, blocks in wanted
         )
-        available = len(self._free_pages) + self.pages_freed_by(released)
+        freed = self.pages_freed_by(released)
+        self._ask_guests(needed - freed - len(self._free_pages))
+        available = len(self._free_pages) + freed
         if needed > available:
             raise TierFullError(self.tier, needed * self.page_bytes, available * self.page_bytes)
 
     def has_room(self, wanted: Iterable[tuple[Lot | None, BlockFormat, int]]) -> bool:
         """Whether the ``wanted`` (lot or a new one, format, blocks) fit while nothing is given back."""
         return sum(self.pages_needed(lot, fmt, blocks) for lot, fmt, blocks in wanted) <= len(self._free_pages)
+
+    def _ask_guests(self, pages: int) -> None:
+        """Has guests release so many pages."""
+        if pages > 0 and self.guests:
+            self.guests.give_up(pages * self.page_bytes)
 
     def _blocks_per_page(self, fmt: BlockFormat) -> int:
         return self.page_units // self.shape.block_units(fmt)

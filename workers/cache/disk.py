@@ -17,6 +17,7 @@ import struct
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,6 +42,10 @@ log = structlog.get_logger(__name__)
 
 class DiskFullError(Exception):
     """The disk tier's budget, or the file system, cannot hold what was asked for; nothing was stored."""
+
+    def __init__(self, message: str, needed_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 class CorruptBlockError(Exception):
@@ -104,6 +109,8 @@ class DiskStore:
         self._lock = threading.Lock()
         self._used_bytes = 0
         self._next_number = 0
+        self._reads: Counter[Path] = Counter()  # asked for and not done
+        self._leaving: dict[Path, Batch] = {}  # freed, but still being read
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="disk")
 
     @property
@@ -126,7 +133,8 @@ class DiskStore:
         needed = _file_bytes(count, block_bytes)
         with self._lock:
             if needed > self.free_bytes:
-                raise DiskFullError(f"disk tier: {needed} bytes needed, {self.free_bytes} of {self.budget_bytes} free")
+                free = f"{self.free_bytes} of {self.budget_bytes} free"
+                raise DiskFullError(f"disk tier: {needed} bytes needed, {free}", needed)
             self._used_bytes += needed
             path = self._folder / f"{self._next_number:08}.blocks"
             self._next_number += 1
@@ -139,17 +147,38 @@ class DiskStore:
             uint8 [n, block_bytes]; fails with CorruptBlockError, naming the damaged ones, or as ``written`` did.
         """
         wanted = np.arange(batch.blocks) if blocks is None else np.asarray(blocks)
-        return self._threads.submit(self._read, batch, wanted)
+        with self._lock:
+            self._reads[batch.path] += 1
+        found = self._threads.submit(self._read, batch, wanted)
+        found.add_done_callback(lambda _: self._read_ended(batch))
+        return found
 
     def free(self, batch: Batch) -> None:
-        """Removes a batch, once it is written. Its pending reads may fail."""
+        """Removes a batch, once it is written and what was asked of it before is read."""
 
         def remove(_: Future[None]) -> None:
-            batch.path.unlink(missing_ok=True)
-            if batch.written.exception() is None:  # else it has given its bytes back itself
-                self._give_back(batch.nbytes)
+            with self._lock:
+                if self._reads[batch.path]:
+                    self._leaving[batch.path] = batch
+                    return
+            self._remove(batch)
 
         batch.written.add_done_callback(remove)
+
+    def _read_ended(self, batch: Batch) -> None:
+        with self._lock:
+            self._reads[batch.path] -= 1
+            if self._reads[batch.path]:
+                return
+            del self._reads[batch.path]
+            leaving = self._leaving.pop(batch.path, None)
+        if leaving:
+            self._remove(batch)
+
+    def _remove(self, batch: Batch) -> None:
+        batch.path.unlink(missing_ok=True)
+        if batch.written.exception() is None:  # else it has given its bytes back itself
+            self._give_back(batch.nbytes)
 
     def close(self) -> None:
         """Waits for what is under way and removes all files."""
@@ -169,7 +198,7 @@ class DiskStore:
         except OSError as error:
             path.unlink(missing_ok=True)
             self._give_back(needed)
-            raise DiskFullError(f"{path}: {error.strerror or error}") from error
+            raise DiskFullError(f"{path}: {error.strerror or error}", needed) from error
         self._count(written_bytes=needed, write_s=time.monotonic() - began)
 
     def _read(self, batch: Batch, wanted: npt.NDArray[np.integer]) -> U8:

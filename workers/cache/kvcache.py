@@ -43,6 +43,7 @@ from workers.cache.reading import Reader, StepReading
 from workers.cache.recent import RecentQueries
 from workers.cache.selection import Views, choose
 from workers.cache.shadow import Shadow
+from workers.profile.profile import ModelProfile
 from workers.stages.base import LossClass, Pipeline
 
 
@@ -76,6 +77,8 @@ class SequenceCache:
     prompt_votes: F32 | None = None
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
     as often, would depend on where the prompt is cut."""
+    row_mass: F32 | None = None
+    """[L, H, T] attention mass that the queries of the first T tokens pay, T being the prompt's whole rows."""
     peak: CacheUse = field(default_factory=CacheUse)
     preparation: Preparation | None = None
     """The switch that is being prepared."""
@@ -102,6 +105,7 @@ class KVCache:
         model: name that prefixes are hashed with.
         device: where the device tier lives.
         backend: kernel backend, see ``kernels.backends``.
+        profile: the model's, for stages that need it.
     """
 
     def __init__(
@@ -114,8 +118,10 @@ class KVCache:
         model: str,
         device: torch.device,
         backend: str = "auto",
+        profile: ModelProfile | None = None,
     ) -> None:
         self.shape = shape
+        self.profile = profile
         self.device = Arena(Tier.DEVICE, device_bytes, shape, device)
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
@@ -155,6 +161,63 @@ class KVCache:
         self._free_slots.append(seq.slot)
         if seq.origin:
             self._reclaim(seq.origin)
+
+    def close_keeping(self, seq: SequenceCache) -> Shadow | None:
+        """Closes a request's cache, all but its exact rows, which stay on the host tier in a shadow of their own.
+
+        Exact are rows computed with the full cache that are raw in all tables, or in the request's shadow. Those behind
+        the first one that is not are given back, and so is what the host has no room for.
+
+        Returns:
+            None: no row is kept.
+        """
+        self.abandon(seq)
+        exact = seq.seen if seq.exact_tokens is None else seq.exact_tokens
+        have = seq.shadow.rows if seq.shadow else 0
+        rows = min(exact // BLOCK_TOKENS, max(have, self._raw_rows(seq)))
+        if rows > have:
+            row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
+            self._extend_shadow(seq, at_most=min(rows - have, self.host.room_bytes // row_bytes))
+        shadow, seq.shadow = seq.shadow, None
+        self.close(seq)
+        if shadow is None:
+            return None
+        shadow.cut(rows)
+        return shadow if shadow.rows else None
+
+    def _raw_rows(self, seq: SequenceCache) -> int:
+        """Rows from the first on that all tables hold raw, and nothing was evicted from."""
+        if seq.evicted:
+            return 0
+        rows = seq.seen // BLOCK_TOKENS
+        rounded = (self.tables.format[seq.slot, :, :, :rows] != Format.RAW).any(axis=(0, 1))
+        return int(rounded.argmax()) if rounded.any() else rows
+
+    def note_row_mass(self, seq: SequenceCache) -> None:
+        """Keeps the masses of a prompt that is computed up to its last whole row, for a later turn to start from."""
+        seq.row_mass = self.tables.mass[seq.slot, :, :, : seq.seen].copy()
+
+    def resume(self, seq: SequenceCache, shadow: Shadow, row_mass: F32 | None = None) -> int:
+        """Starts an empty cache with the rows of a shadow, which becomes its own.
+
+        Args:
+            seq: the empty cache.
+            shadow: the rows.
+            row_mass: attention masses [L, H, tokens] of their tokens; None: 0.
+
+        Returns:
+            Tokens that need not be computed.
+        """
+        slot, rows = seq.slot, shadow.rows
+        seq.shadow = shadow
+        self.tables.address[slot, :, :, :rows] = shadow.address[:rows].transpose(1, 2, 0)
+        self.tables.format[slot, :, :, :rows] = Format.RAW
+        self.tables.tier[slot, :, :, :rows] = Tier.HOST
+        self.advance(seq, rows * BLOCK_TOKENS)
+        if row_mass is not None:
+            self.tables.mass[slot, :, :, : seq.seen] = row_mass
+        self._note_peak(seq)
+        return rows * BLOCK_TOKENS
 
     def fork(self, seq: SequenceCache) -> SequenceCache:
         """A second cache with the same tokens, which goes its own way from here: only blocks that are not full yet are
@@ -346,7 +409,7 @@ class KVCache:
         """
         self.abandon(seq)
         away = seq.shadow.rows if seq.shadow else 0
-        self._extend_shadow(seq, at_most=self.host.free_bytes // self.worst_bytes(1))
+        self._extend_shadow(seq, at_most=self.host.room_bytes // self.worst_bytes(1))
         assert seq.shadow is not None
         now = blocks_of(self.tables, seq.slot)
         device_tokens = seq.seen - seq.shadow.rows * BLOCK_TOKENS
@@ -482,7 +545,7 @@ class KVCache:
     def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
         """What evictors may look at of these tokens of a request."""
         queries = partial(self.recent.read, seq.slot)
-        return Views(tokens, seq.seen, self.scaling, self.blocks, queries, self.device.data.device)
+        return Views(tokens, seq.seen, self.scaling, self.blocks, queries, self.device.data.device, self.profile)
 
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
         evictor, style = pipeline.evictor, _style(pipeline)
@@ -747,7 +810,7 @@ class KVCache:
             fmt: the format its older blocks would have on the host.
         """
         now = blocks_of(self.tables, seq.slot)
-        rows = self.host.free_bytes // (self.host.pages_needed(None, fmt, self._row_blocks) * self.host.page_bytes)
+        rows = self.host.room_bytes // (self.host.pages_needed(None, fmt, self._row_blocks) * self.host.page_bytes)
         away = int((now.valid & (now.tier == Tier.HOST)).sum(axis=2).min())
         return max(0, -(-int(now.length.max(initial=0)) // BLOCK_TOKENS) - away - rows) * BLOCK_TOKENS
 

@@ -14,6 +14,7 @@ from kernels.api import TokenSource
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Mask, Tokens
 from workers.cache.blocks import BlockStore, Owners
+from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, LayerView
 from workers.stages.budgets import best, free_tokens
 
@@ -31,6 +32,7 @@ class Views:
     blocks: BlockStore
     queries: Queries
     device: torch.device
+    profile: ModelProfile | None = None
 
     def layer(self, index: int) -> LayerView:
         """One layer's tokens."""
@@ -46,6 +48,7 @@ class Views:
             scaling=self.scaling,
             read=partial(self._read, index),
             queries=partial(self.queries, index),
+            profile=self.profile.layer(index) if self.profile else None,
         )
 
     def _read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +80,10 @@ def choose(evictor: Evictor, views: Views) -> Mask:
     """Marks the tokens [L, H, T] that stay. Ties go to the more recent token.
 
     Raises:
-        ValueError: a score of the wrong shape or with NaN, naming the stage.
+        ValueError: a score of the wrong shape or with NaN, or a profile that lacks what the stage needs, naming it.
     """
+    if lack := evictor.lacks(names_of(views.profile)):
+        raise ValueError(f"stage {evictor.name!r}: {lack}")
     tokens, seen = views.tokens, views.seen
     sinks, recent = evictor.protected(seen)
     if recent < BLOCK_TOKENS:

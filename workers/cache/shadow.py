@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from kernels.api import F16, F32, I32, TokenSource
 from kernels.layout import BLOCK_TOKENS, Format, Tier
-from workers.cache.arena import Arena
+from workers.cache.arena import Arena, Lot
 from workers.cache.blocks import BlockStore, Owners
 
 
@@ -27,6 +27,15 @@ class Shadow:
         self.address: I32 = np.full((rows, shape.layers, shape.kv_heads), -1, np.int32)
         self.mass: F32 | None = None  # [L, H, tokens] by position, once something was evicted
         self.votes: F16 | None = None  # likewise
+
+    @classmethod
+    def of_rows(cls, arena: Arena, max_tokens: int, lot: Lot, address: I32) -> Shadow:
+        """A shadow that begins with rows [rows, L, H] that a lot of its own holds already."""
+        shadow = cls(arena, max_tokens)
+        shadow.lot, lot.borrowed = lot, True
+        shadow.rows = len(address)
+        shadow.address[: shadow.rows] = address
+        return shadow
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,9 @@ from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
+from workers.cache.disk import DiskCounts, DiskStore
 from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.sessions import ParkedSessions
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
 from workers.engine.audit import Auditor
@@ -38,6 +40,7 @@ from workers.errors import (
     RESOURCE_EXHAUSTED,
     ProblemError,
 )
+from workers.profile.profile import names_of
 from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
@@ -82,10 +85,22 @@ class Engine:
             self._loaded.name,
             device,
             settings.kernel_backend.value,
+            self._loaded.profile,
         )
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._disk = _open_disk(settings)
+        self.sessions = ParkedSessions(
+            self.cache,
+            self._disk,
+            settings.session_host_s,
+            settings.session_keep_s,
+            lambda: self._commands.put(lambda: None),
+        )
+        self._restoring: list[Sequence] = []
         self.cache.backend.warm_up()
         warm_up_signals(self.shape)
-        default = build(settings.default_pipeline, self.shape)
+        profiled = names_of(self._loaded.profile)
+        default = build(settings.default_pipeline, self.shape, profiled)
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)
         self._memory = EngineMemory(
@@ -93,10 +108,12 @@ class Engine:
             lambda: list(self._scheduler.running),
             lambda seq, pipeline, reason: self._switching.for_pressure(seq, pipeline, reason),
             lambda: self._replayer.give_way() or self._switching.hurry(),
+            self.sessions,
         )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
         self._bandwidths = _measure_bandwidths(self.cache)
         self._reporter = Reporter(self.cache, settings.report_interval_tokens)
+        self._reporter.sessions = self.sessions
         self._pace = Pace(settings.switch_step_share, settings.switch_least_blocks, self.shape.block_bytes(Format.RAW))
         self._switching = Switching(
             self.cache, self._reporter, self._pace, lambda seq, switch: self._emit(seq, switch=switch)
@@ -120,7 +137,6 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._replays: dict[str, Replay] = {}
         self._lock = threading.Lock()  # guards _live, which other threads read
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._events: list[Event] = []
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -162,6 +178,8 @@ class Engine:
         self._commands.put(lambda: None)
         if self._thread:
             self._thread.join(timeout_s)
+        if self._disk and not (self._thread and self._thread.is_alive()):
+            self._disk.close()
 
     def submit(self, job: job_pb2.Job, emitted: Ids[int] = (), measured: int = 0) -> None:
         """See EngineApi."""
@@ -230,7 +248,7 @@ class Engine:
                 vocabulary_size=self._loaded.vocabulary_size,
                 chat=self._loaded.chat,
                 workers=1,
-                stages=describe(shape),
+                stages=describe(shape, names_of(self._loaded.profile)),
                 default_pipeline=self._intake.default_pipeline.text,
                 capacity_bytes=limits.capacity_bytes,
                 raw_bytes_per_token=limits.bytes_per_token,
@@ -253,13 +271,27 @@ class Engine:
             feature_schema_hash=SCHEMA_HASH,
         )
 
+    @property
+    def disk_counts(self) -> DiskCounts | None:
+        """What the disk tier has written and read so far; None: there is none."""
+        return self._disk.counts if self._disk else None
+
+    def forget_prefixes(self) -> None:
+        """Drops published prefixes that nobody uses, before the next step: for measurements of what is without them."""
+
+        def drop() -> None:
+            self.cache.prefixes.drop(self.cache.device.budget_bytes)
+
+        self._commands.put(drop)
+
     def configure(self, welcome: policy_pb2.Welcome) -> None:
         """See EngineApi. An unknown default pipeline is refused with a log line; the worker's own stays."""
         if welcome.report_interval_tokens:
             self._reporter.interval_tokens = welcome.report_interval_tokens
         if welcome.default_pipeline:
             try:
-                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape)
+                profiled = names_of(self._loaded.profile)
+                self._intake.default_pipeline = build(welcome.default_pipeline, self.shape, profiled)
             except PipelineError as error:
                 log.error("controller's default pipeline refused", pipeline=welcome.default_pipeline, why=str(error))
 
@@ -280,6 +312,7 @@ class Engine:
     def step(self) -> bool:
         """Carries out waiting commands, a slice of a switch and one step. False: there was nothing to compute."""
         self._drain_commands()
+        self._restore()
         self._switching.advance()
         began = time.monotonic()
         step = self._scheduler.schedule()
@@ -296,6 +329,13 @@ class Engine:
         worked = not step.empty or bool(step.stuck) or self._replay()
         self._flush()
         return worked
+
+    def _restore(self) -> None:
+        """Goes on with what sessions have under way, and queues the requests whose session is back from disk."""
+        self.sessions.tick()
+        for seq in [seq for seq in self._restoring if seq.session and not self.sessions.fetching(seq.session)]:
+            self._restoring.remove(seq)
+            self._scheduler.add(seq)
 
     def _replay(self) -> bool:
         """A piece of a replay, in a moment when no request can be served. False: there is nothing to do."""
@@ -340,12 +380,18 @@ class Engine:
 
     def _prefill(self, seq: Sequence, count: int) -> None:
         assert seq.cache is not None
-        chunk = seq.token_ids[seq.computed : seq.computed + count]
         evictor = seq.pipeline.evictor
-        logits = self._runner.prefill(
-            seq.cache, chunk, len(seq.token_ids), all_queries=bool(evictor and evictor.needs_prompt_mass)
-        )
-        seq.computed += count
+        all_queries = bool(evictor and evictor.needs_prompt_mass)
+        end, rows_end = seq.computed + count, len(seq.token_ids) // BLOCK_TOKENS * BLOCK_TOKENS
+        if all_queries and seq.session and seq.computed < rows_end <= end:
+            chunk = seq.token_ids[seq.computed : rows_end]
+            logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
+            self.cache.note_row_mass(seq.cache)
+            seq.computed = rows_end
+        if seq.computed < end:
+            chunk = seq.token_ids[seq.computed : end]
+            logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
+            seq.computed = end
         if seq.to_compute:
             if not seq.pipeline.is_full:
                 self._memory.evacuate(seq)
@@ -434,6 +480,8 @@ class Engine:
         )
         if reason := self._finish_reason(seq):  # an earlier worker delivered the last token, but not the end
             self._finish(seq, reason)
+        elif self._memory.fetch(seq):
+            self._restoring.append(seq)
         else:
             self._scheduler.add(seq)
 
@@ -457,8 +505,13 @@ class Engine:
         cache_bytes = self._reporter.cache_bytes(seq)
         if seq.cache:
             self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
-            self.cache.close(seq.cache)
+            if seq.session and reason != generation_pb2.FINISH_REASON_FAILED and self._settings.session_keep_s:
+                self.sessions.park(seq.session, seq.token_ids, seq.cache)
+            else:
+                self.cache.close(seq.cache)
             seq.cache = None
+        if seq in self._restoring:
+            self._restoring.remove(seq)
         self._scheduler.remove(seq)
         self._reporter.preemptions += seq.preemptions
         self._reporter.ended(seq)
@@ -501,6 +554,18 @@ class Engine:
         scheduler = self._scheduler
         if report := self._reporter.take(live, len(scheduler.running), scheduler.waiting_for_memory):
             self._on_report(report)
+
+
+def _open_disk(settings: WorkerSettings) -> DiskStore | None:
+    if not settings.disk_budget_bytes:
+        return None
+    try:
+        return DiskStore(settings.disk_folder, settings.disk_budget_bytes)
+    except OSError as error:
+        raise ValueError(
+            f"disk_folder {str(settings.disk_folder)!r}: {error.strerror or error}; a folder that can be written to is"
+            " needed, or disk_budget_bytes = 0 for no disk tier"
+        ) from error
 
 
 def _dtype(settings: WorkerSettings) -> torch.dtype:

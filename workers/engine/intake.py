@@ -16,6 +16,7 @@ from workers.engine.sampler import SamplingParameters
 from workers.engine.sequence import Sequence
 from workers.engine.text import TextStream
 from workers.errors import INVALID_ARGUMENT, RESOURCE_EXHAUSTED, ProblemError
+from workers.profile.profile import names_of
 from workers.signals import prompt_statistics
 from workers.stages.base import Pipeline
 from workers.stages.registry import build
@@ -155,7 +156,7 @@ class Intake:
 
     def _named_pipeline(self, field: str, text: str, violations: dict[str, str]) -> Pipeline | None:
         try:
-            return build(text, self._shape)
+            return build(text, self._shape, names_of(self._loaded.profile))
         except PipelineError as error:
             violations[field] = str(error)
             return None

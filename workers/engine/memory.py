@@ -1,6 +1,8 @@
 """How a worker makes room: the order in which pressure is relieved before a request is preempted.
 
-Drop published prefixes that nobody uses; interrupt a replay, or do the rest of a switch that is being prepared at once,
+Sessions between two turns have their rows on the host tier on sufferance: whenever a request wants room there, they go
+to disk, or are dropped, before anything of a running request is touched (``workers/cache/sessions.py``). On the device:
+drop published prefixes that nobody uses; interrupt a replay, or do the rest of a switch that is being prepared at once,
 since it holds blocks twice; without a controller, compress requests whose objective allows it (the static rule); move
 older blocks to the host tier, which changes no logits, as far as there is room; where the host is full too, give up the
 exact copies of requests that are lossy already. Only then does the scheduler preempt.
@@ -15,7 +17,8 @@ import structlog
 
 from kernels.layout import BLOCK_TOKENS, Format
 from workers.cache.arena import TierFullError
-from workers.cache.kvcache import KVCache
+from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.sessions import ParkedSessions
 from workers.engine.sequence import Phase, Sequence
 from workers.stages.base import Pipeline
 from workers.stages.compress.kivi import Kivi
@@ -43,6 +46,7 @@ class EngineMemory:
         running: the requests that hold cache now.
         switch: carries out a pipeline change, for pressure's sake.
         interrupt: ends work that holds memory it could do without; False where there is none.
+        sessions: what earlier turns have left; None: nothing.
     """
 
     def __init__(
@@ -51,7 +55,9 @@ class EngineMemory:
         running: Callable[[], list[Sequence]],
         switch: Switcher,
         interrupt: Callable[[], bool] = lambda: False,
+        sessions: ParkedSessions | None = None,
     ) -> None:
+        self._sessions = sessions
         self._cache = cache
         self._running = running
         self._switch = switch
@@ -72,17 +78,41 @@ class EngineMemory:
         return self._cache.worst_bytes(tokens)
 
     def admit(self, seq: Sequence) -> None:
-        """Opens a request's cache and reuses a published prefix."""
+        """Opens a request's cache and reuses what an earlier turn or prefixes have of it: the longer of both."""
         seq.cache = self._cache.open(seq.most_tokens)
-        evictor = seq.pipeline.evictor
-        if not (evictor and evictor.needs_prompt_mass):
-            # An evictor goes by the attention of the prompt's last queries. They are computed in any case, or what it
-            # keeps would depend on what others have published.
-            end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)
-            seq.computed = self._cache.reuse_prefix(seq.cache, seq.token_ids[: max(0, end)])
-            if seq.computed and not seq.pipeline.is_full:
-                self.evacuate(seq)
+        token_ids, with_mass = _reusable(seq)
+        seq.computed = self._resume(seq, token_ids, with_mass)
+        if not (seq.computed or with_mass):
+            seq.computed = self._cache.reuse_prefix(seq.cache, token_ids)
+        if seq.computed and not seq.pipeline.is_full:
+            self.evacuate(seq)
         seq.reused_prompt_tokens = min(seq.computed, seq.prompt_tokens)
+
+    def fetch(self, seq: Sequence) -> bool:
+        """Starts to bring back from disk what a request can reuse of its session. False: nothing to wait for."""
+        if self._sessions is None or seq.session is None:
+            return False
+        token_ids, with_mass = _reusable(seq)
+        published = (
+            0 if with_mass else len(self._cache.prefixes.match(token_ids, max(0, len(token_ids) - 1) // BLOCK_TOKENS))
+        )
+        return self._sessions.fetch(seq.session, token_ids, with_mass, published)
+
+    def _resume(self, seq: Sequence, token_ids: list[int], with_mass: bool) -> int:
+        """Starts a request with its session's rows, if published prefixes have fewer. Returns tokens."""
+        assert seq.cache is not None
+        if self._sessions is None or seq.session is None:
+            return 0
+        ready = self._sessions.ready_rows(seq.session, token_ids, with_mass)
+        if ready <= (0 if with_mass else len(self._cache.prefixes.match(token_ids, ready))):
+            return 0
+        shadow, row_mass = self._sessions.take(seq.session, token_ids, seq.most_tokens, with_mass)
+        tokens = self._cache.resume(seq.cache, shadow, row_mass)
+        needed = self._cache.worst_bytes(tokens) + self.watermark_bytes()
+        if seq.pipeline.is_full and self.free_bytes() >= needed:
+            # Chunks of the prompt read them again and again. Otherwise it is done when the prompt is complete.
+            self._cache.apply(seq.cache, seq.pipeline, Occasion.SWITCH)
+        return tokens
 
     def evict(self, seq: Sequence) -> None:
         """Takes all memory of a request."""
@@ -150,6 +180,18 @@ class EngineMemory:
             return False
         reason = "device and host tiers are full: the exact copy is given up, what was lost stays lost"
         return self._switch(seq, seq.pipeline.without_shadow(), reason)
+
+
+def _reusable(seq: Sequence) -> tuple[list[int], bool]:
+    """The tokens whose rows a request may take from elsewhere, and whether it needs the masses of all their queries.
+
+    An evictor goes by the attention of the prompt's last queries. They are computed in any case, or what it keeps would
+    depend on what others have published. One that goes by all queries can start from a session's rows alone, which come
+    with what their queries paid.
+    """
+    evictor = seq.pipeline.evictor
+    end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)
+    return seq.token_ids[: max(0, end)], bool(evictor and evictor.needs_prompt_mass)
 
 
 def with_host(pipeline: Pipeline, recent: int) -> Pipeline:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from kernels.api import DecodePlan
 from kvpilot.v1 import common_pb2, policy_pb2
 from workers.cache.kvcache import KVCache
+from workers.cache.sessions import ParkedSessions
 from workers.engine.sampler import Choice
 from workers.engine.sequence import Phase, Sequence
 from workers.signals import SignalMeter
@@ -40,6 +41,7 @@ class Reporter:
         self.preemptions = 0
         self.audits = self.audits_skipped = 0
         self.audit_ms = self.signal_ms = self.decode_ms = 0.0
+        self.sessions: ParkedSessions | None = None
 
     def started(self, seq: Sequence) -> None:
         """A request was admitted."""
@@ -122,7 +124,10 @@ class Reporter:
                 policy_pb2.TierUse(
                     name=arena.tier.name.lower(), used_bytes=arena.used_bytes - idle, budget_bytes=arena.budget_bytes
                 )
-                for arena, idle in ((self._cache.device, self._cache.prefixes.unused_bytes()), (self._cache.host, 0))
+                for arena, idle in (
+                    (self._cache.device, self._cache.prefixes.unused_bytes()),
+                    (self._cache.host, self._cache.host.guest_bytes),
+                )
             ],
             step_ms=self.step_ms,
             tokens_per_s=sum(tokens for _, tokens in self._token_times) / RATE_WINDOW_S,
@@ -132,6 +137,7 @@ class Reporter:
             audit_ms=self.audit_ms,
             signal_ms=self.signal_ms,
             decode_ms=self.decode_ms,
+            sessions=self.sessions.to_proto() if self.sessions else None,
         )
 
     def _request_state(self, seq: Sequence) -> policy_pb2.RequestState:

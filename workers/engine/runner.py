@@ -19,9 +19,12 @@ from workers.engine.attention import (
     Attend,
     DecodeAttention,
     PromptAttention,
+    cache_shape,
     check_servable,
 )
 from workers.engine.scoring import Context, ScoringAttention
+from workers.profile.files import load_if_there
+from workers.profile.profile import ModelProfile
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class LoadedModel:
     context_tokens: int
     vocabulary_size: int
     eos_token_ids: frozenset[int]
+    profile: ModelProfile | None = None
+    """What was found out about it, for stages that need it."""
 
     @property
     def chat(self) -> bool:
@@ -42,15 +47,17 @@ class LoadedModel:
 
 
 def load_model(path: Path, name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Loads a transformers model folder.
+    """Loads a transformers model folder, and the model's profile where the cache folder has one.
 
     Raises:
         ValueError: a model that kvpilot does not serve, saying why.
         OSError: a folder that holds no model.
     """
-    load_config(path)
+    config = load_config(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
-    return wrap_model(model.to(device), AutoTokenizer.from_pretrained(path), name)
+    model = model.to(device)
+    profile = load_if_there(path, name, model, cache_shape(config, dtype))
+    return wrap_model(model, AutoTokenizer.from_pretrained(path), name, profile)
 
 
 def load_config(path: Path) -> Any:
@@ -65,7 +72,7 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+def wrap_model(model: Any, tokenizer: Any, name: str, profile: ModelProfile | None = None) -> LoadedModel:
     """Describes a model object that already uses kvpilot's attention."""
     eos = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -76,6 +83,7 @@ def wrap_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
         context_tokens=model.config.max_position_embeddings,
         vocabulary_size=model.config.vocab_size,
         eos_token_ids=frozenset(eos_ids),
+        profile=profile,
     )
 
 

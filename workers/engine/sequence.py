@@ -7,6 +7,7 @@ from enum import Enum
 
 from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
 from workers.cache.kvcache import SequenceCache
+from workers.cache.sessions import SessionKey
 from workers.engine.sampler import SamplingParameters
 from workers.engine.text import TextStream
 from workers.stages.base import Pipeline
@@ -46,6 +47,8 @@ class Sequence:
     """The pipeline the client named: the request returns to it when pressure has moved it elsewhere."""
     accept_time_s: float
     prompt: policy_pb2.PromptStatistics | None = None
+    caller: str = ""
+    """Who asks. Jobs carry no identity: all have this one."""
 
     phase: Phase = Phase.WAITING
     computed: int = 0
@@ -61,6 +64,11 @@ class Sequence:
     last_token_time_s: float = 0.0
     finish: generation_pb2.FinishReason = generation_pb2.FINISH_REASON_UNSPECIFIED
     problem: common_pb2.Problem | None = None
+
+    @property
+    def session(self) -> SessionKey | None:
+        """The session it is a turn of."""
+        return SessionKey(self.caller, self.session_id) if self.session_id else None
 
     @property
     def generated(self) -> int:

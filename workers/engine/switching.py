@@ -38,6 +38,7 @@ from workers.errors import (
     RESOURCE_EXHAUSTED,
     ProblemError,
 )
+from workers.profile.profile import names_of
 from workers.stages.base import LossClass, Pipeline
 from workers.stages.registry import build
 
@@ -113,7 +114,7 @@ class Switching:
     def _directed_pipeline(self, seq: Sequence, directive: policy_pb2.Directive) -> Pipeline:
         by_operator = directive.ordered_by == common_pb2.ORDERER_OPERATOR
         try:
-            pipeline = build(directive.pipeline, self._cache.shape)
+            pipeline = build(directive.pipeline, self._cache.shape, names_of(self._cache.profile))
         except PipelineError as error:
             raise ProblemError(INVALID_ARGUMENT, str(error), {"pipeline": str(error)}) from None
         if not by_operator and seq.pinned:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Self
@@ -19,6 +19,7 @@ from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
 from workers.cache.formats import CodedFormat, coded_format
+from workers.profile.profile import LayerProfile, missing
 from workers.stages.attended import Attended, attend_blocks
 from workers.stages.budgets import RULES, UNIFORM
 
@@ -55,6 +56,8 @@ class LayerView:
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # K and V, each [H, T, D], dequantised where need be
     queries: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     """The last queries, at most so many: [query heads, n, D] and their positions [n], rising. There are 1 to 32."""
+    profile: LayerProfile | None = None
+    """What the model's profile says of this layer. It is there, with all that the stage ``needs``, if that is any."""
 
     def attention(self, last: int) -> torch.Tensor:
         """What the last queries, at most ``last``, pay to the tokens that are kept now: float32 [H, G, n, T].
@@ -125,6 +128,8 @@ class Stage:
     name: ClassVar[str]
     kind: ClassVar[Kind]
     summary: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Tensors of the model's profile (``workers.profile.profile``) that it cannot do without."""
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -146,6 +151,10 @@ class Stage:
     def refuses(self, shape: CacheShape) -> str | None:
         """Why this stage cannot serve a model, or None if it can."""
         return None
+
+    def lacks(self, available: Collection[str]) -> str | None:
+        """What it needs of a profile beyond these tensors, and how to get it; None if nothing."""
+        return missing(self.needs, available)
 
     def spec(self) -> StageSpec:
         """This stage as pipeline text writes it; equal stages are written alike."""

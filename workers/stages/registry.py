@@ -7,7 +7,7 @@ A new stage is one file and one line in ``BUILT_IN``; a package from outside add
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -25,6 +25,7 @@ from workers.stages.compress.kivi import Kivi
 from workers.stages.compress.think import ThinK
 from workers.stages.compress.turboquant import TurboQuant
 from workers.stages.evict.dilated import Dilated
+from workers.stages.evict.expected_attention import ExpectedAttention
 from workers.stages.evict.h2o import H2O
 from workers.stages.evict.hashevict import HashEvict
 from workers.stages.evict.keydiff import KeyDiff
@@ -52,6 +53,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     HashEvict,
     MorphKV,
     RKV,
+    ExpectedAttention,
     FP8,
     Int8,
     Kivi,
@@ -114,15 +116,16 @@ def _unusable(stage: Any) -> str:
     return ""
 
 
-def build(text: str, shape: CacheShape) -> Pipeline:
-    """The pipeline that the text names, if it can serve a cache of this shape.
+def build(text: str, shape: CacheShape, profiled: frozenset[str] = frozenset()) -> Pipeline:
+    """The pipeline that the text names, if it can serve a model; arguments are those of :func:`catalog`.
 
     Raises:
         PipelineError: for text that does not parse, an unknown stage or parameter, a value out of range, kinds that do
-            not go together, or a stage that cannot serve the model; says what would be accepted.
+            not go together, or a stage that cannot serve the model or lacks something of its profile; says what would
+            be accepted.
     """
     built = []
-    for spec in catalog(shape).check(text):
+    for spec in catalog(shape, profiled).check(text):
         try:
             built.append(stages()[spec.name](**dict(spec.parameters)))
         except ValueError as error:  # a condition that bounds cannot state
@@ -134,13 +137,18 @@ def build(text: str, shape: CacheShape) -> Pipeline:
 
 
 @cache
-def catalog(shape: CacheShape) -> StageCatalog:
-    """The stages as the catalog that reads pipeline text."""
-    return StageCatalog(describe(shape))
+def catalog(shape: CacheShape, profiled: frozenset[str] = frozenset()) -> StageCatalog:
+    """The stages as the catalog that reads pipeline text.
+
+    Args:
+        shape: the model's cache dimensions.
+        profiled: the tensors that its profile has.
+    """
+    return StageCatalog(describe(shape, profiled))
 
 
-def describe(shape: CacheShape) -> list[generation_pb2.StageInfo]:
-    """What clients and controllers are told of the stages, for a cache of this shape."""
+def describe(shape: CacheShape, profiled: Collection[str] = ()) -> list[generation_pb2.StageInfo]:
+    """What clients and controllers are told of the stages, for a model; arguments are those of :func:`catalog`."""
     return [
         generation_pb2.StageInfo(
             name=name,
@@ -157,7 +165,7 @@ def describe(shape: CacheShape) -> list[generation_pb2.StageInfo]:
                 )
                 for field in dataclasses.fields(stage)
             ],
-            unfit=stage().refuses(shape) or "",
+            unfit=stage().refuses(shape) or stage().lacks(profiled) or "",
         )
         for name, stage in stages().items()
     ]

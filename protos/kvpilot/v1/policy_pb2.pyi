@@ -94,7 +94,7 @@ class Report(_message.Message):
     def __init__(self, sequence_number: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., worker: _Optional[_Union[WorkerState, _Mapping]] = ..., requests: _Optional[_Iterable[_Union[RequestState, _Mapping]]] = ..., ended_request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("running", "waiting", "tiers", "step_ms", "tokens_per_s", "preemptions", "audits", "audits_skipped", "audit_ms", "signal_ms", "decode_ms")
+    __slots__ = ("running", "waiting", "tiers", "step_ms", "tokens_per_s", "preemptions", "audits", "audits_skipped", "audit_ms", "signal_ms", "decode_ms", "sessions")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class WorkerState(_message.Message):
     AUDIT_MS_FIELD_NUMBER: _ClassVar[int]
     SIGNAL_MS_FIELD_NUMBER: _ClassVar[int]
     DECODE_MS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tiers: _containers.RepeatedCompositeFieldContainer[TierUse]
@@ -117,7 +118,28 @@ class WorkerState(_message.Message):
     audit_ms: float
     signal_ms: float
     decode_ms: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., step_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., audits: _Optional[int] = ..., audits_skipped: _Optional[int] = ..., audit_ms: _Optional[float] = ..., signal_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ...) -> None: ...
+    sessions: ParkedSessions
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., step_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., audits: _Optional[int] = ..., audits_skipped: _Optional[int] = ..., audit_ms: _Optional[float] = ..., signal_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., sessions: _Optional[_Union[ParkedSessions, _Mapping]] = ...) -> None: ...
+
+class ParkedSessions(_message.Message):
+    __slots__ = ("parked", "host_bytes", "disk_bytes", "restored_turns", "restored_tokens", "dropped_pieces", "expired", "corrupt_pieces")
+    PARKED_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TURNS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_PIECES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_PIECES_FIELD_NUMBER: _ClassVar[int]
+    parked: int
+    host_bytes: int
+    disk_bytes: int
+    restored_turns: int
+    restored_tokens: int
+    dropped_pieces: int
+    expired: int
+    corrupt_pieces: int
+    def __init__(self, parked: _Optional[int] = ..., host_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., restored_turns: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., dropped_pieces: _Optional[int] = ..., expired: _Optional[int] = ..., corrupt_pieces: _Optional[int] = ...) -> None: ...
 
 class TierUse(_message.Message):
     __slots__ = ("name", "used_bytes", "budget_bytes")
