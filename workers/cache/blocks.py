@@ -15,6 +15,7 @@ from kernels.backends import make_backend
 from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, BlockFormat, Format, Tier
 from workers.cache.arrangement import ROWS, Mask, pick
 from workers.cache.formats import CodedFormat, format_of
+from workers.profile.profile import ModelProfile
 from workers.stages.base import BlockBatch, BlockPlaces, CodedBlocks
 
 I64 = npt.NDArray[np.int64]
@@ -50,9 +51,11 @@ class BlockStore:
     Args:
         name: of the kernel backend.
         backend: the kernels over these tiers.
+        profile: the model's, for codecs that need it.
     """
 
-    def __init__(self, name: str, backend: Backend) -> None:
+    def __init__(self, name: str, backend: Backend, profile: ModelProfile | None = None) -> None:
+        self._profile = profile
         self.backend = backend
         self.shape = backend.shape
         self._name = name
@@ -140,7 +143,7 @@ class BlockStore:
             bases = np.array([arena.data_ptr() for arena in backend.arenas], np.int64)
             memory = torch.from_numpy(bases[tier] + address.astype(np.int64) * UNIT_BYTES)
         places = self._places(Owners(np.full(len(head), layer), head, position[head, index]), device)
-        return CodedBlocks(self.shape, places.layer, places.head, places.position, codes, memory)
+        return CodedBlocks(self.shape, places.layer, places.head, places.position, codes, memory, profile=self._profile)
 
     def _encode(
         self, k: torch.Tensor, v: torch.Tensor, fmt: BlockFormat, owners: Owners, notes: Notes | None, index: I64
@@ -162,6 +165,7 @@ class BlockStore:
                     votes,
                     notes.seen,
                     notes.queries,
+                    profile=self._profile,
                 )
             )
         raw = torch.cat([part.contiguous().flatten(1).view(torch.uint8) for part in (k, v)], 1)
@@ -184,7 +188,7 @@ class BlockStore:
             torch.from_numpy(np.asarray(part, np.int64)).to(device)
             for part in (owners.layer, owners.head, np.maximum(owners.position, 0))
         )
-        return BlockPlaces(self.shape, layer, head, position)
+        return BlockPlaces(self.shape, layer, head, position, profile=self._profile)
 
 
 def whole_blocks(source: TokenSource) -> Mask:

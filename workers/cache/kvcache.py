@@ -126,7 +126,7 @@ class KVCache:
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
         self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
-        self.blocks = BlockStore(backend, self.backend)
+        self.blocks = BlockStore(backend, self.backend, profile)
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
         self.scaling = shape.head_dim**-0.5

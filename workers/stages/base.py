@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Self
 
@@ -19,7 +19,7 @@ from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
 from workers.cache.formats import CodedFormat, coded_format
-from workers.profile.profile import LayerProfile, missing
+from workers.profile.profile import LayerProfile, ModelProfile, missing
 from workers.stages.attended import Attended, attend_blocks
 from workers.stages.budgets import RULES, UNIFORM
 
@@ -253,6 +253,14 @@ class BlockPlaces:
     layer: torch.Tensor  # int64 [N]
     head: torch.Tensor  # int64 [N] KV head
     position: torch.Tensor  # int64 [N, 32] original positions; 0 for tokens that nobody asks for
+    profile: ModelProfile | None = field(default=None, kw_only=True)
+    """The model's. It is there, with all that the stage ``needs``, if that is any."""
+
+    @property
+    def the_profile(self) -> ModelProfile:
+        """The profile that is there."""
+        assert self.profile is not None
+        return self.profile
 
 
 @dataclass(frozen=True)

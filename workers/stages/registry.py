@@ -20,10 +20,14 @@ from kvpilot.pipeline import PipelineError, format_value
 from kvpilot.v1 import common_pb2, generation_pb2
 from workers.stages.base import Coded, Full, LossClass, Pipeline, Stage, accepted
 from workers.stages.compress.fp8 import FP8
+from workers.stages.compress.gear import Gear
 from workers.stages.compress.int8 import Int8
 from workers.stages.compress.kivi import Kivi
+from workers.stages.compress.kvquant import KVQuant
+from workers.stages.compress.lowrank import LowRank
 from workers.stages.compress.think import ThinK
 from workers.stages.compress.turboquant import TurboQuant
+from workers.stages.compress.zipcache import ZipCache
 from workers.stages.evict.dilated import Dilated
 from workers.stages.evict.expected_attention import ExpectedAttention
 from workers.stages.evict.h2o import H2O
@@ -59,6 +63,10 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Kivi,
     ThinK,
     TurboQuant,
+    Gear,
+    ZipCache,
+    LowRank,
+    KVQuant,
     Host,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"

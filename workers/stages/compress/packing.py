@@ -28,3 +28,14 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     first = torch.arange(count, device=packed.device) * bits
     byte = first // 8
     return ((wide[..., byte] | wide[..., byte + 1] << 8) >> (first % 8).int() & (1 << bits) - 1).long()
+
+
+def stored_places(place: torch.Tensor) -> torch.Tensor:
+    """Numbers [N, n] below 65,536 as uint16, in bytes: uint8 [N, 2 n]."""
+    return torch.stack([place & 255, place >> 8], 2).to(torch.uint8).flatten(1)
+
+
+def places_of(stored: torch.Tensor) -> torch.Tensor:
+    """Back from :func:`stored_places`: int64 [N, n]."""
+    each = stored.reshape(len(stored), -1, 2).long()
+    return each[..., 0] | each[..., 1] << 8
