@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from kernels.layout import BLOCK_TOKENS, Format, Tier
+from workers.cache.accounting import TABLE_BYTES_PER_BLOCK, measure
 from workers.cache.arena import page_blocks
 from workers.cache.arrangement import blocks_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
+from workers.engine.catalyst import catalyst
+from workers.engine.repeating import Repetition, Words, is_missing
 from workers.engine.runner import LoadedModel, ModelRunner
 from workers.engine.scoring import divergences
 from workers.stages.base import Pipeline
@@ -46,7 +50,8 @@ class Bytes:
     """What a request takes, as if raw blocks held a 16-bit dtype: scales, zero points and tables included."""
 
     device: int
-    host: int
+    elsewhere: int
+    """On all lower tiers."""
     full: int
     """Of the full cache, with the same tokens."""
 
@@ -87,20 +92,21 @@ class Lab:
         tokens: of the longest sequence.
         forks: most pipelines that have a fork at once.
         placed: most of them that put blocks on the host tier.
-        clock: counts prompts, switches, scores and decode steps.
+        clock: counts prompts, repetitions, switches, scores and decode steps.
     """
 
     def __init__(self, loaded: LoadedModel, tokens: int, forks: int, placed: int, clock: Clock) -> None:
         self.clock = clock
         room = tokens + OBSERVATION_WINDOW + STEP_TOKENS
+        self._context_tokens = loaded.context_tokens
         row_bytes = row_bytes_of(loaded)
         rows = -(-room // BLOCK_TOKENS)
         parameter = next(loaded.model.parameters())
         self.cache = KVCache(
             cache_shape(loaded.model.config, parameter.dtype),
-            (rows * (1 + forks) + _SPARE_ROWS) * row_bytes,
+            (rows * (2 + forks) + _SPARE_ROWS) * row_bytes,  # one for what is repeated
             (rows * placed + _SPARE_ROWS) * row_bytes,
-            forks + 4,
+            forks + 5,
             room,
             loaded.name,
             parameter.device,
@@ -108,6 +114,10 @@ class Lab:
         )
         self._room = room
         self._runner = ModelRunner(loaded, self.cache)
+        self.cache.catalyse = catalyst(self._runner, loaded, room)
+        self._words = Words.of(loaded)
+        self._texts: dict[int, list[int]] = {}
+        """Token ids of sequences by their slots."""
 
     def open(self) -> SequenceCache:
         """A new sequence."""
@@ -115,6 +125,7 @@ class Lab:
 
     def compute(self, seq: SequenceCache, ids: Sequence[int], until: int) -> None:
         """Computes the prompt ``ids`` up to, and without, a token that is not among its last."""
+        self._texts[seq.slot] = list(ids)
         with self.clock("prompts"):
             while seq.seen < until:
                 self._prefill(seq, ids[seq.seen : min(until, seq.seen + STEP_TOKENS)], len(ids))
@@ -127,6 +138,7 @@ class Lab:
         before the end. The votes are then those of a prompt that was computed alone.
         """
         with self.fork(base) as seq:
+            self._texts[seq.slot] = list(ids)
             with self.clock("prompts"):
                 logits = self._prefill(seq, ids[seq.seen :], len(ids))
             yield seq, torch.log_softmax(logits.float(), dim=-1)
@@ -142,8 +154,24 @@ class Lab:
 
     def apply(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion = Occasion.PROMPT) -> None:
         """Puts a pipeline in force, without an exact copy of what it loses; or does its upkeep."""
+        if occasion is not Occasion.SETTLE and is_missing(seq, pipeline):
+            self._repeat(seq)
         with self.clock("switches"):
             self.cache.apply(seq, pipeline.without_shadow(), occasion)
+
+    def _repeat(self, seq: SequenceCache) -> None:
+        """Has the model repeat a sequence's text; once for all forks of one that have not gone their own way yet."""
+        text = seq.origin if seq.origin and seq.origin.seen == seq.seen else seq
+        if text.reconstruction is None or text.reconstruction.shape[2] < text.seen:
+            text.reconstruction = None
+            assert self._words is not None, "the tables are made of text, so there is a tokenizer"
+            with self.clock("repetitions"):
+                work = Repetition(
+                    self.cache, self._runner, text, self._texts[text.slot], self._words, self._context_tokens
+                )
+                while work.left:
+                    work.step(STEP_TOKENS)
+        seq.reconstruction = text.reconstruction
 
     def score(self, seq: SequenceCache, ids: Sequence[int]) -> torch.Tensor:
         """Log-probabilities [len(ids), V] behind each of these tokens, which are not kept."""
@@ -177,10 +205,11 @@ class Lab:
 
     def bytes(self, seq: SequenceCache) -> Bytes:
         """What a sequence takes now."""
-        use, now, shape = self.cache.use(seq), blocks_of(self.cache.tables, seq.slot), self.cache.shape
-        on_host = now.format[now.valid & (now.tier == Tier.HOST)]
-        host = sum(int((on_host == fmt).sum()) * shape.block_bytes_16bit(fmt) for fmt in Format)
-        return Bytes(use.device_bytes_16bit, host, use.full_bytes_16bit)
+        use, now = self.cache.use(seq), blocks_of(self.cache.tables, seq.slot)
+        away = now.valid & (now.tier != Tier.DEVICE)
+        as_if_here = measure(self.cache.shape, away, now.format, np.full_like(now.tier, Tier.DEVICE), seq.seen, 0)
+        elsewhere = as_if_here.device_bytes_16bit - int(away.sum()) * TABLE_BYTES_PER_BLOCK
+        return Bytes(use.device_bytes_16bit, elsewhere, use.full_bytes_16bit)
 
     def _prefill(self, seq: SequenceCache, chunk: Sequence[int], prompt_tokens: int) -> torch.Tensor:
         self.cache.reserve(seq, len(chunk))

@@ -43,7 +43,7 @@ class Row:
         loss_class: of the pipeline as its text has it, that is, with the exact copy if that is its default.
         bytes_fraction: device bytes, of the full cache's: at the end of the prompt; of conversations and generations
             the most at any time, of the full cache's at the end. As if raw blocks were of 16 bits, tables included.
-        host_fraction: the same of the host tier.
+        host_fraction: the same of lower tiers.
         shadow_fraction: the same of an exact copy, which the pipeline's text asks for and the measurement did without.
         divergence: nats per token from the full cache's distribution: of the following tokens, or the answers'.
         divergence_last_quarter: the same over the last quarter of each generation.
@@ -133,7 +133,7 @@ class Tally:
             query_aware=self.query_aware,
             loss_class=built.loss_class.name.lower() if built else None,
             bytes_fraction=self._share("device") if measured else None,
-            host_fraction=self._share("host") if measured else None,
+            host_fraction=self._share("elsewhere") if measured else None,
             shadow_fraction=_shadow_fraction(built, shape, self.context) if built else None,
             divergence=self._mean("divergence") if measured else None,
             divergence_last_quarter=float(last.mean()) if last is not None and self.table is Table.GENERATION else None,

@@ -11,9 +11,10 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from kernels.layout import CacheShape
+from kernels.layout import BLOCK_TOKENS, CacheShape
 from kvpilot.pipeline import PipelineError
 from kvpilot.recipes import recipes
 from workers.expected import expected_use
@@ -36,8 +37,9 @@ ENOUGH = 0.7
 """A share counts as reached by as much of it: blocks of 32 tokens allow no more at short lengths."""
 _PREFERRED = ("keep", "size", "recent")
 _STEPS = 1000  # of a parameter that is no whole number
-_NEAR = 0.97  # of a share; further from it, every value (or 200 of them) is looked at
-_SCANNED = 200
+_NEAR = 0.97  # of the best share; counts as the same
+_FAR = 1.5  # as much above a share: no looking around helps
+_SCANNED = 40
 _SLACK = 1e-9
 
 
@@ -162,6 +164,7 @@ def _knob(pipeline: Pipeline, shape: CacheShape) -> str | None:
 
 
 def _set_to(pipeline: Pipeline, knob: str, shape: CacheShape, target: float) -> Callable[[int], Pipeline]:
+    @cache
     def make(tokens: int) -> Pipeline:
         field = next(field for field in dataclasses.fields(pipeline.stages[0]) if field.name == knob)
 
@@ -169,7 +172,7 @@ def _set_to(pipeline: Pipeline, knob: str, shape: CacheShape, target: float) -> 
             return fraction(_turned(pipeline, knob, value), shape, tokens)
 
         try:
-            value, reached = _most_within(_values(field, tokens), taken, target)
+            value, reached = _most_within(_values(field, tokens), taken, target, tokens)
         except ValueError as error:
             raise LeftOut(f"cannot be set to {target:.3g} of the bytes by {knob}: {error}") from None
         if reached > target + _SLACK:
@@ -181,22 +184,29 @@ def _set_to(pipeline: Pipeline, knob: str, shape: CacheShape, target: float) -> 
     return make
 
 
-def _most_within(values: Sequence[float], taken: Callable[[float], float], target: float) -> tuple[float, float]:
+def _most_within(
+    values: Sequence[float], taken: Callable[[float], float], target: float, tokens: int
+) -> tuple[float, float]:
     """The value that takes most of what the target allows, and what it takes; if none fits, the one that takes least.
 
-    What is taken rises or falls with the value, but for a little to and fro at the edges of blocks.
+    What is taken rises or falls with the value, but for a little to and fro at the edges of blocks, where a few more
+    tokens fill a block that can then be coded. So the values around are looked at, and of those that take about the
+    same the one that keeps most counts.
     """
     if taken(values[0]) > taken(values[-1]):
         values = values[::-1]
     place = max(bisect_right(values, target + _SLACK, key=taken) - 1, 0)
     found = (values[place], taken(values[place]))
-    if _NEAR * target <= found[1] <= target + _SLACK:
+    if abs(found[1] - target) <= _SLACK or found[1] > _FAR * target:
         return found
-    looked_at = [(value, taken(value)) for value in values[:: -(-len(values) // _SCANNED)]]
-    fitting = [one for one in (found, *looked_at) if one[1] <= target + _SLACK]
-    if fitting:
-        return max(fitting, key=lambda one: one[1])
-    return min(looked_at, key=lambda one: one[1])
+    reach = max(1, round(len(values) * 4 * BLOCK_TOKENS / tokens))
+    around = values[max(0, place - reach) : place + reach]
+    looked_at = [(value, taken(value)) for value in around[:: -(-len(around) // _SCANNED)]]
+    fitting = [one for one in looked_at if one[1] <= target + _SLACK]
+    if not fitting:
+        return min((found, *looked_at), key=lambda one: one[1])
+    best = max(found[1] if found[1] <= target + _SLACK else 0.0, *(share for _, share in fitting), 0.0)
+    return next((one for one in reversed(fitting) if one[1] >= _NEAR * best), found)
 
 
 def _values(field: dataclasses.Field[Any], tokens: int) -> Sequence[float]:

@@ -51,8 +51,8 @@ class Sizes:
     answer_tokens: int
 
 
-FULL_SIZES = Sizes((1024, 2048, 4096), 6, 64, 3, 4, 3, 1024, 3, 512, 512)
-QUICK_SIZES = Sizes((1024, 2048), 2, 32, 1, 3, 1, 512, 1, 320, 160)
+FULL_SIZES = Sizes((1024, 2048, 4096), 6, 64, 3, 4, 3, 1024, 3, 768, 512)
+QUICK_SIZES = Sizes((1024, 2048), 2, 32, 1, 3, 1, 768, 1, 704, 160)
 
 
 class Tables:
@@ -342,4 +342,4 @@ def _drive_together(
 
 
 def _larger(before: Bytes, now: Bytes) -> Bytes:
-    return replace(now, device=max(before.device, now.device), host=max(before.host, now.host))
+    return replace(now, device=max(before.device, now.device), elsewhere=max(before.elsewhere, now.elsewhere))

@@ -127,7 +127,7 @@ def _needles(words: Words, source: Document, asked: int, tokens: int, rng: rando
     questions = tuple(
         Question(
             tuple(words.encode(f"\n\nThe special magic number for {key} mentioned in the text above is")),
-            tuple(words.encode(f" {value}.")),
+            tuple(words.encode(f" {value}")),
         )
         for key, value in zip(keys, values, strict=True)
     )
@@ -143,27 +143,27 @@ def conversations(words: Words, number: int, tokens: int) -> list[Recall]:
 
 
 def _conversation(words: Words, source: Document, tokens: int, rng: random.Random) -> Recall:
-    name, city, boat = rng.choice(NOUNS).capitalize(), rng.choice(NOUNS).capitalize() + "ville", compound(rng)
-    booking = Value.NUMBER.draw(rng)
+    name, city = rng.choice(NOUNS).capitalize(), rng.choice(NOUNS).capitalize() + "ville"
+    booking, locker = Value.NUMBER.draw(rng), str(rng.randrange(1000, 10_000))
     stack = haystack(source, max(16, tokens - 120), words.count, rng, 0)
     turns: list[Turn] = [
         (
             "user",
-            f"Hi! My name is {name}, I live in {city}, and my boat is called {boat}. My booking number is {booking}; "
+            f"Hi! My name is {name}, I live in {city}, and my locker code is {locker}. My booking number is {booking}; "
             "please keep it in mind, I will need it at the end. Now read this and tell me what you make of it:\n\n"
             + " ".join(stack.sentences),
         )
     ]
     first = words.render(turns)
     turns += [
-        ("assistant", "I have read it. The passage goes into detail, and it follows from what came before."),
-        ("user", f"Does the following fit with it? {stack.tail[:120]}"),
-        ("assistant", "Yes, both are about the same subject, and the second part says more about the first."),
+        ("assistant", "I have read it. It goes into detail."),
+        ("user", f"Does this fit with it? {stack.tail[:60]}"),
+        ("assistant", "Yes, it says more about the same subject."),
     ]
     facts = (
-        ("What is my booking number?", "Your booking number is", f" {booking}."),
-        ("What is my boat called?", "Your boat is called", f" {boat}."),
-        ("Where do I live?", "You live in", f" {city}."),
+        ("What is my booking number?", "Your booking number is", f" {booking}"),
+        ("What is my locker code?", "Your locker code is", f" {locker}"),
+        ("Where do I live?", "You live in", f" {city}"),
     )
     asked = [words.render([*turns, ("user", f"Thank you. {question}")]) + begun for question, begun, _ in facts]
     shared = _common_beginning(words.render([*turns, ("user", "Thank you.")]), *asked)

@@ -92,7 +92,7 @@ def measure(
             console.print(f"first turn, {prompt_tokens} tokens: {first_s:.2f} s to its first token")
             conversation = [*first, *stepper.token_ids]
             resumable = (len(conversation) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-            session_bytes = engine.sessions.host_bytes
+            session_bytes = resumable // BLOCK_TOKENS * engine.cache.worst_bytes(1)
             for number in range(rounds):
                 _wait_for_disk(engine)
                 asked = [*conversation, *questions[2 * number]]

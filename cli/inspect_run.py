@@ -19,6 +19,8 @@ from workers.cache.arrangement import Mask, blocks_of, tokens_of
 from workers.cache.formats import format_of, formats
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
+from workers.engine.catalyst import catalyst
+from workers.engine.repeating import Repetition, Words, is_missing, refusal
 from workers.engine.runner import LoadedModel, ModelRunner
 from workers.engine.sampler import SampleRequest, SamplingParameters, sample
 from workers.stages.base import Evictor, LayerView, LossClass, Pipeline
@@ -148,16 +150,30 @@ def inspect_request(
         prompt: its tokens, at least one; with ``tokens`` more they must fit the model's context.
         tokens: to generate.
         progress: is told how many tokens are computed.
+
+    Raises:
+        ValueError: the model cannot do what the pipeline asks of it.
     """
+    words = Words.of(loaded)
+    if reason := refusal(pipeline, words, len(prompt), loaded.context_tokens):
+        raise ValueError(reason)
     cache = _cache_for(loaded, pipeline, len(prompt) + tokens)
     chosen: dict[int, _Scored] = {}
     watched = _watched(pipeline, chosen)
     seq, ids = cache.open(len(prompt) + tokens), list(prompt)
     runner = ModelRunner(loaded, cache)
+    cache.catalyse = catalyst(runner, loaded, loaded.context_tokens)
     logits = _compute_prompt(cache, runner, seq, watched, ids, progress)
+    if words and is_missing(seq, watched):
+        work = Repetition(cache, runner, seq, ids, words, loaded.context_tokens)
+        while work.left:
+            work.step(STEP_TOKENS)
+    cache.apply(seq, watched, Occasion.PROMPT)
     while len(ids) < len(prompt) + tokens:
         request = SampleRequest(SamplingParameters(), ids, len(ids) - len(prompt), 0)
-        ids.append(sample(logits, [request])[0].token_id)
+        choice = sample(logits, [request])[0]
+        ids.append(choice.token_id)
+        seq.note_surprises(len(ids) - 1, [choice.surprise])
         cache.reserve(seq, 1)
         logits, _ = runner.decode([seq], ids[-1:])
         if seq.seen % BLOCK_TOKENS == 0 and not watched.is_full:
@@ -179,7 +195,8 @@ def inspect_request(
 
 
 def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> KVCache:
-    """A cache with room for one request: raw on the device, and, unless that is all, twice that on the host."""
+    """A cache with room for one request, and for what it may have the model repeat: raw on the device, and, unless
+    that is all, twice that on the host."""
     parameter = next(loaded.model.parameters())
     shape = cache_shape(loaded.model.config, parameter.dtype)
     rows = -(-tokens // BLOCK_TOKENS) + _SPARE_ROWS
@@ -190,7 +207,7 @@ def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> KVCache:
         shape,
         rows * row_bytes,
         host_rows * row_bytes,
-        1,
+        2,
         tokens,
         loaded.name,
         parameter.device,
@@ -206,18 +223,22 @@ def _compute_prompt(
     prompt: list[int],
     progress: Callable[[int], None],
 ) -> torch.Tensor:
-    """Logits behind the prompt, with the pipeline in force."""
+    """Logits behind the prompt; the pipeline is about to take effect."""
     evictor = pipeline.evictor
     all_queries = bool(evictor and evictor.needs_prompt_mass)
     while True:
-        chunk = prompt[seq.seen : seq.seen + STEP_TOKENS]
+        pot = evictor if evictor and evictor.evicts_while_prefilling else None
+        full_at = pot.next_eviction(seq.seen) if pot else len(prompt) + 1
+        chunk = prompt[seq.seen : min(full_at, seq.seen + STEP_TOKENS)]
+        following = prompt[seq.seen + 1 :][: len(chunk)] if pot else ()
         cache.reserve(seq, len(chunk))
-        logits = runner.prefill(seq, chunk, len(prompt), all_queries)
+        logits = runner.prefill(seq, chunk, len(prompt), all_queries, following)
         progress(seq.seen)
-        if not pipeline.is_full:
+        if pot and seq.seen == full_at:
+            cache.apply(seq, Pipeline((pot,)), Occasion.SETTLE)
+        elif not (pot or pipeline.is_full):
             cache.evacuate(seq)
         if seq.seen == len(prompt):
-            cache.apply(seq, pipeline, Occasion.PROMPT)
             return logits
 
 

@@ -7,12 +7,15 @@ import numpy as np
 from kernels.api import I32
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
+from workers.cache.digests import digest_bytes
 from workers.stages.base import Evictor, Pipeline
 from workers.stages.budgets import free_tokens
+from workers.stages.selecting import Selector
 
 
 def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse:
-    """Bytes when a prompt of so many tokens has just been computed: blocks, their scales and zeros, tables, exact copy.
+    """Bytes when a prompt of so many tokens has just been computed: blocks, their scales and zeros, tables, exact copy,
+    digests and, if the device has room for all of it, the pool of recalled blocks.
 
     ``budgets="ada"`` shares a layer's tokens out to its heads by what the text is; here each head gets the mean, which
     is at most one block a head from what it will be. While decoding, evictors that evict again hold up to 31 tokens
@@ -28,14 +31,22 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int) -> CacheUse
     if codec:
         format_[younger >= BLOCK_TOKENS] = codec.format
     tier = np.full(valid.shape, Tier.DEVICE, np.uint8)
-    if placer:
-        tier[younger >= placer.device_tokens()] = Tier.HOST
+    if placer and (stays := placer.device_tokens()) is not None:
+        tier[younger >= stays] = Tier.HOST
     shadowed = 0
     if pipeline.wants_shadow:
         shadowed = tokens // BLOCK_TOKENS * length.size
         if (length == tokens).all():  # raw blocks on the host are the copy's own
             shadowed -= int((valid & (tier == Tier.HOST) & (format_ == Format.RAW)).sum())
-    return measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
+    use = measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
+    if isinstance(placer, Selector):
+        pooled = codec.format if codec else Format.RAW
+        older = max(0, int(length.max(initial=0)) - placer.always()) // BLOCK_TOKENS
+        digests = digest_bytes(placer.digests, shape, older)
+        places = placer.pool_blocks(older) * length.size
+        sizes = (shape.block_bytes(pooled), shape.block_bytes_16bit(pooled))
+        use = use.plus_device_bytes(*(more + places * size for more, size in zip(digests, sizes, strict=True)))
+    return use
 
 
 def kept_tokens(evictor: Evictor | None, shape: CacheShape, tokens: int) -> I32:

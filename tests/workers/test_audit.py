@@ -23,6 +23,7 @@ LOSSY = (
     "h2o(keep=0.5)",
     "snapkv(keep=0.4) | kivi(bits=4)",
     "h2o(keep=0.5) | int8 | host(recent=64)",
+    "quest(share=0.3, dense=0)",
 )
 ALWAYS = {"audit_every_tokens": 1, "audit_tokens": 1, "audit_budget": 1e6}
 

@@ -224,8 +224,8 @@ def test_a_decode_step_reads_everything_and_counts_everything(text: str, shape: 
 
     cache.reserve(seq, 2)
     for _ in range(2):
-        before = tables.mass[seq.slot].copy(), tables.votes[seq.slot].astype(np.float32)
         cache.advance(seq, 1)
+        before = tables.mass[seq.slot].copy(), tables.votes[seq.slot].astype(np.float32)
         reading = cache.reading([seq])
         plan = cache.backend.plan(np.array([seq.slot], np.int32), changing=bool(reading))
         attention = DecodeAttention(cache, plan, reading)

@@ -20,7 +20,7 @@ SHAPES = {
     "gqa": CacheShape(layers=3, kv_heads=2, query_heads=6, head_dim=24, dtype=torch.bfloat16),
 }
 STATICS = sorted({preset.static for preset in PRESETS.values()})
-MORE = ("full", "fp8", "dilated", "rkv(size=128)", "snapkv(keep=0.5) | host(recent=64)", "int8(shadow=false)")
+MORE = ("full", "fp8", "dilated", "rkv(size=128)", "snapkv(keep=0.5) | host(recent=64)", "int8(shadow=false)", "quest")
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_recipe = pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
 

@@ -56,10 +56,20 @@ def test_what_a_pipeline_is_made_of() -> None:
         ("window(shadow=false)", LossClass.PERMANENT),
         ("h2o | kivi(shadow=false)", LossClass.PERMANENT),
         ("int8 | host", LossClass.RECOVERABLE),
+        ("quest", LossClass.RECOVERABLE),
+        ("snapkv(shadow=false) | quest", LossClass.PERMANENT),
     ],
 )
 def test_a_pipeline_is_as_lossy_as_its_worst_stage(text: str, loss: LossClass) -> None:
     assert build(text, SHAPE).loss_class is loss
+
+
+@pytest.mark.parametrize(
+    ("text", "wants"),
+    [("quest", False), ("host", False), ("snapkv | quest", True), ("snapkv(shadow=false) | quest", False)],
+)
+def test_only_what_is_stored_with_a_loss_needs_an_exact_copy(text: str, wants: bool) -> None:
+    assert build(text, SHAPE).wants_shadow == wants
 
 
 # -- text and pipeline are inverse -----------------------------------------------------------------------------------

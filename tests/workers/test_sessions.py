@@ -238,6 +238,60 @@ def test_the_longer_of_session_and_prefixes_is_reused(stage: Stage) -> None:
     assert stage.sessions.counts.restored == 1
 
 
+def test_a_turn_is_parked_a_slice_a_step(stage: Stage) -> None:
+    """So that no other request stands still for all of it."""
+    stage.sessions._slice_rows = 1
+    stage.drive.submit("other", prompt(40, 3), 200)
+    stage.drive.until(lambda: stage.drive.generated("other") > 0)
+    first, host = prompt(TURN), stage.engine.cache.host
+    stage.drive.submit("turn", first, ANSWER, session_id="s")
+    stage.drive.until(lambda: stage.sessions.parking)
+    seen = []
+    while stage.sessions.parking:
+        before = stage.drive.generated("other")
+        assert stage.engine.step()
+        seen.append(host.used_bytes // ROW_BYTES)
+        assert stage.drive.generated("other") == before + 1
+    assert seen == [*range(1, 11), 10]  # the last look finds no more
+    stage.drive.finish()
+    assert stage.engine.cache.device.used_bytes == stage.engine.cache.prefixes.unused_bytes()
+
+
+def test_the_next_turn_may_come_while_the_last_one_is_parked(stage: Stage) -> None:
+    stage.sessions._slice_rows = 1
+    first = prompt(TURN)
+    stage.drive.submit("first", first, ANSWER, session_id="s", pipeline="host(recent=320)")
+    stage.drive.until(lambda: stage.sessions.parking)
+    second = next_turn(first, stage.drive.outcomes["first"])
+    resumed = stage.turn(second, pipeline="host(recent=320)")
+    assert resumed.finished.usage.reused_prompt_tokens == 320
+    assert_same(resumed, cold(second, pipeline="host(recent=320)"))
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_a_turn_that_is_parked_gives_way_at_once(stage: Stage, tier: str) -> None:
+    stage.sessions._slice_rows = 2
+    stage.drive.submit("turn", prompt(TURN), ANSWER, session_id="s")
+    stage.drive.until(lambda: stage.sessions.parking)
+    stage.engine.step()
+    cache = stage.engine.cache
+    assert cache.host.used_bytes == 2 * ROW_BYTES
+    stage.forget_prefixes()
+    if tier == "device":
+        assert cache.device.used_bytes
+        assert stage.engine._memory._relieve(1)
+        stage.forget_prefixes()
+        assert cache.device.used_bytes == 0
+        assert stage.sessions.host_bytes == 10 * ROW_BYTES
+    else:
+        lot = cache.host.open_lot(Format.RAW)
+        cache.host.allocate(lot, cache.host.budget_bytes // (ROW_BYTES // 4))  # all there is
+        assert stage.sessions.host_bytes == 0
+        assert stage.sessions.parked == 1  # two rows of it, on their way to disk
+        cache.host.close_lot(lot)
+    assert not stage.sessions.parking
+
+
 def test_nothing_is_read_from_disk_that_prefixes_have(stage: Stage) -> None:
     answer = stage.turn(prompt(TURN))
     stage.pass_time(11)
@@ -277,7 +331,7 @@ def test_a_cancelled_turn_is_parked_as_far_as_it_came(stage: Stage) -> None:
 
 def test_a_request_without_a_session_is_not_parked(stage: Stage) -> None:
     stage.turn(prompt(TURN), session_id="")
-    assert len(stage.sessions) == stage.sessions.counts.parked == 0
+    assert stage.sessions.parked == stage.sessions.counts.parked == 0
     assert stage.engine.cache.host.used_bytes == 0
 
 
@@ -288,7 +342,7 @@ def test_what_is_lost_for_good_is_not_parked_and_the_turn_before_stays(stage: St
     stage.forget_prefixes()
     lost = stage.turn(second, pipeline="kivi(bits=2, shadow=false)")
     assert lost.finished.usage.reused_prompt_tokens == 320
-    assert len(stage.sessions) == 0  # it took what there was along
+    assert stage.sessions.parked == 0  # it took what there was along
     assert stage.engine.cache.host.used_bytes == 0
 
 
@@ -318,11 +372,24 @@ def test_sessions_go_to_disk_by_age_and_end_with_their_time(stage: Stage) -> Non
     assert stage.sessions.disk_bytes == stage.engine._disk.used_bytes == sum(f.stat().st_size for f in stage.files())
     assert stage.sessions.host_bytes == 10 * ROW_BYTES  # of the younger one: 300 + 39 tokens
     stage.pass_time(90)
-    assert (len(stage.sessions), stage.sessions.counts.expired) == (1, 1)
+    assert (stage.sessions.parked, stage.sessions.counts.expired) == (1, 1)
     stage.pass_time(10)
-    assert (len(stage.sessions), stage.sessions.counts.expired) == (0, 2)
+    assert (stage.sessions.parked, stage.sessions.counts.expired) == (0, 2)
     assert not stage.files()
     assert stage.engine.cache.host.used_bytes == stage.engine._disk.used_bytes == 0
+
+
+def test_a_worker_tells_of_sessions_that_move_while_it_has_nothing_to_do(stage: Stage) -> None:
+    stage.turn(prompt(TURN))
+    stage.pass_time(11)
+    reports = len(stage.drive.reports)
+    assert not stage.engine.step()
+    assert len(stage.drive.reports) == reports + 1
+    told = stage.drive.reports[-1].worker.sessions
+    assert (told.parked, told.host_bytes, told.disk_bytes) == (1, 0, stage.sessions.disk_bytes)
+    stage.clock.now_s += 11
+    assert not stage.engine.step()
+    assert len(stage.drive.reports) == reports + 1
 
 
 @pytest.mark.parametrize("disk_bytes", [0, 16 << 20])
@@ -343,7 +410,7 @@ def test_a_request_that_needs_the_host_gets_it_all(tmp_path: Path, disk_bytes: i
     drive.submit("big", big, ANSWER, pipeline="kivi(bits=4)")
     assert used == drive.finish()["big"].finished.cache.shadow_bytes > 21 * ROW_BYTES
     assert stage.sessions.host_bytes == 0
-    assert len(stage.sessions) == (2 if disk_bytes else 0)
+    assert stage.sessions.parked == (2 if disk_bytes else 0)
     assert stage.sessions.counts.dropped == (0 if disk_bytes else 10)
     stage.forget_prefixes()
     second = next_turn(first[0], answers[0])
@@ -451,7 +518,7 @@ def test_damage_on_disk_is_found_and_computed_again(stage: Stage, damage, which:
     stage.forget_prefixes()
     third = next_turn(second, resumed)
     assert stage.turn(third).finished.usage.reused_prompt_tokens == 416  # the turn was parked whole
-    told = stage.drive.reports[-1].worker.sessions
+    told = stage.engine._reporter.worker_state(0, 0).sessions
     assert (told.parked, told.restored_turns, told.corrupt_pieces) == (1, 2 if which else 1, 1)
     assert told.restored_tokens == 416 + 2 * which * BLOCK_TOKENS
     assert (told.host_bytes, told.disk_bytes) == (stage.sessions.host_bytes, 0)

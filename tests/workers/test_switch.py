@@ -13,11 +13,12 @@ from tests.tiny import Drive, Outcome, prompt, reference, run, tiny_engine, tiny
 from workers.errors import ProblemError
 
 IDS = prompt(301, 3)
-LOSSY = ("window(recent=64)", "h2o(keep=0.5)", "snapkv(keep=0.5)", "kivi(bits=4)", "int8")
+LOSSY = ("window(recent=64)", "h2o(keep=0.5)", "snapkv(keep=0.5)", "kivi(bits=4)", "int8", "quest(share=0.3, dense=0)")
 COMBINED = (
     "snapkv(keep=0.4) | kivi(bits=4)",
     "h2o(keep=0.5) | int8 | host(recent=64)",
     "kivi(bits=8) | host(recent=32)",
+    "snapkv(keep=0.6) | quest(share=0.4, dense=0)",
 )
 PIPELINES = ("full", "host(recent=64)", *LOSSY, *COMBINED)
 

@@ -51,6 +51,14 @@ class CacheUse:
             + blocks * (shape.block_bytes_16bit(Format.RAW) + TABLE_BYTES_PER_BLOCK),
         )
 
+    def plus_device_bytes(self, device_bytes: int, device_bytes_16bit: int) -> CacheUse:
+        """These figures with so many more bytes on the device."""
+        return replace(
+            self,
+            device_bytes=self.device_bytes + device_bytes,
+            device_bytes_16bit=self.device_bytes_16bit + device_bytes_16bit,
+        )
+
     def plus_built_ahead(self, shape: CacheShape, format_: U8, tier: U8) -> CacheUse:
         """These figures with blocks [N] that no table refers to yet, as a switch is being prepared."""
         sizes, sizes_16bit = _block_sizes(shape, len(formats()))

@@ -6,7 +6,7 @@ say which entries exist.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,16 @@ def tokens_of(tables: Tables, slot: int) -> Tokens:
 
 
 @dataclass
+class Merging:
+    """What a request's tokens have taken up of others."""
+
+    merged: Mask  # [L, H, positions] tokens that are not what they were
+    threshold: F32  # [L, H] what the evictor is to be given next time
+    scratch: dict[Tier, I32] = field(default_factory=dict)
+    """Raw blocks with what tokens have just become, for new blocks to be built from, or to be taken as they are."""
+
+
+@dataclass
 class Arrangement:
     """A whole new set of tables, of which some blocks are yet to be built from ``source``."""
 
@@ -101,6 +111,7 @@ class Arrangement:
     source: TokenSource  # one row per block to build, in the order layer, head, block
     source_position: I32  # [N, 32] original positions of the source's tokens, -1 beyond the end
     moved: Tokens | None = None  # the kept tokens [valid, packed to the left] where they changed; None: the same tokens
+    merging: Merging | None = None  # of tokens that moved: what others were merged into; None: nothing ever was
 
 
 def pick(source: TokenSource, index: npt.NDArray[np.integer]) -> TokenSource:

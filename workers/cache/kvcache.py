@@ -26,6 +26,7 @@ from workers.cache.arrangement import (
     Arrangement,
     Blocks,
     Mask,
+    Merging,
     Tokens,
     block_count,
     blocks_of,
@@ -37,14 +38,18 @@ from workers.cache.arrangement import (
 from workers.cache.blocks import BlockStore, Notes, Owners, whole_blocks
 from workers.cache.coded import CodedReader
 from workers.cache.formats import MOST_FORMATS, format_of
+from workers.cache.merging import merge
+from workers.cache.pool import RecallCounts
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.reading import Reader, StepReading
+from workers.cache.recall import SelectiveReader
 from workers.cache.recent import RecentQueries
-from workers.cache.selection import Views, choose
+from workers.cache.selection import Queries, Views, choose
 from workers.cache.shadow import Shadow
 from workers.profile.profile import ModelProfile
-from workers.stages.base import LossClass, Pipeline
+from workers.stages.base import Evictor, LossClass, Pipeline
+from workers.stages.selecting import Selector
 
 
 class Occasion(Enum):
@@ -77,6 +82,14 @@ class SequenceCache:
     prompt_votes: F32 | None = None
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
     as often, would depend on where the prompt is cut."""
+    reconstruction: F32 | None = None
+    """[L, H, positions] the most attention each of the first tokens received while the model repeated the text; None
+    until then. Replaced, never changed: forks share it."""
+    novelty: list[float] = field(default_factory=list)
+    """[positions] surprise -log p of each token when it came, NaN where it was not noted, the rest likewise."""
+    merging: Merging | None = None
+    """What its tokens have taken up of evicted ones, since all were last as they had been computed. Replaced, never
+    changed."""
     row_mass: F32 | None = None
     """[L, H, T] attention mass that the queries of the first T tokens pay, T being the prompt's whole rows."""
     peak: CacheUse = field(default_factory=CacheUse)
@@ -92,6 +105,17 @@ class SequenceCache:
     """What reads it in decode steps, beside or before the kernels."""
     coded: CodedReader | None = None
     """What reads its blocks that kernels do not know, after the readers."""
+
+    def note_surprises(self, position: int, surprises: Sequence[float]) -> None:
+        """Notes the surprises of the tokens from ``position`` on, for evictors that go by novelty."""
+        del self.novelty[position:]
+        self.novelty.extend([float("nan")] * (position - len(self.novelty)))
+        self.novelty.extend(surprises)
+
+    @property
+    def selective(self) -> SelectiveReader | None:
+        """The one of its readers that has queries read only some blocks."""
+        return next((reader for reader in self.readers if isinstance(reader, SelectiveReader)), None)
 
 
 class KVCache:
@@ -129,8 +153,13 @@ class KVCache:
         self.blocks = BlockStore(backend, self.backend, profile)
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
+        self.recalled = RecallCounts()
+        self._selecting: dict[int, SelectiveReader] = {}  # by slot
         self.scaling = shape.head_dim**-0.5
         """The model's factor on attention scores; its attention says if it is another one."""
+        self.catalyse: Callable[[SequenceCache], Queries] | None = None
+        """Runs a catalyst prompt behind a request, without a trace, and gives its queries; None: no model, or none
+        that has words. The last queries then stand in."""
         self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
         self._free_slots = list(range(slots - 1, -1, -1))
         self._row_blocks = shape.layers * shape.kv_heads
@@ -156,34 +185,55 @@ class KVCache:
         for row in seq.prefix:
             row.users -= 1
         seq.prefix = []
+        self._stop_selecting(seq)
         self.tables.length[seq.slot] = 0
         self.recent.drop(seq.slot)
         self._free_slots.append(seq.slot)
         if seq.origin:
             self._reclaim(seq.origin)
 
-    def close_keeping(self, seq: SequenceCache) -> Shadow | None:
+    def keep_rows(self, seq: SequenceCache, at_most: int) -> int:
+        """Copies further exact rows of a request that has ended to its shadow, for :meth:`close_keeping`.
+
+        Returns:
+            Rows copied; fewer than ``at_most``: there are no more, or the host has no room for them.
+        """
+        self.abandon(seq)
+        have = seq.shadow.rows if seq.shadow else 0
+        row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
+        rows = min(self._exact_rows(seq) - have, self.host.room_bytes // row_bytes, at_most)
+        if rows > 0:
+            self._extend_shadow(seq, rows)
+        return max(0, rows)
+
+    def close_keeping(self, seq: SequenceCache, copy: bool = True) -> Shadow | None:
         """Closes a request's cache, all but its exact rows, which stay on the host tier in a shadow of their own.
 
         Exact are rows computed with the full cache that are raw in all tables, or in the request's shadow. Those behind
         the first one that is not are given back, and so is what the host has no room for.
 
+        Args:
+            seq: the request's cache.
+            copy: False: keep only what the shadow has already.
+
         Returns:
             None: no row is kept.
         """
         self.abandon(seq)
-        exact = seq.seen if seq.exact_tokens is None else seq.exact_tokens
-        have = seq.shadow.rows if seq.shadow else 0
-        rows = min(exact // BLOCK_TOKENS, max(have, self._raw_rows(seq)))
-        if rows > have:
-            row_bytes = self.host.pages_needed(None, Format.RAW, self._row_blocks) * self.host.page_bytes
-            self._extend_shadow(seq, at_most=min(rows - have, self.host.room_bytes // row_bytes))
+        if copy:
+            self.keep_rows(seq, seq.seen)
+        rows = self._exact_rows(seq)
         shadow, seq.shadow = seq.shadow, None
         self.close(seq)
         if shadow is None:
             return None
         shadow.cut(rows)
         return shadow if shadow.rows else None
+
+    def _exact_rows(self, seq: SequenceCache) -> int:
+        """Rows from the first on that are as the full cache computed them, in all tables or in the shadow."""
+        exact = seq.seen if seq.exact_tokens is None else seq.exact_tokens
+        return min(exact // BLOCK_TOKENS, max(seq.shadow.rows if seq.shadow else 0, self._raw_rows(seq)))
 
     def _raw_rows(self, seq: SequenceCache) -> int:
         """Rows from the first on that all tables hold raw, and nothing was evicted from."""
@@ -244,8 +294,12 @@ class KVCache:
         self.recent.copy(seq.slot, slot)
         tables.address[slot, :, :, : tail.shape[2]][tail] = addresses
         fork = replace(seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[])
+        fork.novelty = list(seq.novelty)
         fork.lots[Tier.DEVICE, Format.RAW] = lot
         self._read_coded(fork)
+        fork.readers = ()
+        if seq.selective:
+            self._select(fork, seq.selective.stage, seq.selective.pool.format, anew=True)
         if not seq.forks:
             held = [arena.lots_of(now.on(tier)) for tier, arena in self._arenas.items()]
             seq.lent = [lot for lots in held for lot in lots if not lot.borrowed]
@@ -366,27 +420,27 @@ class KVCache:
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
         values."""
-        return CacheContext(self.blocks, blocks_of(self.tables, seq.slot), self.tables.position[seq.slot])
+        return CacheContext(self.blocks, blocks_of(self.tables, seq.slot), self._positions(seq), seq.selective)
 
     def exact_context(self, seq: SequenceCache, tokens: int) -> TokenContext | None:
         """Reader of the exact keys and values of a request's first ``tokens`` tokens, kept or not. Changes nothing.
 
-        Whole rows come from the shadow, tokens behind them from the tables.
+        Whole rows come from the shadow where there is one, all other tokens from the tables.
 
         Returns:
             None where something was rounded or dropped that the shadow does not have.
         """
-        shadow = seq.shadow
-        if shadow is None or seq.lost:
+        if seq.lost:
             return None
         tables, slot, heads = self.tables, seq.slot, (self.shape.layers, self.shape.kv_heads)
-        shadowed = min(shadow.rows * BLOCK_TOKENS, tokens)
+        shadowed = min(seq.shadow.rows * BLOCK_TOKENS, tokens) if seq.shadow else 0
         width = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         row = np.broadcast_to(np.arange(width) % BLOCK_TOKENS, (*heads, width)).astype(np.uint8)
         address = np.full(row.shape, -1, np.int32)
         fmt, tier = np.full(row.shape, Format.RAW, np.uint8), np.full(row.shape, Tier.HOST, np.uint8)
-        rows = shadow.address[: -(-shadowed // BLOCK_TOKENS)]  # [rows, L, H]
-        address[:, :, :shadowed] = np.repeat(rows.transpose(1, 2, 0), BLOCK_TOKENS, axis=2)[:, :, :shadowed]
+        if seq.shadow:
+            rows = seq.shadow.address[: -(-shadowed // BLOCK_TOKENS)]  # [rows, L, H]
+            address[:, :, :shadowed] = np.repeat(rows.transpose(1, 2, 0), BLOCK_TOKENS, axis=2)[:, :, :shadowed]
         position = np.arange(shadowed, tokens)
         # The last tokens of every table are the last positions, whatever was evicted before them.
         index = position + (tables.length[slot] - seq.seen)[..., None]  # [L, H, tail]
@@ -407,6 +461,8 @@ class KVCache:
 
         Without it, the device would hold the whole raw prompt before a pipeline that compresses it takes effect.
         """
+        if seq.evicted and seq.shadow is None:  # rows are not whole any more
+            return 0
         self.abandon(seq)
         away = seq.shadow.rows if seq.shadow else 0
         self._extend_shadow(seq, at_most=self.host.room_bytes // self.worst_bytes(1))
@@ -441,7 +497,7 @@ class KVCache:
                 self._copy_rows(seq, pipeline)
             while True:
                 try:
-                    self._commit(seq, self._arrange(seq, pipeline, occasion))
+                    self._commit_and_clear(seq, self._arrange(seq, pipeline, occasion))
                     break
                 except TierFullError as full:
                     missing_bytes = full.needed_bytes - full.free_bytes
@@ -451,7 +507,7 @@ class KVCache:
             self.abandon(seq)
             raise
         seq.preparation = None
-        self._after(seq, pipeline)
+        self._after(seq, pipeline, occasion)
 
     def begin(self, seq: SequenceCache, pipeline: Pipeline) -> Preparation:
         """Plans what :meth:`prepare` is to build ahead of a switch; nothing is built yet.
@@ -544,22 +600,89 @@ class KVCache:
 
     def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
         """What evictors may look at of these tokens of a request."""
-        queries = partial(self.recent.read, seq.slot)
-        return Views(tokens, seq.seen, self.scaling, self.blocks, queries, self.device.data.device, self.profile)
+        return Views(
+            tokens,
+            seq.seen,
+            self.scaling,
+            self.blocks,
+            partial(self.recent.read, seq.slot),
+            self.device.data.device,
+            self.profile,
+            seq.reconstruction,
+            seq.novelty,
+        )
 
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
         evictor, style = pipeline.evictor, _style(pipeline)
-        settle = occasion is Occasion.SETTLE
+        going_on = evictor is not None and evictor.evicts_while_prefilling and occasion is Occasion.PROMPT
+        settle = occasion is Occasion.SETTLE or going_on
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
         if evictor and (not settle or evictor.evicts_while_decoding):
             tokens = self._everything(seq) if restore else tokens_of(self.tables, seq.slot)
-            keep = choose(evictor, self.views(seq, tokens))
+            views = self.views(seq, tokens)
+            full = int(tokens.valid.sum(axis=2).max(initial=0)) > evictor.budget(seq.seen)
+            if evictor.evicts_while_prefilling and self.catalyse and full:
+                views = replace(views, queries=self.catalyse(seq))
+            keep = choose(evictor, views)
             if restore or not keep[tokens.valid].all():
-                return regroup(tokens, keep, *style)
+                merging = None if restore else seq.merging
+                if evictor.merges and not keep[tokens.valid].all():
+                    merging = self._merge(seq, evictor, views, keep, merging)
+                target = regroup(tokens, keep, *style)
+                target.merging = merging
+                return target
         elif restore:
             tokens = self._everything(seq)
             return regroup(tokens, tokens.valid, *style)
         return restyle(blocks_of(self.tables, seq.slot), self._positions(seq), *style)
+
+    def _merge(self, seq: SequenceCache, evictor: Evictor, views: Views, keep: Mask, before: Merging | None) -> Merging:
+        """Writes what the kept tokens become to blocks of their own, and has the views' tokens read from there."""
+        tokens, heads = views.tokens, (self.shape.layers, self.shape.kv_heads)
+        found = merge(evictor, views, keep, before.threshold if before else np.full(heads, np.nan, np.float32))
+        merged = np.zeros((*heads, seq.seen), bool)
+        if before:
+            merged[:, :, : before.merged.shape[2]] = before.merged
+        layer, head, _ = found.place
+        merged[layer, head, tokens.position[found.place]] = True
+        count = len(found.k)
+        if not count:
+            return Merging(merged, found.threshold)
+        address, tier = self._allocate_scratch(seq, int(block_count(np.array(count))))
+        whole = torch.zeros(2, len(address) * BLOCK_TOKENS, self.shape.head_dim).to(found.k)
+        whole[0, :count], whole[1, :count] = found.k, found.v
+        payload = whole.view(2, len(address), -1).transpose(0, 1).flatten(1).view(torch.uint8)
+        padding = self.shape.block_bytes(Format.RAW) - payload.shape[1]
+        self.backend.store(tier, address, torch.nn.functional.pad(payload, (0, padding)))
+        at = np.arange(count)
+        tokens.row = tokens.row.copy()  # it may be a view that repeats one row
+        tokens.address[found.place] = address[at // BLOCK_TOKENS]
+        tokens.row[found.place] = (at % BLOCK_TOKENS).astype(np.uint8)
+        tokens.format[found.place], tokens.tier[found.place] = Format.RAW, tier
+        return Merging(merged, found.threshold, {tier: address})
+
+    def _allocate_scratch(self, seq: SequenceCache, blocks: int) -> tuple[I32, Tier]:
+        """Memory for raw blocks that lie beside those in force for a moment, where there is room for them."""
+        try:
+            address = self.device.allocate(self._lot(seq, Tier.DEVICE, Format.RAW), blocks)
+            seq.peak = seq.peak.peak_with(self._measure(seq).plus_raw_device_blocks(self.shape, blocks))
+            return address, Tier.DEVICE
+        except TierFullError:
+            return self.host.allocate(self._lot(seq, Tier.HOST, Format.RAW), blocks), Tier.HOST
+
+    def _commit_and_clear(self, seq: SequenceCache, target: Arrangement) -> None:
+        """Commits, and gives back what was written for it and is not part of a table."""
+        scratch = target.merging.scratch if target.merging else {}
+        try:
+            self._commit(seq, target)
+        except BaseException:
+            for tier, address in scratch.items():
+                self._arenas[tier].release(address)
+            raise
+        for tier, address in scratch.items():
+            self._arenas[tier].release(_without(address, target.blocks.on(tier)))
+        if target.moved is not None:
+            seq.merging = target.merging and replace(target.merging, scratch={})
 
     def _commit(self, seq: SequenceCache, target: Arrangement) -> None:
         now, new = blocks_of(self.tables, seq.slot), target.blocks
@@ -652,10 +775,14 @@ class KVCache:
         coded = (self.tables.format[seq.slot] >= len(Format)) & self._valid(seq)
         seq.coded = CodedReader(self.blocks, self.tables, seq.slot) if coded.any() else None
 
-    def _after(self, seq: SequenceCache, pipeline: Pipeline) -> None:
-        """Settles what a pipeline means for exactness, and drops a shadow that nothing needs."""
+    def _after(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
+        """Settles what a pipeline means for exactness and for reading, and drops a shadow that nothing needs."""
+        if isinstance(pipeline.placer, Selector):
+            self._select(seq, pipeline.placer, _style(pipeline)[1], anew=occasion is not Occasion.SETTLE)
+        else:
+            self._stop_selecting(seq)
         lossy = seq.evicted or bool(self.tables.format[seq.slot][self._valid(seq)].any())
-        if lossy and seq.exact_tokens is None:
+        if (lossy or pipeline.selects) and seq.exact_tokens is None:
             seq.exact_tokens = seq.seen
         if lossy and pipeline.loss_class is LossClass.PERMANENT:
             seq.lost = True
@@ -668,6 +795,37 @@ class KVCache:
                 seq.shadow = None
             else:
                 seq.shadow.trim(on_host)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _select(self, seq: SequenceCache, stage: Selector, fmt: BlockFormat, anew: bool) -> None:
+        """Has a stage choose what queries read from here on."""
+        reader = seq.selective
+        if reader is None or reader.stage != stage or reader.pool.format is not fmt:
+            self._stop_selecting(seq)
+            reader = SelectiveReader(stage, fmt, seq.slot, self.blocks, self.device, self.recalled)
+            seq.readers = (*seq.readers, reader)
+            self._selecting[seq.slot] = reader
+        reader.changed(anew)
+
+    def _stop_selecting(self, seq: SequenceCache) -> None:
+        if reader := self._selecting.pop(seq.slot, None):
+            reader.close()
+            seq.readers = tuple(other for other in seq.readers if other is not reader)
+
+    def pool_bytes(self) -> int:
+        """Device bytes of all pools of recalled blocks: what :meth:`give_up_pools` gives back."""
+        return sum(reader.pool.nbytes for reader in self._selecting.values())
+
+    def give_up_pools(self, wanted_bytes: int) -> int:
+        """Takes pools of recalled blocks, which only save time, until so many bytes are free; returns those freed."""
+        freed = 0
+        for reader in sorted(self._selecting.values(), key=lambda reader: reader.pool.nbytes, reverse=True):
+            if freed >= wanted_bytes:
+                break
+            freed += reader.pool.nbytes
+            reader.close()
+        return freed
 
     # -- exact copies --------------------------------------------------------------------------------------------------
 
@@ -750,6 +908,11 @@ class KVCache:
             return
         layer, head, position = owners.layer, owners.head, owners.position
         rounded = (source.format != Format.RAW) & (position >= 0) & (position < seq.shadow.rows * BLOCK_TOKENS)
+        if seq.merging:  # what a token has taken up, the copy does not have
+            merged = seq.merging.merged
+            known = position < merged.shape[2]
+            place = np.where(known, position, 0).clip(min=0)
+            rounded &= ~(known & merged[layer[:, None], head[:, None], place])
         moves = (wanted >= len(Format)) & (source.format[:, 0] == wanted)
         if moves.any():
             rounded[moves & whole_blocks(source)] = False
@@ -820,10 +983,17 @@ class KVCache:
         referred = len(now.on(Tier.HOST)) - own
         shadow_bytes = seq.shadow.nbytes - referred * self.shape.block_bytes(Format.RAW) if seq.shadow else 0
         use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
+        if seq.selective:
+            use = use.plus_device_bytes(*seq.selective.nbytes())
         ahead = seq.preparation
         return (
             use.plus_built_ahead(self.shape, ahead.format[: ahead.built], ahead.tier[: ahead.built]) if ahead else use
         )
+
+    def note_scratch(self, seq: SequenceCache, scratch: SequenceCache) -> None:
+        """Counts the raw device blocks of another cache, which works for this request, in its peak."""
+        blocks = int(block_count(self.tables.length[scratch.slot] + scratch.reserved).sum())
+        seq.peak = seq.peak.peak_with(self._measure(seq).plus_raw_device_blocks(self.shape, blocks))
 
     def _note_peak(self, seq: SequenceCache, extra_rows: I32 | None = None) -> None:
         now = self._measure(seq)
@@ -889,10 +1059,14 @@ def _without(addresses: I32, others: I32) -> I32:
 class CacheContext:
     """Keys and values that a request keeps, wherever and however its blocks are stored."""
 
-    def __init__(self, store: BlockStore, blocks: Blocks, position: I32) -> None:
+    def __init__(
+        self, store: BlockStore, blocks: Blocks, position: I32, selective: SelectiveReader | None = None
+    ) -> None:
         self._store = store
         self._blocks = blocks
-        self._position = position[:, :, : blocks.address.shape[2] * BLOCK_TOKENS].copy()
+        self.selective = selective
+        self.position = position.copy()
+        """[layers, kv_heads, tokens] original positions; not defined beyond ``length``."""
         self.tokens = int(blocks.length.max(initial=0))
         self.length = blocks.length
         """[layers, kv_heads] tokens kept; what :meth:`read` gives beyond them is not defined."""
@@ -909,11 +1083,9 @@ class CacheContext:
         row = np.broadcast_to(np.arange(BLOCK_TOKENS, dtype=np.uint8), spread).copy()
         address = np.where(blocks.valid[layer].reshape(-1, 1), repeat(blocks.address), np.int32(-1))
         source = TokenSource(address, repeat(blocks.format), repeat(blocks.tier), row)
-        owners = Owners(
-            np.full(heads * count, layer),
-            np.arange(heads).repeat(count),
-            self._position[layer].reshape(spread),
-        )
+        position = np.zeros((heads, count * BLOCK_TOKENS), np.int32)
+        position[:, : self.tokens] = self.position[layer]
+        owners = Owners(np.full(heads * count, layer), np.arange(heads).repeat(count), position.reshape(spread))
         k, v = self._store.read(source, owners)  # [heads * count, 32, D]
         whole = (heads, count * BLOCK_TOKENS, -1)
         return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]
@@ -925,8 +1097,10 @@ class TokenContext:
     def __init__(self, backend: Backend, address: I32, fmt: U8, tier: U8, row: U8, tokens: int) -> None:
         self._backend = backend
         self._places = (address, fmt, tier, row)
+        self.selective: SelectiveReader | None = None
         self.tokens = tokens
         self.length = np.full(address.shape[:2], tokens, np.int32)
+        self.position = np.broadcast_to(np.arange(tokens, dtype=np.int32), (*address.shape[:2], tokens))
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each [kv_heads, tokens, head_dim]."""

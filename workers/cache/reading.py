@@ -8,7 +8,7 @@ attention beside the host's memory, states of fixed size and formats that kernel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from kernels.api import DecodePlan
 from kernels.layout import CacheShape
 from kernels.partials import Partial
+from workers.cache.recall import SelectiveReader
 
 
 class Reader(Protocol):
@@ -101,6 +102,21 @@ class StepReading:
         """Completes the block masses of a step that the backend has finished."""
         for row, counter in self._counters.items():
             counter.add_block_mass(plan, row)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether a reader wants to know queries a layer ahead."""
+        return any(reader.stage.guesses for _, reader in self._selective())
+
+    def foresee(self, layer: int, q: torch.Tensor, scaling: float) -> None:
+        """Tells readers what a layer's queries [R, query_heads, D] will probably be."""
+        for row, reader in self._selective():
+            if reader.stage.guesses:
+                reader.foresee(layer, q[row : row + 1], scaling)
+
+    def _selective(self) -> Iterator[tuple[int, SelectiveReader]]:
+        for row, own in self._readers.items():
+            yield from ((row, reader) for reader in own if isinstance(reader, SelectiveReader))
 
     def after(self, layer: int) -> None:
         """Tells all readers that a layer is done, in the opposite order."""

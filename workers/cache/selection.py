@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.api import TokenSource
+from kernels.api import F32, TokenSource
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Mask, Tokens
 from workers.cache.blocks import BlockStore, Owners
@@ -33,6 +33,8 @@ class Views:
     queries: Queries
     device: torch.device
     profile: ModelProfile | None = None
+    reconstruction: F32 | None = None  # [L, H, positions], see SequenceCache
+    novelty: Sequence[float] = ()  # [positions], likewise
 
     def layer(self, index: int) -> LayerView:
         """One layer's tokens."""
@@ -49,7 +51,24 @@ class Views:
             read=partial(self._read, index),
             queries=partial(self.queries, index),
             profile=self.profile.layer(index) if self.profile else None,
+            reconstruction=self._reconstruction(index),
+            novelty=self._novelty(index),
         )
+
+    def _reconstruction(self, layer: int) -> torch.Tensor | None:
+        """[H, T], 1 for tokens that came after the pass."""
+        if self.reconstruction is None:
+            return None
+        position = self.tokens.position[layer]
+        known = position < self.reconstruction.shape[2]
+        scores = np.take_along_axis(self.reconstruction[layer], np.where(known, position, 0).clip(min=0), axis=1)
+        return torch.from_numpy(np.where(known, scores, np.float32(1))).to(self.device)
+
+    def _novelty(self, layer: int) -> torch.Tensor:
+        """[H, T], NaN where none was noted."""
+        position, noted = self.tokens.position[layer], len(self.novelty)
+        surprises = np.array([*self.novelty, np.nan], np.float32)
+        return torch.from_numpy(surprises[np.where(position < 0, noted, position).clip(max=noted)]).to(self.device)
 
     def _read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.tokens

@@ -31,6 +31,8 @@ from workers.cache.shadow import Shadow
 
 PIECE_BYTES = 8 << 20
 """About what goes to disk, and comes back, at a time."""
+SLICE_BYTES = 4 << 20
+"""About what is copied to the host between two steps when a turn has ended."""
 STAGED_BYTES = 64 << 20
 """Most bytes, outside all tiers, that wait to be written: a piece is copied, so that its memory is free at once."""
 PATIENCE_S = 0.1
@@ -41,6 +43,8 @@ SCAN_S = 0.1
 """How often sessions are looked through for those whose time has come."""
 REST_S = 10.0
 """How long nothing is moved to a disk that has failed to write."""
+NEWS_S = 1.0
+"""How often they are news at most: they move in many pieces."""
 READ_AHEAD = 2
 """Pieces read from disk at a time."""
 
@@ -115,8 +119,19 @@ class _Parked:
         return rows
 
 
+@dataclass(eq=False)
+class _Leaving:
+    """A turn that has ended, whose rows are being copied to the host."""
+
+    key: SessionKey
+    token_ids: list[int]
+    cache: SequenceCache
+
+
 class ParkedSessions:
     """The sessions of one worker that have no turn under way.
+
+    One turn at a time is being parked, and keeps its slot of the cache until it is.
 
     Args:
         cache: whose host tier they live on; their bytes there are never in the way of a request.
@@ -143,15 +158,20 @@ class ParkedSessions:
         self._host_s, self._keep_s = host_s, keep_s
         self._wake, self._clock = wake, clock
         self._entries: dict[SessionKey, _Parked] = {}  # the longest unused one first
+        self._leaving: _Leaving | None = None
+        self._told, self._told_s = policy_pb2.ParkedSessions(), -math.inf
         self._writing: list[tuple[_Parked, _Piece, Batch]] = []
         self._next_scan_s = self._disk_rests_s = -math.inf
         shape = cache.shape
         self._row_blocks = shape.layers * shape.kv_heads
         self._row_bytes = self._row_blocks * shape.block_bytes(Format.RAW)
         self._piece_rows = max(1, PIECE_BYTES // self._row_bytes)
+        self._slice_rows = max(1, SLICE_BYTES // self._row_bytes)
         cache.host.guests = self
 
-    def __len__(self) -> int:
+    @property
+    def parked(self) -> int:
+        """Sessions kept now."""
         return len(self._entries)
 
     @property
@@ -171,11 +191,19 @@ class ParkedSessions:
         pieces = (piece for entry in self._entries.values() for piece in entry.pieces)
         return sum(piece.batch.nbytes for piece in pieces if piece.batch)
 
+    def has_news(self) -> bool:
+        """Whether :meth:`to_proto` is another than when this was asked before, some time ago."""
+        now = self._clock()
+        if now - self._told_s < NEWS_S:
+            return False
+        told, self._told, self._told_s = self._told, self.to_proto(), now
+        return bool(told != self._told)
+
     def to_proto(self) -> policy_pb2.ParkedSessions:
         """The API's form of what is here and what became of it."""
         counts = self.counts
         return policy_pb2.ParkedSessions(
-            parked=len(self),
+            parked=self.parked,
             host_bytes=self.host_bytes,
             disk_bytes=self.disk_bytes,
             restored_turns=counts.restored,
@@ -188,15 +216,29 @@ class ParkedSessions:
     # -- turns ---------------------------------------------------------------------------------------------------------
 
     def park(self, key: SessionKey, token_ids: Sequence[int], cache: SequenceCache) -> None:
-        """Closes the cache of a turn that has ended and keeps its exact rows, as many as the host has room for.
+        """Keeps the exact rows of a turn that has ended, as many as the host has room for, and closes its cache.
 
-        They replace what the session had before. A turn that leaves none (its tokens were rounded or evicted for good)
-        leaves that as it is.
+        What has to be copied is, by :meth:`tick`, a slice at a time. The rows replace what the session had before. A
+        turn that leaves none (its tokens were rounded or evicted for good) leaves that as it is.
         """
-        row_mass, cache.row_mass = cache.row_mass, None
-        shadow = self._cache.close_keeping(cache)
+        self.conclude()
+        self._leaving = _Leaving(key, list(token_ids), cache)
+
+    @property
+    def parking(self) -> bool:
+        """Whether a turn is being parked: :meth:`tick` has something to do now."""
+        return self._leaving is not None
+
+    def conclude(self, copy: bool = True) -> bool:
+        """Ends the parking of a turn at once: copies what is left of it, or gives that up. False: none is parked."""
+        leaving, self._leaving = self._leaving, None
+        if leaving is None:
+            return False
+        key, token_ids = leaving.key, leaving.token_ids
+        row_mass = leaving.cache.row_mass
+        shadow = self._cache.close_keeping(leaving.cache, copy)
         if shadow is None:
-            return
+            return True
         if key in self._entries:
             self._cut(key, 0)
         shadow.lot.borrowed = False
@@ -212,10 +254,16 @@ class ParkedSessions:
             self._clock(),
         )
         self.counts.parked += 1
+        return True
+
+    def _find(self, key: SessionKey) -> _Parked | None:
+        if self._leaving and self._leaving.key == key:
+            self.conclude()
+        return self._entries.get(key)
 
     def ready_rows(self, key: SessionKey, token_ids: Sequence[int], with_mass: bool = False) -> int:
         """Rows that :meth:`take` would give now."""
-        entry = self._entries.get(key)
+        entry = self._find(key)
         return entry.usable(min(_common_rows(entry, token_ids), entry.host_rows()), with_mass) if entry else 0
 
     def take(
@@ -256,7 +304,7 @@ class ParkedSessions:
             with_mass: whether it needs the masses of its whole prompt.
             beyond_rows: rows that it can have from elsewhere; the session is left alone if it has no more.
         """
-        entry = self._entries.get(key)
+        entry = self._find(key)
         rows = entry.usable(_common_rows(entry, token_ids), with_mass) if entry else 0
         if entry is None or rows <= beyond_rows:
             return False
@@ -292,6 +340,8 @@ class ParkedSessions:
                     self._leave_host(piece)
                 elif piece.address is not None:
                     self._drop(key, index)
+        if self._arena.free_bytes < wanted and self.conclude(copy=False):
+            self.give_up(wanted - self._arena.free_bytes)
 
     def give_up_disk(self, nbytes: int, but: SessionKey | None = None) -> bool:
         """Frees so many bytes of the disk tier by dropping the sessions there that were unused for longest.
@@ -318,6 +368,12 @@ class ParkedSessions:
         """Goes on with what is under way; to be called often, and after ``wake``."""
         now = self._clock()
         written = self._take_in_writes()
+        if leaving := self._leaving:
+            self._leaving = None  # the room it needs is not its own to give up
+            copied = self._cache.keep_rows(leaving.cache, self._slice_rows)
+            self._leaving = leaving
+            if copied < self._slice_rows:
+                self.conclude()
         for key in [key for key, entry in self._entries.items() if entry.wanted_rows]:
             if key in self._entries:
                 self._read_on(key, self._entries[key])
@@ -338,6 +394,7 @@ class ParkedSessions:
 
     def clear(self) -> None:
         """Drops all sessions."""
+        self.conclude()
         for key in list(self._entries):
             self._cut(key, 0)
 

@@ -7,8 +7,10 @@ decode step of R requests, ``[R, 1]``, or one chunk of one prompt, ``[1, N]``; w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -23,6 +25,9 @@ from workers.stages.evict.snapkv import OBSERVATION_WINDOW
 ATTENTION_NAME = "kvpilot"
 STEP_ARGUMENT = "kvpilot_step"
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask")
+
+
+Guess = Callable[[int], torch.Tensor | None]
 
 
 class Attend(Protocol):
@@ -59,11 +64,19 @@ AttentionInterface.register(ATTENTION_NAME, attention)
 
 
 class DecodeAttention:
-    """One decode step: a token each of several requests, over blocks of any format and tier."""
+    """One decode step: a token each of several requests, over blocks of any format and tier.
 
-    def __init__(self, cache: KVCache, plan: DecodePlan, reading: StepReading) -> None:
+    Args:
+        cache: the worker's cache.
+        plan: the step's.
+        reading: of its requests.
+        guess: while a layer attends, gives the guessed queries [R, query_heads, 1, D] of the next; None after the last.
+    """
+
+    def __init__(self, cache: KVCache, plan: DecodePlan, reading: StepReading, guess: Guess | None = None) -> None:
         self._backend = cache.backend
         self._reading = reading
+        self._guess = guess
         self.plan = plan
         self._queries: list[torch.Tensor] = []
 
@@ -73,6 +86,8 @@ class DecodeAttention:
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
         if not self._reading:
             return self._backend.decode(self.plan, layer, q, k, v, scaling)[:, None]
+        if self._guess and (ahead := self._guess(layer)) is not None:
+            self._reading.foresee(layer + 1, ahead[:, :, 0], scaling)
         try:
             partials, lse = self._reading.before(layer, q, scaling), self._reading.lse(q)
             self._backend.refresh(self.plan, layer)
@@ -90,15 +105,17 @@ class DecodeAttention:
 class PromptAttention:
     """One chunk of a prompt, which reads all tokens before it exactly, whatever pipeline will follow.
 
-    So the result does not depend on where the prompt is cut into chunks. The chunk's tokens are counted in the tables
-    before the pass (``KVCache.advance``).
+    So the result does not depend on where the prompt is cut into chunks. (Behind an evictor that works meanwhile it
+    reads what is kept, of which the same is true, since a chunk ends where it evicts.) The chunk's tokens are counted
+    in the tables before the pass (``KVCache.advance``).
 
     Args:
         cache: the worker's cache.
-        slot: the request's slot.
+        slot: the request's slot, whose tables are of one length.
         context: reader of its blocks, this chunk's included.
-        start: tokens before this chunk.
-        votes: float32 [layers, kv_heads, prompt_tokens], to which the observation window's attention is added.
+        start: tokens before this chunk, of which some may have been evicted.
+        votes: float32 [layers, kv_heads, prompt_tokens] by position, to which the observation window's attention is
+            added.
         all_queries: whether all queries count in the masses, not only the observation window's.
     """
 
@@ -120,13 +137,14 @@ class PromptAttention:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """See :class:`Attend`; B is 1, S the chunk's length."""
-        self._cache.backend.write(self._slot, layer, self._start, k[0], v[0])
+        kept = self._context.tokens - q.shape[2]  # of the tokens before
+        self._cache.backend.write(self._slot, layer, kept, k[0], v[0])
         self._last_queries.append(q[0, :, -RECENT_QUERIES:].clone())  # a view would keep the whole chunk's in memory
         self._cache.scaling = scaling
-        if self._start:
+        if kept:
             k, v = (part[None] for part in self._context.read(layer))  # [1, kv_heads, T, D]
         self._count_attention(layer, q[0], k[0], scaling)
-        if self._start and self._mask is None:
+        if kept and self._mask is None:
             self._mask = causal(q.shape[2], k.shape[2], q.device)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self._mask, is_causal=self._mask is None, scale=scaling, enable_gqa=True
@@ -140,11 +158,13 @@ class PromptAttention:
         first = self._start if self._all_queries else first_vote
         if first >= end:
             return
-        counted = attention_received(q[:, first - self._start :], k[:, :end], scaling)  # [kv_heads, queries, T]
-        tables, slot = self._cache.tables, self._slot
-        tables.mass[slot, layer, :, :end] += counted.sum(dim=1).cpu().numpy()
+        counted = attention_received(q[:, first - self._start :], k, scaling)  # [kv_heads, queries, T]
+        tables, slot, kept = self._cache.tables, self._slot, k.shape[1]
+        tables.mass[slot, layer, :, :kept] += counted.sum(dim=1).cpu().numpy()
         if first_vote < end:
-            self._votes[layer, :, :end] += counted[:, first_vote - first :].sum(dim=1).cpu().numpy()
+            paid = counted[:, first_vote - first :].sum(dim=1).cpu().numpy()  # [kv_heads, T]
+            votes, position = self._votes[layer], tables.position[slot, layer, :, :kept]
+            np.put_along_axis(votes, position, np.take_along_axis(votes, position, 1) + paid, 1)
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Audits: now and then a run of a lossy request's steps is computed again with the exact cache, and both compared.
 
-A recoverable pipeline keeps an exact copy of what it loses (``workers.cache.shadow``). So the input tokens of a run of
+A recoverable pipeline keeps an exact copy of what it loses (``workers.cache.shadow``), or loses nothing but what its
+queries do not read. So the input tokens of a run of
 decode steps can be scored once more, in one pass, attending over the exact keys and values of all tokens before the
 run. How far the distributions that were delivered are from these, in the mean over the run, is a true label: what a
 bundle predicts and bounds is this very mean, over as many steps. A run costs little more than one step alone would, and
@@ -28,7 +29,7 @@ from workers.engine.reports import Reporter
 from workers.engine.runner import ModelRunner
 from workers.engine.scoring import divergences
 from workers.engine.sequence import Sequence
-from workers.stages.base import Pipeline
+from workers.stages.base import LossClass, Pipeline
 
 
 @dataclass
@@ -107,9 +108,9 @@ class Auditor:
         return run
 
     def _due(self, seq: Sequence) -> bool:
-        if not self._every_tokens or not seq.pipeline.wants_shadow:
+        if not self._every_tokens or seq.pipeline.loss_class is not LossClass.RECOVERABLE:
             return False
-        if not seq.cache or not seq.cache.shadow or seq.cache.lost:
+        if not seq.cache or seq.cache.lost or (seq.pipeline.wants_shadow and not seq.cache.shadow):
             return False
         phase = zlib.crc32(seq.job_id.encode())  # requests that began together are not audited in the same steps
         return (seq.generated + phase) % self._every_tokens == 0

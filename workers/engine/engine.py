@@ -24,9 +24,11 @@ from workers.cache.sessions import ParkedSessions
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
 from workers.engine.audit import Auditor
+from workers.engine.catalyst import catalyst
 from workers.engine.intake import Intake, Limits
 from workers.engine.memory import EngineMemory
 from workers.engine.pace import Pace
+from workers.engine.repeating import Repeater, Words, is_missing
 from workers.engine.replay import SLOTS as REPLAY_SLOTS
 from workers.engine.replay import Replay, Replayer
 from workers.engine.reports import Reporter
@@ -44,11 +46,12 @@ from workers.profile.profile import names_of
 from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
-from workers.stages.base import Pipeline
+from workers.stages.base import Evictor, Pipeline
 from workers.stages.registry import build, coded_stages, describe
 
 VERSION = "0.1.0"
 IDLE_POLL_S = 0.5
+PARKING_SLOTS = 1
 
 log = structlog.get_logger(__name__)
 
@@ -80,7 +83,7 @@ class Engine:
             self.shape,
             settings.device_budget_bytes,
             settings.host_budget_bytes,
-            settings.max_running + REPLAY_SLOTS,
+            settings.max_running + REPLAY_SLOTS + PARKING_SLOTS + 1,  # one for what is fed again
             self._context_tokens,
             self._loaded.name,
             device,
@@ -103,11 +106,15 @@ class Engine:
         default = build(settings.default_pipeline, self.shape, profiled)
         self._intake = Intake(self._loaded, self.shape, self._limits(), default)
         self._runner = ModelRunner(self._loaded, self.cache)
+        self._repeater = Repeater(self.cache, self._runner, Words.of(self._loaded), self._context_tokens)
+        self.cache.catalyse = catalyst(self._runner, self._loaded, self._context_tokens)
+        if reason := self._repeater.refusal(default, 1):
+            raise ValueError(f"default_pipeline {settings.default_pipeline!r}: {reason}")
         self._memory = EngineMemory(
             self.cache,
             lambda: list(self._scheduler.running),
             lambda seq, pipeline, reason: self._switching.for_pressure(seq, pipeline, reason),
-            lambda: self._replayer.give_way() or self._switching.hurry(),
+            lambda: self._replayer.give_way() or self._switching.hurry() or self._repeater.give_way(),
             self.sessions,
         )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
@@ -116,7 +123,11 @@ class Engine:
         self._reporter.sessions = self.sessions
         self._pace = Pace(settings.switch_step_share, settings.switch_least_blocks, self.shape.block_bytes(Format.RAW))
         self._switching = Switching(
-            self.cache, self._reporter, self._pace, lambda seq, switch: self._emit(seq, switch=switch)
+            self.cache,
+            self._reporter,
+            self._pace,
+            self._repeater,
+            lambda seq, switch: self._emit(seq, switch=switch),
         )
         self._auditor = Auditor(
             self.cache,
@@ -133,6 +144,8 @@ class Engine:
             settings.step_tokens,
             lambda replay, **event: self._emit(replay, **event),
             self._replayed,
+            self._repeater.words,
+            self._context_tokens,
         )
         self._live: dict[str, Sequence] = {}
         self._replays: dict[str, Replay] = {}
@@ -316,17 +329,21 @@ class Engine:
         self._switching.advance()
         began = time.monotonic()
         step = self._scheduler.schedule()
+        for seq in step.preempted:
+            self._repeater.drop(seq)
         for seq in step.stuck:
             self._fail_stuck(seq)
         tokens = 0
         if step.decode:
             self._decode(step.decode)
             tokens = len(step.decode)
+        for seq, count in step.repeat:
+            self._repeat(seq, count)
         for seq, count in step.prefill:
             self._prefill(seq, count)
         if not step.empty:
             self._reporter.stepped(tokens, time.monotonic() - began)
-        worked = not step.empty or bool(step.stuck) or self._replay()
+        worked = not step.empty or bool(step.stuck) or self._replay() or self.sessions.parking
         self._flush()
         return worked
 
@@ -381,8 +398,10 @@ class Engine:
     def _prefill(self, seq: Sequence, count: int) -> None:
         assert seq.cache is not None
         evictor = seq.pipeline.evictor
+        pot = evictor if evictor and evictor.evicts_while_prefilling else None
         all_queries = bool(evictor and evictor.needs_prompt_mass)
         end, rows_end = seq.computed + count, len(seq.token_ids) // BLOCK_TOKENS * BLOCK_TOKENS
+        full = pot is not None and pot.next_eviction(seq.computed) == end
         if all_queries and seq.session and seq.computed < rows_end <= end:
             chunk = seq.token_ids[seq.computed : rows_end]
             logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
@@ -390,19 +409,49 @@ class Engine:
             seq.computed = rows_end
         if seq.computed < end:
             chunk = seq.token_ids[seq.computed : end]
-            logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries)
+            following = seq.token_ids[seq.computed + 1 : end + 1] if pot else ()
+            logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries, following)
             seq.computed = end
+        if full:
+            self._boil_down(seq)
         if seq.to_compute:
-            if not seq.pipeline.is_full:
+            if not (seq.pipeline.moves_nothing or pot):
                 self._memory.evacuate(seq)
             return
         self.cache.publish(seq.cache, seq.token_ids[: seq.computed])
-        if not seq.pipeline.is_full:
+        if not (seq.pipeline.moves_nothing or pot):
             self._memory.evacuate(seq)
+        if self._repeater.begin(seq, seq.pipeline):
+            seq.phase = Phase.REPEAT
+        else:
+            self._begin_decoding(seq)
+        self._take_token(seq, self._sample(logits, [seq])[0])
+
+    def _boil_down(self, seq: Sequence) -> None:
+        """Has an evictor work while the prompt is computed; formats and tiers follow when it is complete."""
+        assert seq.cache is not None
+        stages = Pipeline(tuple(stage for stage in seq.pipeline.stages if isinstance(stage, Evictor)))
+        wanted = stages if seq.pipeline.wants_shadow else stages.without_shadow()
+        try:
+            self.cache.apply(seq.cache, wanted, Occasion.SETTLE)
+        except TierFullError as full:  # it takes more memory until it can be done
+            log.warning("eviction waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
+
+    def _repeat(self, seq: Sequence, count: int) -> None:
+        """Feeds the next tokens of a text that the model repeats; behind a prompt's last ones its pipeline follows."""
+        waits = seq.phase is Phase.REPEAT
+        assert seq.cache is not None
+        if waits and not is_missing(seq.cache, seq.pipeline):  # another pipeline was ordered meanwhile
+            self._repeater.drop(seq)
+        else:
+            self._repeater.step(seq, count)
+        if waits and not seq.to_repeat:
+            self._begin_decoding(seq)
+
+    def _begin_decoding(self, seq: Sequence) -> None:
         seq.phase = Phase.DECODE
         seq.settled = self._try_apply(seq, Occasion.PROMPT)
         self._reporter.changed(seq)
-        self._take_token(seq, self._sample(logits, [seq])[0])
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
         requests = [SampleRequest(seq.sampling, seq.token_ids, seq.generated, seq.top_logprobs) for seq in sequences]
@@ -415,6 +464,8 @@ class Engine:
         seq.first_token_time_s = seq.first_token_time_s or now
         seq.last_token_time_s = now
         self._reporter.chose(seq, choice)
+        if seq.cache:
+            seq.cache.note_surprises(len(seq.token_ids) - 1, [choice.surprise])
         text = ""
         if seq.text and choice.token_id not in seq.stop_token_ids:
             text = seq.text.add(choice.token_id)
@@ -447,6 +498,9 @@ class Engine:
         home = seq.pinned.without_shadow() if seq.pinned and seq.cache.lost else seq.pinned
         if home and seq.pipeline != home and self._roomy(seq):
             self._switching.for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
+        elif not seq.settled and is_missing(seq.cache, seq.pipeline):
+            if not seq.to_repeat:
+                self._repeater.begin(seq, seq.pipeline)
         elif not seq.settled:
             seq.settled = self._try_apply(seq, Occasion.SWITCH)
         elif not seq.pipeline.is_full:
@@ -459,6 +513,10 @@ class Engine:
 
     def _try_apply(self, seq: Sequence, occasion: Occasion) -> bool:
         assert seq.cache is not None
+        if occasion is not Occasion.SETTLE and is_missing(seq.cache, seq.pipeline):
+            write = log.warning if seq.settled else log.debug
+            write("pipeline waits for room to repeat the text", job=seq.job_id, pipeline=seq.pipeline.text)
+            return False
         try:
             self.cache.apply(seq.cache, seq.pipeline, occasion)
             return True
@@ -502,6 +560,7 @@ class Engine:
 
     def _finish(self, seq: Sequence, reason: generation_pb2.FinishReason) -> None:
         self._switching.ended(seq)
+        self._repeater.drop(seq)
         cache_bytes = self._reporter.cache_bytes(seq)
         if seq.cache:
             self.cache.publish(seq.cache, seq.token_ids[: seq.computed])

@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
-from kernels.layout import CacheShape
+from kernels.layout import BLOCK_TOKENS, CacheShape
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import generation_pb2, job_pb2
 from models.scenarios import effective_scenario, fill_objective
+from workers.engine.repeating import Words, refusal
 from workers.engine.replay import SIGNAL_TOKENS, Place, Replay
 from workers.engine.runner import LoadedModel
 from workers.engine.sampler import SamplingParameters
@@ -18,7 +19,7 @@ from workers.engine.text import TextStream
 from workers.errors import INVALID_ARGUMENT, RESOURCE_EXHAUSTED, ProblemError
 from workers.profile.profile import names_of
 from workers.signals import prompt_statistics
-from workers.stages.base import Pipeline
+from workers.stages.base import LossClass, Pipeline
 from workers.stages.registry import build
 
 DEFAULT_MAX_TOKENS = 256
@@ -50,6 +51,7 @@ class Intake:
         self._loaded = loaded
         self._shape = shape
         self._limits = limits
+        self._words = Words.of(loaded)
         self.default_pipeline = default_pipeline
 
     def read(self, job: job_pb2.Job, emitted: Ids[int]) -> Sequence:
@@ -78,6 +80,9 @@ class Intake:
                 f"{wanted}; the context of {self._limits.context_tokens} tokens leaves {room} after the prompt"
             )
         pipeline = self._named_pipeline("pipeline", request.pipeline, violations) if request.pipeline else None
+        in_force = pipeline or self.default_pipeline
+        if reason := refusal(in_force, self._words, len(prompt), self._limits.context_tokens):
+            violations["pipeline"] = reason
         for token_id in request.sampling.stop_token_ids:
             if not 0 <= token_id < self._loaded.vocabulary_size:
                 violations["sampling.stop_token_ids"] = f"{token_id}; ids are below {self._loaded.vocabulary_size}"
@@ -85,7 +90,7 @@ class Intake:
             summary = "; ".join(f"{name}: {description}" for name, description in violations.items())
             raise ProblemError(INVALID_ARGUMENT, summary, violations)
         max_tokens = wanted or min(DEFAULT_MAX_TOKENS, room)
-        self._check_capacity(len(prompt) + max_tokens)
+        self._check_capacity(_held_tokens(in_force, len(prompt) + max_tokens))
         return self._sequence(job, prompt, list(emitted), max_tokens, pipeline)
 
     def read_replay(self, job: job_pb2.Job, measured: int) -> Replay:
@@ -113,6 +118,13 @@ class Intake:
             self._named_pipeline(f"replay.measured_under[{place}]", text, violations)
             for place, text in enumerate(asked.measured_under)
         ] or [Pipeline()] * len(asked.at_tokens)
+        furthest = asked.at_tokens[-1] if asked.at_tokens else 0
+        named = [(f"replay.pipelines[{place}]", pipeline) for place, (_, pipeline) in enumerate(pipelines)]
+        named += [(f"replay.measured_under[{place}]", pipeline) for place, pipeline in enumerate(under)]
+        for field_name, named_pipeline in named:
+            why = named_pipeline and refusal(named_pipeline, self._words, furthest, self._limits.context_tokens)
+            if why:
+                violations[field_name] = why
         if violations:
             summary = "; ".join(f"{name}: {description}" for name, description in violations.items())
             raise ProblemError(INVALID_ARGUMENT, summary, violations)
@@ -203,6 +215,14 @@ class Intake:
             accept_time_s=job.create_time.ToDatetime().timestamp() if job.HasField("create_time") else 0.0,
             prompt=prompt_statistics(prompt, _turns(request)),
         )
+
+
+def _held_tokens(pipeline: Pipeline, tokens: int) -> int:
+    """The most tokens a request of so many holds at once: fewer where it evicts from the first on and for good."""
+    evictor = pipeline.evictor
+    if evictor and evictor.evicts_while_prefilling and pipeline.loss_class is LossClass.PERMANENT:
+        return min(tokens, evictor.next_eviction(0) + BLOCK_TOKENS)
+    return tokens
 
 
 def _turns(request: generation_pb2.GenerateRequest) -> int:

@@ -2,10 +2,11 @@
 
 Sessions between two turns have their rows on the host tier on sufferance: whenever a request wants room there, they go
 to disk, or are dropped, before anything of a running request is touched (``workers/cache/sessions.py``). On the device:
-drop published prefixes that nobody uses; interrupt a replay, or do the rest of a switch that is being prepared at once,
-since it holds blocks twice; without a controller, compress requests whose objective allows it (the static rule); move
-older blocks to the host tier, which changes no logits, as far as there is room; where the host is full too, give up the
-exact copies of requests that are lossy already. Only then does the scheduler preempt.
+copy the rest of a turn that is being parked; drop published prefixes that nobody uses; interrupt a replay, or do the
+rest of a switch that is being prepared at once, since it holds blocks twice; without a controller, compress requests
+whose objective allows it (the static rule); move older blocks to the host tier, which changes no logits, as far as it
+has room; where the host is full too, give up the exact copies of requests that are lossy already. Only then does the
+scheduler preempt.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class EngineMemory:
         """Whether a controller is attached; it then decides on lossy pipelines."""
 
     def free_bytes(self) -> int:
-        """Device bytes free now, unused prefixes counted as free."""
-        return self._cache.device.free_bytes + self._cache.prefixes.unused_bytes()
+        """Device bytes free now, unused prefixes and pools of recalled blocks counted as free."""
+        return self._cache.device.free_bytes + self._cache.prefixes.unused_bytes() + self._cache.pool_bytes()
 
     def watermark_bytes(self) -> int:
         """Device bytes to leave free when a request is admitted."""
@@ -84,7 +85,7 @@ class EngineMemory:
         seq.computed = self._resume(seq, token_ids, with_mass)
         if not (seq.computed or with_mass):
             seq.computed = self._cache.reuse_prefix(seq.cache, token_ids)
-        if seq.computed and not seq.pipeline.is_full:
+        if seq.computed and not seq.pipeline.moves_nothing:
             self.evacuate(seq)
         seq.reused_prompt_tokens = min(seq.computed, seq.prompt_tokens)
 
@@ -138,7 +139,9 @@ class EngineMemory:
 
     def _relieve(self, missing_bytes: int) -> bool:
         """Frees some device memory by the mildest means there is. False: there is none."""
-        if self._cache.prefixes.drop(missing_bytes) or self._interrupt():
+        if self._sessions and self._sessions.conclude():
+            return True
+        if self._cache.prefixes.drop(missing_bytes) or self._interrupt() or self._cache.give_up_pools(missing_bytes):
             return True
         holders = sorted(self._running(), key=self._device_bytes, reverse=True)
         measures = (self._compress, self._move_to_host) if not self.steered else (self._move_to_host,)
@@ -163,14 +166,15 @@ class EngineMemory:
         return self._switch(seq, Pipeline(tuple(stages)), "device tier is full and no controller is attached")
 
     def _move_to_host(self, seq: Sequence) -> bool:
-        if seq.phase is Phase.PREFILL:
+        if seq.phase in (Phase.PREFILL, Phase.REPEAT):
             return self.evacuate(seq)
         if seq.phase is not Phase.DECODE or not seq.cache:
             return False
         placer, codec = seq.pipeline.placer, seq.pipeline.codec
         least = self._cache.device_tokens_at_least(seq.cache, codec.format if codec else Format.RAW)
         recent = max(PRESSURE_RECENT_TOKENS, least)
-        if recent >= (placer.device_tokens() if placer else len(seq.token_ids)):
+        stays = placer.device_tokens() if placer else None
+        if recent >= (len(seq.token_ids) if stays is None else stays):
             return False
         return self._switch(seq, with_host(seq.pipeline, recent), "device tier is full")
 
@@ -187,9 +191,11 @@ def _reusable(seq: Sequence) -> tuple[list[int], bool]:
 
     An evictor goes by the attention of the prompt's last queries. They are computed in any case, or what it keeps would
     depend on what others have published. One that goes by all queries can start from a session's rows alone, which come
-    with what their queries paid.
+    with what their queries paid. One that works while the prompt is computed takes none.
     """
     evictor = seq.pipeline.evictor
+    if evictor and evictor.evicts_while_prefilling:
+        return [], evictor.needs_prompt_mass
     end = len(seq.token_ids) - (OBSERVATION_WINDOW - 1 if evictor else 0)
     return seq.token_ids[: max(0, end)], bool(evictor and evictor.needs_prompt_mass)
 

@@ -26,17 +26,19 @@ from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.engine.repeating import Repetition, Words, is_missing
 from workers.engine.runner import ModelRunner
 from workers.engine.scoring import divergences
 from workers.errors import INTERNAL, RESOURCE_EXHAUSTED
 from workers.signals import SignalMeter, prompt_statistics
-from workers.stages.base import Pipeline
+from workers.stages.base import LossClass, Pipeline
 from workers.stages.registry import loss_class_proto
 
 SIGNAL_TOKENS = 16
 """Tokens decoded before a place to measure the signals: a report interval."""
 SLOTS = 3
-"""Caches a replay holds at once: the text's, one under the pipeline of the signals, one under the pipeline at hand."""
+"""Caches a replay holds at once: the text's, one under the pipeline of the signals, one under the pipeline at hand; or
+the text's and that of what the model is fed again."""
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +97,8 @@ class Replayer:
         step_tokens: tokens of a prompt computed in one piece.
         emit: takes the events.
         ended: told when a replay is over.
+        words: how the model is asked to repeat a text; None where it has no words.
+        context_tokens: longest sequence of the model.
     """
 
     def __init__(
@@ -105,6 +109,8 @@ class Replayer:
         step_tokens: int,
         emit: Emit,
         ended: Callable[[Replay], None],
+        words: Words | None = None,
+        context_tokens: int = 0,
     ) -> None:
         self._cache = cache
         self._runner = runner
@@ -112,6 +118,8 @@ class Replayer:
         self._step_tokens = step_tokens
         self._emit = emit
         self._ended = ended
+        self._words = words
+        self._context_tokens = context_tokens
         self._queue: deque[Replay] = deque()
         self._work: Iterator[None] | None = None
         self._open: list[SequenceCache] = []
@@ -178,6 +186,7 @@ class Replayer:
         base = self._hold(self._cache.open(len(replay.token_ids)))
         while replay.places:
             place = replay.places[0]
+            base.reconstruction = None  # each place stands for a request that is switched there for the first time
             yield from self._compute(replay, base, place.at_token - SIGNAL_TOKENS)
             state = yield from self._watch(replay, base, place)
             horizon = replay.token_ids[place.at_token : place.at_token + replay.horizon_tokens]
@@ -187,6 +196,8 @@ class Replayer:
                 at_token=place.at_token, feature_schema_hash=SCHEMA_HASH, measured_under=place.measured_under.text
             )
             scored = {Pipeline().logits_key: exact}
+            for _, pipeline in replay.pipelines:
+                yield from self._repeat(replay, base, pipeline)
             rows = self._features.rows(state, [text for text, _ in replay.pipelines])
             for (text, pipeline), row in zip(replay.pipelines, rows, strict=True):
                 measured = self._try_pipeline(base, pipeline, horizon, scored)
@@ -205,12 +216,26 @@ class Replayer:
             self._runner.prefill(base, chunk, end, all_queries=replay.needs_prompt_mass)
             yield
 
+    def _repeat(self, replay: Replay, base: SequenceCache, pipeline: Pipeline) -> Iterator[None]:
+        """Has the model repeat the text so far where a pipeline asks for it; forks share what comes of it."""
+        if not is_missing(base, pipeline):
+            return
+        assert self._words is not None
+        work = Repetition(self._cache, self._runner, base, replay.token_ids, self._words, self._context_tokens)
+        try:
+            while work.left:
+                work.step(self._step_tokens)
+                yield
+        finally:
+            work.close()
+
     def _watch(
         self, replay: Replay, base: SequenceCache, place: Place
     ) -> Generator[None, None, policy_pb2.RequestState]:
         """Decodes the text's tokens up to a place, and gives the request's state as a report there would."""
         watched, pipeline, tokens = base, place.measured_under, replay.token_ids
         if not pipeline.is_full:
+            yield from self._repeat(replay, base, pipeline)
             watched = self._hold(self._cache.fork(base))
             self._cache.apply(watched, pipeline, Occasion.SWITCH)
             yield
@@ -219,7 +244,7 @@ class Replayer:
         meter = SignalMeter(tokens[: first + 1])
         self._cache.settle(watched)
         meter.note_votes(self._cache.tables, watched.slot, watched.seen)  # for later ones to be held against
-        audited = pipeline.wants_shadow and _audited(tokens[first : place.at_token])
+        audited = pipeline.loss_class is LossClass.RECOVERABLE and _audited(tokens[first : place.at_token])
         drift: list[torch.Tensor] = []
         for index in range(first, place.at_token):
             for cache in both:

@@ -102,7 +102,7 @@ class Reporter:
         passed = {job_id: seq.generated - self._reported.get(job_id, seq.generated) for job_id, seq in live.items()}
         if any(tokens >= self.interval_tokens for tokens in passed.values()):
             self._news |= {job_id for job_id, tokens in passed.items() if tokens >= max(1, self.interval_tokens // 2)}
-        if not self._news and not self._ended:
+        if not self._news and not self._ended and not (self.sessions and self.sessions.has_news()):
             return None
         self._sequence_number += 1
         report = policy_pb2.Report(

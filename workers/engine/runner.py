@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from workers.engine.attention import (
     cache_shape,
     check_servable,
 )
+from workers.engine.guessing import QueryGuesser
 from workers.engine.scoring import Context, ScoringAttention
 from workers.profile.files import load_if_there
 from workers.profile.profile import ModelProfile
@@ -94,6 +96,7 @@ class ModelRunner:
         self._model = loaded.model
         self._cache = cache
         self._device = next(loaded.model.parameters()).device
+        self._guesser = QueryGuesser(loaded.model)
 
     @torch.inference_mode()
     def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> tuple[torch.Tensor, DecodePlan]:
@@ -108,8 +111,10 @@ class ModelRunner:
         reading = self._cache.reading(sequences)
         slots = np.array([seq.slot for seq in sequences], np.int32)
         plan = self._cache.backend.plan(slots, changing=bool(reading))
-        attend = DecodeAttention(self._cache, plan, reading)
-        logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
+        guesser = self._guesser if reading.guesses else None
+        attend = DecodeAttention(self._cache, plan, reading, guesser.next_queries if guesser else None)
+        with guesser.watching() if guesser else contextlib.nullcontext():
+            logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
         reading.finish(plan)
         queries = attend.queries()
@@ -119,7 +124,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(
-        self, seq: SequenceCache, token_ids: Sequence[int], prompt_tokens: int, all_queries: bool
+        self,
+        seq: SequenceCache,
+        token_ids: Sequence[int],
+        prompt_tokens: int,
+        all_queries: bool,
+        following: Sequence[int] = (),
     ) -> torch.Tensor:
         """The next chunk of a prompt, whose memory is reserved.
 
@@ -128,6 +138,8 @@ class ModelRunner:
             token_ids: the chunk.
             prompt_tokens: length of the whole prompt.
             all_queries: whether masses count every query.
+            following: the tokens behind each of the chunk's (behind the prompt's last one none is known), whose
+                surprises are to be noted; empty: of none. Takes the logits of the whole chunk.
 
         Returns:
             Logits [1, vocabulary] behind the chunk's last token.
@@ -138,13 +150,21 @@ class ModelRunner:
             heads = (self._cache.shape.layers, self._cache.shape.kv_heads)
             seq.prompt_votes = np.zeros((*heads, prompt_tokens), np.float32)
         attend = PromptAttention(self._cache, seq.slot, self._cache.context(seq), start, seq.prompt_votes, all_queries)
-        logits = self._forward([list(token_ids)], [list(range(start, end))], attend)
+        keep = len(token_ids) if following else 1
+        logits = self._run([list(token_ids)], [list(range(start, end))], attend, keep)[0]
+        if following:
+            behind = torch.tensor(following, device=logits.device)
+            expected = logits[: len(following)].float()
+            surprises = expected.logsumexp(dim=-1) - expected.gather(1, behind[:, None])[:, 0]
+            seq.note_surprises(start + 1, surprises.tolist())
         queries = attend.queries()
         self._cache.recent.note(seq.slot, end - queries.shape[2], queries)
         if end == prompt_tokens:
-            self._cache.tables.votes[seq.slot, :, :, :end] = seq.prompt_votes
+            tables, kept = self._cache.tables, int(self._cache.tables.length[seq.slot].max())
+            position = tables.position[seq.slot, :, :, :kept]
+            tables.votes[seq.slot, :, :, :kept] = np.take_along_axis(seq.prompt_votes, position, axis=2)
             seq.prompt_votes = None
-        return logits
+        return logits[-1:]
 
     @torch.inference_mode()
     def score(self, context: Context, start: int, token_ids: Sequence[int]) -> torch.Tensor:
@@ -156,7 +176,23 @@ class ModelRunner:
             Logits [len(token_ids), vocabulary]; row i is the distribution of the token behind token i.
         """
         positions = list(range(start, start + len(token_ids)))
-        return self._run([list(token_ids)], [positions], ScoringAttention(context), keep=len(token_ids))[0]
+        guesser = self._guesser if context.selective and context.selective.stage.guesses else None
+        with guesser.watching() if guesser else contextlib.nullcontext():
+            attend = ScoringAttention(context, guesser)
+            return self._run([list(token_ids)], [positions], attend, keep=len(token_ids))[0]
+
+    @torch.inference_mode()
+    def ask(self, seq: SequenceCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
+        """Queries [layers, query_heads, N, D] of tokens behind what a request keeps; nothing is written."""
+        attend = ScoringAttention(self._cache.context(seq))
+        self._forward([list(token_ids)], [list(range(start, start + len(token_ids)))], attend)
+        return torch.stack(attend.queries)
+
+    @torch.inference_mode()
+    def attend(self, attend: Attend, start: int, token_ids: Sequence[int]) -> None:
+        """Runs tokens at positions from ``start`` on for what their attention does; what is expected behind them is
+        not asked."""
+        self._forward([list(token_ids)], [list(range(start, start + len(token_ids)))], attend)
 
     def _forward(self, token_ids: list[list[int]], positions: list[list[int]], attend: Attend) -> torch.Tensor:
         return self._run(token_ids, positions, attend, keep=1)[:, -1]

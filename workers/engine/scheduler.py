@@ -1,6 +1,7 @@
 """Which requests take part in the next step: pure bookkeeping, no tensors.
 
-A step serves every decoding request with one token, then fills what is left of the token budget with prompt chunks.
+A step serves every decoding request with one token, then fills what is left of the token budget: with tokens that one
+request has repeated for its evictor (before prompts, which would put them off for ever), then with prompt chunks.
 Memory is taken block by block as tokens come; admission leaves a watermark free so that running requests can grow.
 """
 
@@ -48,6 +49,8 @@ class Step:
     decode: list[Sequence] = field(default_factory=list)
     prefill: list[tuple[Sequence, int]] = field(default_factory=list)
     """Requests with the number of their tokens to compute now."""
+    repeat: list[tuple[Sequence, int]] = field(default_factory=list)
+    """The request whose text is repeated, with the number of tokens to feed again now."""
     preempted: list[Sequence] = field(default_factory=list)
     """Requests that lost their memory to others."""
     stuck: list[Sequence] = field(default_factory=list)
@@ -56,7 +59,7 @@ class Step:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return not (self.decode or self.prefill)
+        return not (self.decode or self.prefill or self.repeat)
 
 
 class Scheduler:
@@ -103,6 +106,9 @@ class Scheduler:
                 step.decode.append(seq)
         step.decode = [seq for seq in step.decode if seq.phase is Phase.DECODE]  # a later one may have preempted it
         budget = self._step_tokens - len(step.decode)
+        for seq in [seq for seq in self.running if seq.to_repeat][:1]:  # one at a time: each holds memory for it
+            step.repeat.append((seq, min(seq.to_repeat, budget, self._chunk_tokens)))
+            budget -= step.repeat[-1][1]
         for seq in [seq for seq in self.running if seq.phase is Phase.PREFILL]:
             if budget > 0 and seq.phase is Phase.PREFILL:
                 budget -= self._prefill(seq, budget, step)
@@ -117,6 +123,7 @@ class Scheduler:
         self._short_of_memory |= bool(step.preempted)
         step.decode = [seq for seq in step.decode if seq.phase is Phase.DECODE]
         step.prefill = [(seq, tokens) for seq, tokens in step.prefill if seq.phase is Phase.PREFILL]
+        step.repeat = [(seq, tokens) for seq, tokens in step.repeat if seq.to_repeat]
         return step
 
     def _admissible(self) -> bool:
@@ -131,7 +138,7 @@ class Scheduler:
         return not self._short_of_memory
 
     def _prefill(self, seq: Sequence, budget: int, step: Step) -> int:
-        tokens = min(seq.to_compute, budget, self._chunk_tokens)
+        tokens = min(seq.next_chunk, budget, self._chunk_tokens)
         if not self._grow(seq, tokens, step):
             return 0
         step.prefill.append((seq, tokens))
@@ -158,5 +165,5 @@ class Scheduler:
         self.running.remove(seq)
         self.waiting.appendleft(seq)
         seq.phase = Phase.WAITING
-        seq.computed = 0
+        seq.computed = seq.to_repeat = 0
         seq.preemptions += 1

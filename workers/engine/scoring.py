@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.api import I32
+from workers.cache.recall import SelectiveReader
 from workers.engine.attention import causal
+from workers.engine.guessing import QueryGuesser
 
 
 class Context(Protocol):
@@ -19,6 +21,10 @@ class Context(Protocol):
     """Of the longest table."""
     length: I32
     """[layers, kv_heads] tokens there are."""
+    position: I32
+    """[layers, kv_heads, tokens] original positions; not defined beyond ``length``."""
+    selective: SelectiveReader | None
+    """What says which of them a query reads; None: all."""
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each [kv_heads, tokens, head_dim]; not defined beyond ``length``."""
@@ -30,20 +36,35 @@ class ScoringAttention:
 
     Args:
         context: what the request keeps.
+        guesser: where what is read goes by guessed queries: who guesses them.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, guesser: QueryGuesser | None = None) -> None:
         self._context = context
+        self.queries: list[torch.Tensor] = []
+        """Those of each layer that has attended, [query_heads, S, D]."""
+        self._guesser = guesser
+        self._guess: torch.Tensor | None = None  # of the next layer's queries
         self._mask: torch.Tensor | None = None  # of all layers, where every table is of one length
         self._uneven = bool((context.length != context.tokens).any())
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """See :class:`Attend`; B is 1, S the number of tokens."""
+        self.queries.append(q[0])
         before = self._context.read(layer)
         k, v = (torch.cat([old[None], new], dim=2) for old, new in zip(before, (k, v), strict=True))
         if self._mask is None or self._uneven:
             self._mask = self._seen(layer, q)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, scale=scaling, enable_gqa=True)
+        mask = self._mask
+        if self._context.selective:
+            asked: torch.Tensor | None = q[0]
+            if self._guesser:
+                ahead = self._guesser.next_queries(layer)
+                asked, self._guess = self._guess, ahead[0] if ahead is not None else None
+            read = self._context.selective.visible(layer, asked, k[0], scaling)
+            if read is not None:
+                mask = mask & read.repeat_interleave(q.shape[1] // len(read), dim=0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2)
 
     def _seen(self, layer: int, q: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ class Phase(Enum):
 
     WAITING = "waiting"
     PREFILL = "prefill"
+    REPEAT = "repeat"
+    """The prompt is computed; before its pipeline takes effect the model repeats it."""
     DECODE = "decode"
     FINISHED = "finished"
 
@@ -55,6 +57,8 @@ class Sequence:
     settled: bool = True
     """Whether its blocks are where ``pipeline`` wants them; False after a tier had no room, until it has."""
     cache: SequenceCache | None = None
+    to_repeat: int = 0
+    """Tokens the model has yet to be fed again for its pipeline's evictor, or for that of a switch to come."""
     epoch: int = 0
     reused_prompt_tokens: int = 0
     preemptions: int = 0
@@ -79,6 +83,14 @@ class Sequence:
     def to_compute(self) -> int:
         """Tokens whose keys and values are missing."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def next_chunk(self) -> int:
+        """Tokens of the prompt that may be computed in one go: those up to the next eviction, if there is one."""
+        evictor = self.pipeline.evictor
+        if evictor and evictor.evicts_while_prefilling:
+            return min(self.to_compute, evictor.next_eviction(self.computed) - self.computed)
+        return self.to_compute
 
     @property
     def most_tokens(self) -> int:

@@ -8,6 +8,8 @@ keeps its pipeline and epoch, and nothing is lost if the preparation ends otherw
 - a deadline_token that passes before the commit refuses it with DEADLINE_EXCEEDED: the work done so far is given up;
 - a request that ends takes it along (NOT_FOUND); one that loses its memory begins again with the new pipeline, as one
   does whose prompt is not complete;
+- where the evictor asks for a text that the model has repeated (``repeating.py``), that comes first, in pieces of the
+  step's token budget; without room for it the directive is refused with RESOURCE_EXHAUSTED;
 - where a tier has no room beside the blocks in force, or where others need memory, the rest is done at once, on the
   memory that it gives back; where even that does not fit, it is refused with RESOURCE_EXHAUSTED.
 
@@ -28,6 +30,7 @@ from kvpilot.v1 import common_pb2, policy_pb2
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.engine.pace import Pace
+from workers.engine.repeating import Repeater, is_behind, is_missing
 from workers.engine.reports import Reporter
 from workers.engine.sequence import Phase, Sequence
 from workers.errors import (
@@ -55,6 +58,8 @@ class Order:
     answer: Future[policy_pb2.Ack]
     before: common_pb2.CacheBytes
     slices: int = 0
+    repeated: int = -1
+    """Tokens whose reconstruction was there when the model was last asked to repeat the text."""
     pause_ms: float = 0.0
     """What it has delayed the next step by."""
     longest_pause_ms: float = 0.0
@@ -72,15 +77,22 @@ class Switching:
         cache: the worker's cache.
         reporter: is told each change.
         pace: how much may be done between two steps.
+        repeater: has the model repeat texts for evictors that ask for it.
         emit: sends a request's client an event.
     """
 
     def __init__(
-        self, cache: KVCache, reporter: Reporter, pace: Pace, emit: Callable[[Sequence, common_pb2.Switch], None]
+        self,
+        cache: KVCache,
+        reporter: Reporter,
+        pace: Pace,
+        repeater: Repeater,
+        emit: Callable[[Sequence, common_pb2.Switch], None],
     ) -> None:
         self._cache = cache
         self._reporter = reporter
         self._pace = pace
+        self._repeater = repeater
         self._emit = emit
         self._orders: dict[str, Order] = {}  # by job, in the order in which they came; the first is being prepared
 
@@ -106,7 +118,7 @@ class Switching:
         if older:
             why = f"superseded by epoch {directive.epoch} while it was prepared"
             self._fail(older, ProblemError(FAILED_PRECONDITION, why))
-        if seq.phase is Phase.DECODE and not self._fits(order):
+        if seq.phase is Phase.DECODE and (self._is_behind(order) or not self._fits(order)):
             self._orders[seq.job_id] = order
         else:
             self._conclude(order)
@@ -124,7 +136,28 @@ class Switching:
                 FAILED_PRECONDITION,
                 f"{pipeline.text!r} is {pipeline.loss_class.name.lower()}; this request is exact only",
             )
+        if reason := self._repeater.refusal(pipeline, len(seq.token_ids)):
+            raise ProblemError(FAILED_PRECONDITION, reason)
         return pipeline
+
+    def _is_behind(self, order: Order) -> bool:
+        """Whether the model must repeat the request's text, or what came since it did, before the switch."""
+        return order.seq.cache is not None and is_behind(order.seq.cache, order.pipeline)
+
+    def _repeat(self, order: Order) -> None:
+        """Has the text repeated, over the next steps; later again what came meanwhile, if it is much."""
+        cache = order.seq.cache
+        assert cache is not None
+        known = 0 if cache.reconstruction is None else cache.reconstruction.shape[2]
+        if known == order.repeated or not self._repeater.begin(order.seq, order.pipeline):
+            raise self._no_room_to_repeat(order)
+        order.repeated = known
+
+    def _no_room_to_repeat(self, order: Order) -> ProblemError:
+        tokens = len(order.seq.token_ids)
+        return ProblemError(
+            RESOURCE_EXHAUSTED, f"no room to have {tokens} tokens repeated, which {order.pipeline.text!r} asks for"
+        )
 
     def _fits(self, order: Order) -> bool:
         """Whether an order can be carried out before the next step."""
@@ -155,6 +188,12 @@ class Switching:
         cache = order.seq.cache
         assert cache is not None
         _check_deadline(order.directive, order.seq)
+        if order.seq.to_repeat:
+            return True
+        if self._is_behind(order):
+            self._repeat(order)
+            return True
+        order.longest_pause_ms = max(order.longest_pause_ms, self._repeater.take_pause_ms(order.seq))
         began = time.monotonic()
         self._cache.begin(cache, order.pipeline)
         planned = time.monotonic()
@@ -191,7 +230,11 @@ class Switching:
     # -- switches ------------------------------------------------------------------------------------------------------
 
     def for_pressure(self, seq: Sequence, pipeline: Pipeline, reason: str) -> bool:
-        """Moves a decoding request to another pipeline, now, by the worker's own rule. False: there is no room."""
+        """Moves a decoding request to another pipeline, now, by the worker's own rule. False: there is no room, or the
+        model would first have to repeat its text."""
+        assert seq.cache is not None
+        if is_missing(seq.cache, pipeline):
+            return False
         before = self._reporter.cache_bytes(seq)
         try:
             self._apply(seq, pipeline, reason, common_pb2.ORDERER_WORKER, before)
@@ -205,6 +248,8 @@ class Switching:
         self._orders.pop(seq.job_id, None)
         orderer = directive.ordered_by or common_pb2.ORDERER_CONTROLLER
         try:
+            if seq.phase is Phase.DECODE and self._is_behind(order):  # others need the memory that it takes
+                raise self._no_room_to_repeat(order)
             if seq.phase is Phase.DECODE:
                 switch = self._apply(seq, order.pipeline, directive.reason, orderer, order.before, order)
             else:
@@ -224,6 +269,7 @@ class Switching:
     def _fail(self, order: Order, error: Exception) -> None:
         """Answers an order with an error: what was prepared is given back, the request keeps its pipeline."""
         self._orders.pop(order.seq.job_id, None)
+        self._repeater.drop(order.seq)
         if order.seq.cache:
             self._cache.abandon(order.seq.cache)
         order.answer.set_exception(error)

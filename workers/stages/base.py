@@ -58,6 +58,11 @@ class LayerView:
     """The last queries, at most so many: [query heads, n, D] and their positions [n], rising. There are 1 to 32."""
     profile: LayerProfile | None = None
     """What the model's profile says of this layer. It is there, with all that the stage ``needs``, if that is any."""
+    reconstruction: torch.Tensor | None = None
+    """float32 [H, T] the most attention each token received while the model repeated the text; 1, the most there can
+    be, for tokens that came later. None where it was not made: it is for evictors that say they need it."""
+    novelty: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    """float32 [H, T] surprise -log p (nats) of each token when it came; NaN where it was not noted."""
 
     def attention(self, last: int) -> torch.Tensor:
         """What the last queries, at most ``last``, pay to the tokens that are kept now: float32 [H, G, n, T].
@@ -189,9 +194,22 @@ class Evictor(Lossy):
     evicts_while_decoding: ClassVar[bool] = True
     needs_prompt_mass: ClassVar[bool] = False
     """Whether the masses must count every query of the prompt (slower prefill, no prefix reuse)."""
+    needs_reconstruction: ClassVar[bool] = False
+    """Whether the model must have repeated the text before (``LayerView.reconstruction``): a pass that takes as long as
+    the prompt, or longer."""
+    evicts_while_prefilling: ClassVar[bool] = False
+    """Whether it is called while the prompt is computed too, at each :meth:`next_eviction` (no prefix reuse). Its
+    ``LayerView.queries`` are those of a catalyst prompt where the model has words for one."""
+
+    merges: ClassVar[bool] = False
+    """Whether what it evicts is merged into what stays, by :meth:`merge`."""
 
     def budget(self, seen: int) -> int:
         """Tokens each head keeps out of ``seen``."""
+        raise NotImplementedError
+
+    def next_eviction(self, seen: int) -> int:
+        """If it ``evicts_while_prefilling``: after how many tokens, more than ``seen``, that is; whole blocks."""
         raise NotImplementedError
 
     def protected(self, seen: int) -> tuple[int, int]:
@@ -203,6 +221,22 @@ class Evictor(Lossy):
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """Importance of each token, float [H, T]; higher stays."""
+        raise NotImplementedError
+
+    def merge(
+        self, layer: LayerView, evicted: torch.Tensor, into: torch.Tensor, threshold: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """If it ``merges``: what the tokens that stay hold from now on.
+
+        Args:
+            layer: its tokens, those that go included.
+            evicted: bool [H, T] those that go now.
+            into: bool [H, T] those that stay and may change; no others' results are looked at.
+            threshold: float32 [H] what it returned at the request's last eviction; NaN at the first one.
+
+        Returns:
+            K and V, each float32 [H, T, D], and what it is to be given next time, float32 [H].
+        """
         raise NotImplementedError
 
     @property
@@ -330,17 +364,19 @@ class Coded(Codec):
 
 @dataclass(frozen=True)
 class Placer(Stage):
-    """Chooses which blocks live on the host tier."""
+    """Chooses which blocks live on the host tier, and maybe which ones a query reads (``workers.stages.selecting``)."""
 
     kind: ClassVar[Kind] = Kind.OFFLOAD
+    selects: ClassVar[bool] = False
+    """Whether queries read only some blocks."""
 
     @property
     def loss_class(self) -> LossClass:
-        """Exact: what is moved is read as it was."""
-        return LossClass.EXACT
+        """Exact: what is moved is read as it was. One that selects is recoverable: what a query skips stays."""
+        return LossClass.RECOVERABLE if self.selects else LossClass.EXACT
 
-    def device_tokens(self) -> int:
-        """How many of a head's last tokens stay on the device; blocks wholly older go to the host."""
+    def device_tokens(self) -> int | None:
+        """How many of a head's last tokens stay on the device; blocks wholly older go to the host. None: all stay."""
         raise NotImplementedError
 
 
@@ -402,8 +438,18 @@ class Pipeline:
 
     @property
     def wants_shadow(self) -> bool:
-        """Whether what it loses is to be kept exactly on the host tier."""
-        return self.loss_class is LossClass.RECOVERABLE
+        """Whether what it loses is to be kept exactly on the host tier. What is only not read is not lost."""
+        return self.loss_class is LossClass.RECOVERABLE and any(isinstance(stage, Lossy) for stage in self.stages)
+
+    @property
+    def selects(self) -> bool:
+        """Whether queries read only some blocks."""
+        return self.placer is not None and self.placer.selects
+
+    @property
+    def moves_nothing(self) -> bool:
+        """Whether every block stays raw on the device, read or not."""
+        return not (self.evictor or self.codec or (self.placer and self.placer.device_tokens() is not None))
 
     def without_shadow(self) -> Pipeline:
         """The same without an exact copy of what it loses."""

@@ -32,8 +32,11 @@ from workers.stages.evict.dilated import Dilated
 from workers.stages.evict.expected_attention import ExpectedAttention
 from workers.stages.evict.h2o import H2O
 from workers.stages.evict.hashevict import HashEvict
+from workers.stages.evict.infinipot import InfiniPot
 from workers.stages.evict.keydiff import KeyDiff
 from workers.stages.evict.knorm import KNorm
+from workers.stages.evict.kvzip import KVzip
+from workers.stages.evict.merge import Merge
 from workers.stages.evict.morphkv import MorphKV
 from workers.stages.evict.nacl import NaCL
 from workers.stages.evict.rkv import RKV
@@ -41,7 +44,12 @@ from workers.stages.evict.scissorhands import Scissorhands
 from workers.stages.evict.snapkv import SnapKV
 from workers.stages.evict.tova import Tova
 from workers.stages.evict.window import Window
+from workers.stages.offload.arkvale import ArkVale
+from workers.stages.offload.clo import CLO
+from workers.stages.offload.conversation import Conversation
 from workers.stages.offload.host import Host
+from workers.stages.offload.infinigen import InfiniGen
+from workers.stages.offload.quest import Quest
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
@@ -53,6 +61,9 @@ BUILT_IN: tuple[type[Stage], ...] = (
     SnapKV,
     KeyDiff,
     KNorm,
+    KVzip,
+    InfiniPot,
+    Merge,
     NaCL,
     HashEvict,
     MorphKV,
@@ -68,6 +79,11 @@ BUILT_IN: tuple[type[Stage], ...] = (
     LowRank,
     KVQuant,
     Host,
+    Quest,
+    ArkVale,
+    InfiniGen,
+    CLO,
+    Conversation,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
