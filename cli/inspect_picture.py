@@ -12,15 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from cli.inspect_run import Inspection
-from kernels.layout import Format, Tier
+from kernels.layout import BlockFormat, Format, Tier
 
-COLOURS = {
+COLOURS: dict[BlockFormat, str] = {
     Format.RAW: "#0072B2",
     Format.INT8: "#E69F00",
     Format.INT4: "#009E73",
     Format.INT2: "#CC79A7",
     Format.FP8: "#56B4E9",
 }
+OWN_FORMAT = "#F0E442"
+"""Of blocks in codecs' own formats."""
 GREY, RED = "#666666", "#D55E00"
 HOST_BRIGHTNESS = 0.5
 BRIGHTNESS = {Tier.DEVICE: 1.0, Tier.HOST: HOST_BRIGHTNESS, Tier.DISK: 0.25}
@@ -67,8 +69,8 @@ def image(found: Inspection) -> npt.NDArray[np.float64]:
     return pixels
 
 
-def colour(fmt: Format, tier: Tier) -> tuple[float, float, float]:
+def colour(fmt: BlockFormat, tier: Tier) -> tuple[float, float, float]:
     """Red, green and blue from 0 to 1: the hue says the format, the shade the tier."""
     brightness = BRIGHTNESS[tier]
-    red, green, blue = to_rgb(COLOURS[fmt])
+    red, green, blue = to_rgb(COLOURS.get(fmt, OWN_FORMAT))
     return brightness * red, brightness * green, brightness * blue

@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 
 from kernels.api import F32, I32
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import page_blocks
 from workers.cache.arrangement import Mask, blocks_of, tokens_of
 from workers.cache.disk import DiskStore
+from workers.cache.formats import format_of, formats
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.catalyst import catalyst
@@ -38,7 +39,7 @@ _SPARE_ROWS = 16
 class Block:
     """A block of a table. It holds the tokens at ``position`` [up to 32]."""
 
-    format: Format
+    format: BlockFormat
     tier: Tier
     position: I32
 
@@ -47,7 +48,7 @@ class Block:
 class Kind:
     """All of a request's blocks of one format on one tier."""
 
-    format: Format
+    format: BlockFormat
     tier: Tier
     blocks: int
     tokens: int
@@ -131,7 +132,7 @@ class Inspection:
         return tuple(
             Kind(fmt, tier, len(alike), sum(len(block.position) for block in alike))
             for tier in Tier
-            for fmt in Format
+            for fmt in formats()
             if (alike := [block for block in blocks if (block.format, block.tier) == (fmt, tier)])
         )
 
@@ -333,7 +334,7 @@ def read_heads(cache: KVCache, seq: SequenceCache, scores: dict[int, tuple[Score
                 head,
                 tuple(
                     Block(
-                        Format(int(blocks.format[layer, head, index])),
+                        format_of(int(blocks.format[layer, head, index])),
                         Tier(int(blocks.tier[layer, head, index])),
                         _positions(tokens.position[layer, head], tokens.valid[layer, head], int(index)),
                     )

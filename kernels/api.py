@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, BlockFormat, CacheShape, Format, Tier
 from kernels.partials import Partial
 
 I32 = npt.NDArray[np.int32]
@@ -150,6 +150,7 @@ class Backend(Protocol):
         v: torch.Tensor,
         scaling: float,
         partials: Sequence[Partial] = (),
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Writes the step's K and V to each row's tail block, then attends over all kept tokens of the row's slot.
 
@@ -159,6 +160,8 @@ class Backend(Protocol):
             scaling: factor on the scores.
             partials: what the same queries found elsewhere, on any device. The output is that over everything; masses,
                 votes and block masses are shares of everything too, and sum to less than 1 a query by what is in here.
+            lse: float32 [R, query_heads] on q's device; receives the natural log of the sum of exp(score) over
+                everything, from which who made a partial result knows the shares of its tokens.
 
         Returns:
             [R, query_heads, D] in q's dtype. Also fills ``plan.block_mass[layer]`` and adds to the tables' masses and
@@ -223,6 +226,6 @@ class Backend(Protocol):
         """Unpacks built or packed blocks uint8 [N, block_bytes] to unit offsets ``address`` [N] of a tier's arena."""
         ...
 
-    def load(self, tier: int, address: I32, fmt: Format) -> torch.Tensor:
+    def load(self, tier: int, address: I32, fmt: BlockFormat) -> torch.Tensor:
         """Packs blocks of a tier's arena into one piece, for a single large copy: uint8 [N, block_bytes(fmt)]."""
         ...

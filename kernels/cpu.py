@@ -15,9 +15,10 @@ from kernels.checks import check_arenas, check_attend, check_decode, check_plan,
 from kernels.cpu_attend import attend
 from kernels.cpu_attend_block import SPLIT_BLOCKS, SPLIT_TOKENS
 from kernels.cpu_convert import encode_blocks, load_blocks, read_tokens, store_blocks, write_tokens
+from kernels.cpu_levels import attend_levels
 from kernels.cpu_threads import team
 from kernels.cpu_tiles import CHANNELS
-from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, BlockFormat, CacheShape, Format, Tier
 from kernels.partials import LOG2_E, Partial, stack
 
 I64 = npt.NDArray[np.int64]
@@ -65,6 +66,9 @@ class CpuBackend:
         backend.read(source)
         backend.store(0, source.address[0, :1], backend.encode(source, Format.RAW))
         backend.load(0, source.address[0, :1], Format.RAW)
+        block = np.zeros(UNIT_BYTES, np.uint8)
+        query, pairs, first = np.zeros((1, 1, 2), np.float32), np.zeros(256, np.uint64), np.zeros(1, np.int64)
+        attend_levels(team(), block.ctypes.data + first, first, 4, query, pairs)
 
     def plan(
         self, slots: I32, tiers: Collection[Tier] = MEMORY_TIERS, *, appends: bool = True, changing: bool = False
@@ -103,11 +107,12 @@ class CpuBackend:
         v: torch.Tensor,
         scaling: float,
         partials: Sequence[Partial] = (),
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``kernels.api.Backend.decode``."""
         check_decode(plan, q, partials)
-        output, lse = torch.empty(q.shape), np.empty(q.shape[:2], np.float32)
-        self._attend(plan, layer, q, self._bytes(k), self._bytes(v), scaling, partials, output, lse)
+        output, sums = torch.empty(q.shape), np.empty(q.shape[:2], np.float32) if lse is None else lse.numpy()
+        self._attend(plan, layer, q, self._bytes(k), self._bytes(v), scaling, partials, output, sums)
         return output.to(q.dtype)
 
     def attend(self, plan: DecodePlan, layer: int, q: torch.Tensor, scaling: float) -> Partial:
@@ -213,7 +218,7 @@ class CpuBackend:
             team(), int(self._bases[tier]), np.require(address, np.int32, ["C", "W"]), blocks.contiguous().numpy()
         )
 
-    def load(self, tier: int, address: I32, fmt: Format) -> torch.Tensor:
+    def load(self, tier: int, address: I32, fmt: BlockFormat) -> torch.Tensor:
         """See ``kernels.api.Backend.load``."""
         blocks = torch.empty((len(address), self.shape.block_bytes(fmt)), dtype=torch.uint8)
         load_blocks(team(), int(self._bases[tier]), np.require(address, np.int32, ["C", "W"]), blocks.numpy())

@@ -27,7 +27,7 @@ filled; the tail block of every table is raw.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -61,6 +61,17 @@ class Format(IntEnum):
         return self in (Format.INT8, Format.INT4, Format.INT2)
 
 
+class ForeignFormat(int):
+    """A format that kernels do not read. Its number is ``len(Format)`` or more; who defines it knows what it takes."""
+
+    name: str
+
+    def payload_bytes(self, shape: CacheShape) -> int:
+        """Bytes of a block's contents."""
+        raise NotImplementedError
+
+
+BlockFormat = Format | ForeignFormat
 _CODE_BITS = {Format.INT8: 8, Format.INT4: 4, Format.INT2: 2, Format.FP8: 8}
 
 
@@ -108,8 +119,10 @@ class CacheShape:
         """Size of the query group that reads one KV head."""
         return self.query_heads // self.kv_heads
 
-    def payload_bytes(self, fmt: Format) -> int:
+    def payload_bytes(self, fmt: BlockFormat) -> int:
         """Bytes of a block's contents, before rounding up to whole units."""
+        if isinstance(fmt, ForeignFormat):
+            return fmt.payload_bytes(self)
         d, g = self.head_dim, self.value_groups
         if fmt is Format.RAW:
             return 2 * BLOCK_TOKENS * d * self.dtype.itemsize
@@ -120,16 +133,14 @@ class CacheShape:
         """Bytes of one token's codes of keys, or of values."""
         return math.ceil(self.head_dim * fmt.bits / 8)
 
-    def block_units(self, fmt: Format) -> int:
+    def block_units(self, fmt: BlockFormat) -> int:
         """Units of 256 bytes that a block takes in an arena."""
         return math.ceil(self.payload_bytes(fmt) / UNIT_BYTES)
 
-    def block_bytes(self, fmt: Format) -> int:
+    def block_bytes(self, fmt: BlockFormat) -> int:
         """Bytes that a block takes in an arena."""
         return self.block_units(fmt) * UNIT_BYTES
 
-    def block_bytes_16bit(self, fmt: Format) -> int:
-        """``block_bytes`` as it would be if raw blocks held a 16-bit dtype."""
-        if fmt is not Format.RAW or self.dtype.itemsize == 2:
-            return self.block_bytes(fmt)
-        return math.ceil(self.payload_bytes(fmt) / 2 / UNIT_BYTES) * UNIT_BYTES
+    def block_bytes_16bit(self, fmt: BlockFormat) -> int:
+        """``block_bytes`` as it would be if the model's dtype had 16 bits."""
+        return (self if self.dtype.itemsize == 2 else replace(self, dtype=torch.bfloat16)).block_bytes(fmt)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from kernels.api import F32, I32, VOTE_DECAY, DecodePlan, Tables, TokenSource
 from kernels.checks import check_arenas, check_attend, check_decode, check_plan, check_write
-from kernels.layout import BLOCK_TOKENS, GROUP, MEMORY_TIERS, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, GROUP, MEMORY_TIERS, UNIT_BYTES, BlockFormat, CacheShape, Format, Tier
 from kernels.partials import Partial, merge, stack, weights
 
 Mask = npt.NDArray[np.bool_]
@@ -59,6 +59,7 @@ class ReferenceBackend:
         v: torch.Tensor,
         scaling: float,
         partials: Sequence[Partial] = (),
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``kernels.api.Backend.decode``."""
         check_decode(plan, q, partials)
@@ -74,7 +75,10 @@ class ReferenceBackend:
             parts = [here, *(Partial(part.output[row, None], part.lse[row, None]) for part in partials)]
             of_here = weights(stack(parts, q.device)[1])[0].view(self.shape.kv_heads, -1, 1)  # [H, G, 1]
             self._add_masses(plan, layer, row, (shares * of_here).sum(1).cpu().numpy())
-            outputs.append(merge(parts).output)
+            merged = merge(parts)
+            outputs.append(merged.output)
+            if lse is not None:
+                lse[row] = merged.lse[0]
         return torch.cat(outputs).to(q.dtype)
 
     def attend(self, plan: DecodePlan, layer: int, q: torch.Tensor, scaling: float) -> Partial:
@@ -166,7 +170,7 @@ class ReferenceBackend:
         )  # [N, units, 256]
         arena[self._units(address, units.shape[1], arena.device)] = units
 
-    def load(self, tier: int, address: I32, fmt: Format) -> torch.Tensor:
+    def load(self, tier: int, address: I32, fmt: BlockFormat) -> torch.Tensor:
         """See ``kernels.api.Backend.load``."""
         arena = self.arenas[tier].view(-1, UNIT_BYTES)
         units = arena[self._units(address, self.shape.block_units(fmt), arena.device)]  # [N, units, 256]

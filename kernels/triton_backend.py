@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.api import I32, VOTE_DECAY, DecodePlan, Tables, TokenSource
 from kernels.checks import check_arenas, check_attend, check_decode, check_plan, check_write
-from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, BlockFormat, CacheShape, Format, Tier
 from kernels.partials import LOG2_E, Partial, stack
 from kernels.triton_attend import attend_splits, merge_splits
 from kernels.triton_convert import COPY_WORDS, copy_blocks, encode_blocks, read_tokens, write_tokens
@@ -123,6 +123,7 @@ class TritonBackend:
         v: torch.Tensor,
         scaling: float,
         partials: Sequence[Partial] = (),
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``kernels.api.Backend.decode``. Only launches; q, k and v may have rows beyond the plan's, up to its
         bucket's, as a captured graph needs them: what they give is zeros, or what the partials say, which have as many.
@@ -130,7 +131,7 @@ class TritonBackend:
         check_decode(plan, q, partials)
         output = torch.empty(q.shape, dtype=q.dtype, device=self._device)
         new = _rows(k.to(self.shape.dtype)), _rows(v.to(self.shape.dtype))
-        self._attend(plan, layer, q, new, scaling, partials, output, None)
+        self._attend(plan, layer, q, new, scaling, partials, output, lse)
         return output
 
     def attend(self, plan: DecodePlan, layer: int, q: torch.Tensor, scaling: float) -> Partial:
@@ -308,7 +309,7 @@ class TritonBackend:
         """See ``kernels.api.Backend.store``."""
         self._copy(tier, address, blocks.to(self._device).contiguous(), load=False)
 
-    def load(self, tier: int, address: I32, fmt: Format) -> torch.Tensor:
+    def load(self, tier: int, address: I32, fmt: BlockFormat) -> torch.Tensor:
         """See ``kernels.api.Backend.load``. Blocks come to the device from either tier."""
         size = len(address), self.shape.block_bytes(fmt)
         blocks = torch.empty(size, dtype=torch.uint8, device=self._device)

@@ -63,10 +63,12 @@ def check_step(world, slots, tiers, parts_of, states=(), read=ALL_TIERS, seed=0)
     plan = world.backend.plan(rows(*slots), tiers)
     expected = {}
     for layer, (q, k, v) in enumerate(steps):
-        output = world.backend.decode(plan, layer, q, k, v, scaling, parts[layer])
+        lse = torch.empty(q.shape[:2], device=q.device)
+        output = world.backend.decode(plan, layer, q, k, v, scaling, parts[layer], lse)
         world.extend(slots, layer, k, v)
         for row, slot in enumerate(slots):
-            wanted, _, shares = plain(world, slot, layer, q[row], scaling, read, states, row)
+            wanted, wanted_lse, shares = plain(world, slot, layer, q[row], scaling, read, states, row)
+            torch.testing.assert_close(lse[row].double(), wanted_lse, rtol=1e-6, atol=1e-4)
             torch.testing.assert_close(output[row].double(), wanted, rtol=0, atol=TOLERANCE[shape.dtype])
             expected.update({(layer, row, head): share for head, share in enumerate(shares)})
     world.backend.finish(plan)

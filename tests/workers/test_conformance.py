@@ -23,15 +23,18 @@ import pytest
 import torch
 
 from kernels.api import TokenSource
-from kernels.layout import BLOCK_TOKENS, GROUP, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, GROUP, BlockFormat, CacheShape, Format, Tier
 from kvpilot.pipeline import PipelineError
 from tests.tiny import tiny_profile
 from workers.cache.accounting import CacheUse
 from workers.cache.arena import TierFullError
+from workers.cache.blocks import Owners
 from workers.cache.disk import DiskStore
+from workers.cache.formats import CodedFormat, format_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.engine.attention import DecodeAttention
 from workers.profile.profile import names_of
-from workers.stages.base import Codec, Evictor, Kind, LossClass, Lossy, Pipeline, Placer, Stage
+from workers.stages.base import Codec, Coded, Evictor, Kind, LossClass, Lossy, Pipeline, Placer, Stage
 from workers.stages.budgets import PER_HEAD, RULES
 from workers.stages.registry import build, stages
 from workers.stages.selecting import Digest
@@ -134,16 +137,14 @@ class World:
             self.cache.advance(self.seq, 1)
             reading = self.cache.reading([self.seq])
             plan = self.cache.backend.plan(np.array([self.seq.slot], np.int32), changing=bool(reading))
+            attention = DecodeAttention(self.cache, plan, reading)
             k = torch.randn(shape.layers, shape.kv_heads, shape.head_dim, generator=generator).to(shape.dtype)
             v = torch.randn(shape.layers, shape.kv_heads, shape.head_dim, generator=generator).to(shape.dtype)
             q = torch.randn(shape.layers, shape.query_heads, shape.head_dim, generator=generator).to(shape.dtype)
             for layer in range(shape.layers):
-                numbers, scaling = (q[layer, None], k[layer, None], v[layer, None]), shape.head_dim**-0.5
-                partials = reading.before(layer, q[layer, None], scaling)
-                if reading:
-                    self.cache.backend.refresh(plan, layer)
-                self.cache.backend.decode(plan, layer, *numbers, scaling, partials)
-                reading.after(layer)
+                numbers = (part[layer, None, :, None] for part in (q, k, v))
+                attention.attend(layer, *numbers, shape.head_dim**-0.5)
+            reading.finish(plan)
             self.cache.recent.note(self.seq.slot, self.seq.seen - 1, q[:, :, None])
             self.k, self.v = torch.cat([self.k, k[:, :, None]], 2), torch.cat([self.v, v[:, :, None]], 2)
 
@@ -151,12 +152,12 @@ class World:
         tables, where = self.cache.tables, (self.seq.slot, layer, head)
         return tables.position[where][: tables.length[where]].tolist()
 
-    def blocks(self, layer: int, head: int) -> list[tuple[Format, Tier, int]]:
+    def blocks(self, layer: int, head: int) -> list[tuple[BlockFormat, Tier, int]]:
         """Format, tier and address of each block of a table."""
         tables, where = self.cache.tables, (self.seq.slot, layer, head)
         count = math.ceil(int(tables.length[where]) / BLOCK_TOKENS)
         return [
-            (Format(tables.format[where][block]), Tier(tables.tier[where][block]), int(tables.address[where][block]))
+            (format_of(tables.format[where][block]), Tier(tables.tier[where][block]), int(tables.address[where][block]))
             for block in range(count)
         ]
 
@@ -168,7 +169,11 @@ class World:
         rows = np.broadcast_to(np.arange(BLOCK_TOKENS, dtype=np.uint8), spread.shape).copy()
         source = TokenSource(addresses.astype(np.int32), formats.astype(np.uint8), tiers.astype(np.uint8), rows)
         kept = len(self.positions(layer, head))
-        k, v = (part.reshape(-1, self.shape.head_dim)[:kept] for part in self.cache.sources(self.seq).read(source))
+        position = np.resize(np.array(self.positions(layer, head), np.int32), spread.shape)  # anything beyond the end
+        owners = Owners(np.full(len(blocks), layer), np.full(len(blocks), head), position)
+        k, v = (
+            part.reshape(-1, self.shape.head_dim)[:kept] for part in self.cache.sources(self.seq).read(source, owners)
+        )
         return k, v
 
     def snapshot(self, addresses: bool = True) -> list:
@@ -376,9 +381,13 @@ def budget_of(evictor: Evictor, world: World, layer: int, head: int) -> int | No
     return None if budget is None else int(budget[head])
 
 
-def check_contents(got: torch.Tensor, want: torch.Tensor, fmt: Format, by_channel: bool) -> None:
+def check_contents(got: torch.Tensor, want: torch.Tensor, fmt: BlockFormat, by_channel: bool) -> None:
     """Raw: bit for bit. Integers: at most one step of the group away. fp8: at most half a step of its 3 mantissa bits,
-    or of its smallest numbers. (And what the dtype rounds.)"""
+    or of its smallest numbers. (And what the dtype rounds.) Codecs' own: closer to what was stored than nothing is;
+    their tests say how close."""
+    if isinstance(fmt, CodedFormat):
+        assert float((got.double() - want.double()).norm()) < float(want.double().norm())
+        return
     if fmt is Format.RAW:
         assert torch.equal(got, want)
         return
@@ -463,10 +472,12 @@ def test_applying_twice_is_applying_once(text: str) -> None:
     assert [entry[:1] + entry[2:] for entry in world.snapshot(addresses=False)] == [e[:1] + e[2:] for e in once]
     arenas = world.cache.device, world.cache.host  # files: every batch goes as a whole
     used = [arena.used_bytes for arena in arenas]
+    codec = world.pipeline(text).codec
+    spare_pages = 3 if isinstance(codec, Coded) else 1  # blocks nearly as large as raw ones fill pages less evenly
     for _ in range(8):
         world.apply(text)
         for arena, before in zip(arenas, used, strict=True):  # new blocks are built beside the old: other pages' ends
-            assert abs(arena.used_bytes - before) <= arena.page_bytes
+            assert abs(arena.used_bytes - before) <= spare_pages * arena.page_bytes
     check(world, text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from kernels.api import U8
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kvpilot.v1 import common_pb2
+from workers.cache.formats import formats
 
 TABLE_BYTES_PER_BLOCK = 4 + 1 + 1 + BLOCK_TOKENS * (4 + 4 + 2)
 """Address, format and tier of a block; position, mass and votes of its tokens (``kernels.api.Tables``)."""
@@ -17,7 +19,7 @@ TABLE_BYTES_PER_BLOCK = 4 + 1 + 1 + BLOCK_TOKENS * (4 + 4 + 2)
 
 @dataclass(frozen=True)
 class CacheUse:
-    """Bytes of one request's cache; the ``_16bit`` figures are as if raw blocks held a 16-bit dtype."""
+    """Bytes of one request's cache; the ``_16bit`` figures are as if the model's dtype had 16 bits."""
 
     device_bytes: int = 0
     host_bytes: int = 0
@@ -60,8 +62,8 @@ class CacheUse:
 
     def plus_built_ahead(self, shape: CacheShape, format_: U8, tier: U8) -> CacheUse:
         """These figures with blocks [N] that no table refers to yet, as a switch is being prepared."""
-        device, host, disk = (np.bincount(format_[tier == which], minlength=len(Format)) for which in Tier)
-        sizes, sizes_16bit = _block_sizes(shape)
+        sizes, sizes_16bit = _block_sizes(shape, len(formats()))
+        device, host, disk = (np.bincount(format_[tier == which], minlength=len(sizes)) for which in Tier)
         return replace(
             self,
             device_bytes=self.device_bytes + int(device @ sizes),
@@ -85,11 +87,12 @@ class CacheUse:
         )
 
 
-def _block_sizes(shape: CacheShape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """[formats] bytes of a block, and as if raw ones held a 16-bit dtype."""
+@cache
+def _block_sizes(shape: CacheShape, known: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Bytes of a block of each of the first ``known`` formats, and as if the model's dtype had 16 bits."""
     return (
-        np.array([shape.block_bytes(fmt) for fmt in Format]),
-        np.array([shape.block_bytes_16bit(fmt) for fmt in Format]),
+        np.array([shape.block_bytes(fmt) for fmt in formats()[:known]]),
+        np.array([shape.block_bytes_16bit(fmt) for fmt in formats()[:known]]),
     )
 
 
@@ -97,11 +100,11 @@ def measure(
     shape: CacheShape, valid: npt.NDArray[np.bool_], format_: U8, tier: U8, seen: int, shadow_bytes: int
 ) -> CacheUse:
     """Counts the blocks [L, H, B] that ``valid`` marks; tables are charged to the device, where kernels read them."""
-    kinds = tier[valid].astype(int) * len(Format) + format_[valid]
-    blocks = np.bincount(kinds, minlength=len(Tier) * len(Format)).reshape(len(Tier), len(Format))
+    sizes, sizes_16bit = _block_sizes(shape, len(formats()))
+    kinds = tier[valid].astype(int) * len(sizes) + format_[valid]
+    blocks = np.bincount(kinds, minlength=len(Tier) * len(sizes)).reshape(len(Tier), len(sizes))
     on_device, on_host, on_disk = blocks
     tables = int(blocks.sum()) * TABLE_BYTES_PER_BLOCK
-    sizes, sizes_16bit = _block_sizes(shape)
     rows = -(-seen // BLOCK_TOKENS) * shape.layers * shape.kv_heads
     return CacheUse(
         device_bytes=int(on_device @ sizes) + tables,

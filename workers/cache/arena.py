@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kernels.api import I32
-from kernels.layout import UNIT_BYTES, CacheShape, Format, Tier
+from kernels.layout import UNIT_BYTES, BlockFormat, CacheShape, Format, Tier
 
 _EMPTY = np.zeros(0, np.int32)
 
@@ -36,7 +36,7 @@ class Lot:
     """Blocks of one format that share pages."""
 
     id: int
-    format: Format
+    format: BlockFormat
     free: I32 = field(default_factory=lambda: _EMPTY)
     """Addresses on the lot's pages that hold no block."""
     borrowed: bool = False
@@ -106,7 +106,7 @@ class Arena:
         """Bytes of pages that belong to a lot."""
         return self.budget_bytes - self.free_bytes
 
-    def open_lot(self, fmt: Format, borrowed: bool = False) -> Lot:
+    def open_lot(self, fmt: BlockFormat, borrowed: bool = False) -> Lot:
         """Starts an empty lot, which takes pages as it needs them."""
         self._next_lot += 1
         return Lot(self._next_lot - 1, fmt, borrowed=borrowed)
@@ -117,7 +117,7 @@ class Arena:
         lot.free = _EMPTY
         self._return_pages(lot, pages)
 
-    def pages_needed(self, lot: Lot | None, fmt: Format, blocks: int) -> int:
+    def pages_needed(self, lot: Lot | None, fmt: BlockFormat, blocks: int) -> int:
         """Pages a lot (or a new one) must take to hold so many more blocks."""
         missing = max(0, blocks - (len(lot.free) if lot else 0))
         return -(-missing // self._blocks_per_page(fmt))
@@ -177,7 +177,7 @@ class Arena:
         pages, counts = np.unique(self.owned(addresses) // self.page_units, return_counts=True)
         return int((self._page_blocks_used[pages] == counts).sum())
 
-    def require(self, released: I32, wanted: Iterable[tuple[Lot | None, Format, int]]) -> None:
+    def require(self, released: I32, wanted: Iterable[tuple[Lot | None, BlockFormat, int]]) -> None:
         """Checks that, once ``released`` is given back, the ``wanted`` (lot or a new one, format, blocks) fit.
 
         Raises:
@@ -193,7 +193,7 @@ class Arena:
         if needed > available:
             raise TierFullError(self.tier, needed * self.page_bytes, available * self.page_bytes)
 
-    def has_room(self, wanted: Iterable[tuple[Lot | None, Format, int]]) -> bool:
+    def has_room(self, wanted: Iterable[tuple[Lot | None, BlockFormat, int]]) -> bool:
         """Whether the ``wanted`` (lot or a new one, format, blocks) fit while nothing is given back."""
         return sum(self.pages_needed(lot, fmt, blocks) for lot, fmt, blocks in wanted) <= len(self._free_pages)
 
@@ -202,7 +202,7 @@ class Arena:
         if pages > 0 and self.guests:
             self.guests.give_up(pages * self.page_bytes)
 
-    def _blocks_per_page(self, fmt: Format) -> int:
+    def _blocks_per_page(self, fmt: BlockFormat) -> int:
         return self.page_units // self.shape.block_units(fmt)
 
     def _return_pages(self, lot: Lot, pages: I32) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.api import F16, F32, I32, U8, Tables, TokenSource
-from kernels.layout import BLOCK_TOKENS, Format, Tier
+from kernels.layout import BLOCK_TOKENS, BlockFormat, Format, Tier
 
 Mask = npt.NDArray[np.bool_]
 ROWS: U8 = np.arange(BLOCK_TOKENS, dtype=np.uint8)
@@ -99,7 +99,7 @@ class Style:
 
     residual: int | None = None
     """How many last tokens stay raw; None: all."""
-    format: Format = Format.RAW
+    format: BlockFormat = Format.RAW
     """The format of the blocks that are wholly older than those."""
     device_tokens: int | None = None
     """How many last tokens stay on the device; None: all."""

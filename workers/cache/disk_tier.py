@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kernels.api import I32, U8
-from kernels.layout import CacheShape, Format, Tier
+from kernels.layout import BlockFormat, CacheShape, Tier
 from workers.cache.arena import Lot, TierFullError
 from workers.cache.disk import Batch, DiskFullError, DiskStore, Part
 
@@ -71,7 +71,7 @@ class DiskTier:
         """What is left of the budget."""
         return self.store.free_bytes
 
-    def require(self, released: I32, wanted: Iterable[tuple[Lot | None, Format, int]]) -> None:
+    def require(self, released: I32, wanted: Iterable[tuple[Lot | None, BlockFormat, int]]) -> None:
         """Checks that the ``wanted`` (lot, format, blocks) fit beside what is ``released`` only when they are written.
 
         Raises:
@@ -83,7 +83,7 @@ class DiskTier:
         if needed > self.free_bytes:
             raise TierFullError(Tier.DISK, needed, self.free_bytes)
 
-    def write(self, pieces: Iterable[torch.Tensor], fmt: Format) -> I32:
+    def write(self, pieces: Iterable[torch.Tensor], fmt: BlockFormat) -> I32:
         """Writes blocks, given in pieces uint8 [n, block_bytes] that are made as they are needed; waits for the files.
 
         Returns:
@@ -153,7 +153,7 @@ class DiskTier:
         """The lots these blocks belong to."""
         return [self._files[int(lot)].lot for lot in np.unique(self._lot_of[numbers])]
 
-    def _enter(self, batch: Batch, fmt: Format) -> I32:
+    def _enter(self, batch: Batch, fmt: BlockFormat) -> I32:
         """Numbers for the blocks of a batch."""
         if len(self._free) < batch.blocks:
             known = len(self._lot_of)

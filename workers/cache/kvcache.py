@@ -18,7 +18,7 @@ import torch
 
 from kernels.api import F32, I32, U8, Backend, Tables, TokenSource
 from kernels.backends import make_backend
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import Arena, Lot, TierFullError
 from workers.cache.arrangement import (
@@ -36,8 +36,11 @@ from workers.cache.arrangement import (
     restyle,
     tokens_of,
 )
+from workers.cache.blocks import BlockStore, Notes, Owners, whole_blocks
+from workers.cache.coded import CodedReader
 from workers.cache.disk import DiskStore
 from workers.cache.disk_tier import WRITE_BYTES, DiskTier
+from workers.cache.formats import MOST_FORMATS, format_of
 from workers.cache.merging import merge
 from workers.cache.near import NearReader
 from workers.cache.pool import RecallCounts
@@ -79,7 +82,7 @@ class SequenceCache:
     exact_tokens: int | None = None
     """Tokens computed before the first lossy pipeline; None while all are."""
     shadow: Shadow | None = None
-    lots: dict[tuple[Tier, Format], Lot] = field(default_factory=dict)
+    lots: dict[tuple[Tier, BlockFormat], Lot] = field(default_factory=dict)
     prefix: list[PrefixRow] = field(default_factory=list)
     prompt_votes: F32 | None = None
     """[L, H, prompt tokens] votes while the prompt is computed, in full precision: a sum over several chunks, rounded
@@ -105,6 +108,8 @@ class SequenceCache:
     """Its own lots, which its forks read."""
     readers: tuple[Reader, ...] = ()
     """What reads it in decode steps, beside or before the kernels."""
+    coded: CodedReader | None = None
+    """What reads its blocks that kernels do not know, after the readers."""
     staging: Staging | None = None
     """Where its blocks on disk pass through; None: it has none."""
 
@@ -162,6 +167,7 @@ class KVCache:
         nothing = torch.empty(0, dtype=torch.uint8)
         self._near = make_backend("cpu", shape, (nothing, self.host.data), self.tables)
         """Kernels beside the host tier, which read nothing else."""
+        self.blocks = BlockStore(backend, self.backend, profile)
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
         self.recalled = RecallCounts()
@@ -336,6 +342,7 @@ class KVCache:
         tables.address[slot, :, :, : tail.shape[2]][tail] = addresses
         fork.novelty = list(seq.novelty)
         fork.lots[Tier.DEVICE, Format.RAW] = lot
+        self._read_coded(fork)
         if seq.selective:
             self._select(fork, seq.selective.stage, seq.selective.pool.format, anew=True)
         if not seq.forks:
@@ -446,11 +453,17 @@ class KVCache:
     def settle(self, seq: SequenceCache) -> None:
         """Brings the request's masses and votes in the tables up to date with the steps it has taken part in."""
         self.backend.settle(np.array([seq.slot], np.int32))
+        if seq.coded:
+            seq.coded.settle()
 
     def reading(self, sequences: Sequence[SequenceCache]) -> StepReading:
         """Readers of a decode step over these requests."""
-        readers = {row: (*([seq.staging] if seq.staging else []), *seq.readers) for row, seq in enumerate(sequences)}
-        return StepReading(readers, len(sequences), self.shape)
+        coded = {row: seq.coded for row, seq in enumerate(sequences) if seq.coded}
+        readers = {
+            row: tuple(reader for reader in (seq.staging, *seq.readers, seq.coded) if reader)
+            for row, seq in enumerate(sequences)
+        }
+        return StepReading(readers, len(sequences), self.shape, coded)
 
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
@@ -459,7 +472,7 @@ class KVCache:
 
     def sources(self, seq: SequenceCache) -> Sources:
         """Reads and rebuilds a request's tokens wherever they are."""
-        return Sources(self.backend, seq.staging)
+        return Sources(self.blocks, seq.staging)
 
     def exact_context(self, seq: SequenceCache, tokens: int) -> TokenContext | None:
         """Reader of the exact keys and values of a request's first ``tokens`` tokens, kept or not. Changes nothing.
@@ -580,7 +593,7 @@ class KVCache:
             seq.preparation.plan(target, by_shadow=copied and not seq.evicted)
         return seq.preparation
 
-    def left_to_prepare(self, seq: SequenceCache) -> Counter[tuple[Tier, Format]]:
+    def left_to_prepare(self, seq: SequenceCache) -> Counter[tuple[Tier, BlockFormat]]:
         """Blocks that :meth:`prepare` has yet to build, by tier and format."""
         assert seq.preparation is not None
         left = seq.preparation.left()
@@ -589,7 +602,7 @@ class KVCache:
             left[Tier.HOST, Format.RAW] += rows * self._row_blocks
         return left
 
-    def prepare(self, seq: SequenceCache, most: Callable[[Tier, Format], int]) -> Slice | None:
+    def prepare(self, seq: SequenceCache, most: Callable[[Tier, BlockFormat], int]) -> Slice | None:
         """Builds a slice of what :meth:`begin` has planned: first the exact copy, then the blocks.
 
         Args:
@@ -617,8 +630,10 @@ class KVCache:
             return None
         piece = preparation.next_piece(max(1, most(*kind)))
         blocks = len(piece.layer)
-        self._prefer_exact(seq, piece.source, piece.position, piece.layer, piece.head)
-        addresses = self._build(seq, piece.source, *kind, self._allocate_ahead)
+        owners = Owners(piece.layer, piece.head, piece.position)
+        self._prefer_exact(seq, piece.source, owners, np.full(blocks, piece.format, np.uint8))
+        notes = self._notes(seq, piece.format, piece.layer, piece.head, piece.index)
+        addresses = self._build(seq, piece.source, *kind, owners, notes, self._allocate_ahead)
         preparation.add(addresses)
         self._note_peak(seq)
         return Slice(piece.tier, piece.format, blocks)
@@ -649,31 +664,35 @@ class KVCache:
         seq: SequenceCache,
         source: TokenSource,
         tier: Tier,
-        fmt: Format,
+        fmt: BlockFormat,
+        owners: Owners,
+        notes: Notes | None,
         allocate: Callable[[Lot, Tier, int], I32] | None = None,
     ) -> I32:
         """Builds new blocks on a tier; on any error it is as if there had been none. Returns their addresses."""
         self._count_moves(source, tier, fmt)
         if tier is Tier.DISK:
             assert self.disk is not None
-            return self.disk.write(self._pieces(seq, source, fmt), fmt)
+            return self.disk.write(self._pieces(seq, source, fmt, owners, notes), fmt)
         lot, blocks = self._lot(seq, tier, fmt), len(source.address)
         addresses = allocate(lot, tier, blocks) if allocate else self._arenas[tier].allocate(lot, blocks)
         try:
-            self.sources(seq).transcode(source, fmt, tier, addresses)
+            self.sources(seq).transcode(source, fmt, tier, addresses, owners, notes)
         except BaseException:
             self._arenas[tier].release(addresses)
             raise
         return addresses
 
-    def _pieces(self, seq: SequenceCache, source: TokenSource, fmt: Format) -> Iterator[torch.Tensor]:
+    def _pieces(
+        self, seq: SequenceCache, source: TokenSource, fmt: BlockFormat, owners: Owners, notes: Notes | None
+    ) -> Iterator[torch.Tensor]:
         """New blocks in pieces of a size to be written at once."""
         most = max(1, WRITE_BYTES // self.shape.block_bytes(fmt))
         for start in range(0, len(source.address), most):
             some = np.arange(start, min(start + most, len(source.address)))
-            yield self.sources(seq).encode(pick(source, some), fmt)
+            yield self.sources(seq).encode(pick(source, some), fmt, owners[some], notes and notes[some])
 
-    def _count_moves(self, source: TokenSource, tier: Tier, fmt: Format) -> None:
+    def _count_moves(self, source: TokenSource, tier: Tier, fmt: BlockFormat) -> None:
         """Blocks by where they come from and where they go, in bytes of what is stored there."""
         for origin, blocks in zip(*np.unique(source.tier[:, 0], return_counts=True), strict=True):
             self.recalls.moved_bytes[Tier(origin), tier] += int(blocks) * self.shape.block_bytes(fmt)
@@ -771,11 +790,12 @@ class KVCache:
         self._refer_to_shadow(seq, target)
         vain = seq.preparation.place(now, target) if seq.preparation else dict.fromkeys(Tier, _NOTHING)
         build = new.valid & (new.address == BUILD)
-        layer, head, _ = np.nonzero(build)
-        self._prefer_exact(seq, target.source, target.source_position, layer, head)
-        groups: dict[tuple[Tier, Format], Mask] = {}
-        for code in np.unique(new.tier[build].astype(int) * len(Format) + new.format[build]):
-            tier, fmt = Tier(int(code) // len(Format)), Format(int(code) % len(Format))
+        layer, head, index = np.nonzero(build)
+        owners = Owners(layer, head, target.source_position)
+        self._prefer_exact(seq, target.source, owners, new.format[build])
+        groups: dict[tuple[Tier, BlockFormat], Mask] = {}
+        for code in np.unique(new.tier[build].astype(int) * MOST_FORMATS + new.format[build]).tolist():
+            tier, fmt = Tier(code // MOST_FORMATS), format_of(code % MOST_FORMATS)
             groups[tier, fmt] = build & (new.tier == tier) & (new.format == fmt)
         released = {tier: np.concatenate([_without(now.on(tier), new.on(tier)), vain[tier]]) for tier in Tier}
         wanted = {key: int(mask.sum()) for key, mask in groups.items()}
@@ -800,13 +820,15 @@ class KVCache:
         built, done = {}, []
         try:
             for (tier, fmt), mask in sorted(groups.items(), key=lambda group: group[0], reverse=True):  # disks may fail
-                source = pick(target.source, of_build[mask.reshape(-1)])
+                mine = of_build[mask.reshape(-1)]
+                source = pick(target.source, mine)
+                notes = self._notes(seq, fmt, layer[mine], head[mine], index[mine], target.moved)
                 if direct[tier]:
-                    new.address[mask] = self._build(seq, source, tier, fmt)
+                    new.address[mask] = self._build(seq, source, tier, fmt, owners[mine], notes)
                     done.append((tier, new.address[mask]))
                 else:  # what is given back makes the room: a copy waits elsewhere until then
                     self._count_moves(source, tier, fmt)
-                    built[tier, fmt] = self.sources(seq).encode(source, fmt)
+                    built[tier, fmt] = self.sources(seq).encode(source, fmt, owners[mine], notes)
         except BaseException:
             for tier, addresses in done:
                 self._tiers[tier].release(addresses)
@@ -833,6 +855,7 @@ class KVCache:
             self.tables.address[seq.slot][beyond] = addresses
             self.tables.format[seq.slot][beyond], self.tables.tier[seq.slot][beyond] = Format.RAW, Tier.DEVICE
         self._release_prefixes(seq)
+        self._read_coded(seq)
         self._note_peak(seq)
 
     def _staging(self, seq: SequenceCache) -> Staging:
@@ -841,7 +864,7 @@ class KVCache:
         gpu = self.device.data.device.type != "cpu"
         return Staging(self.disk, self.host, self.tables, seq.slot, self.recalls, partial(self._recover, seq), gpu)
 
-    def _recover(self, seq: SequenceCache, where: tuple[int, int, int], fmt: Format, address: int) -> bool:
+    def _recover(self, seq: SequenceCache, where: tuple[int, int, int], fmt: BlockFormat, address: int) -> bool:
         """Builds a full block anew at a host address, from the exact copy. False: it does not have these tokens."""
         shadow = seq.shadow
         layer, head, index = where
@@ -854,7 +877,9 @@ class KVCache:
             np.full((1, BLOCK_TOKENS), Tier.HOST, np.uint8),
             (position % BLOCK_TOKENS).astype(np.uint8)[None],
         )
-        self.backend.transcode(source, fmt, Tier.HOST, np.array([address], np.int32))
+        of_layer, of_head, place = (np.array([number]) for number in where)
+        owners, notes = Owners(of_layer, of_head, position[None]), self._notes(seq, fmt, of_layer, of_head, place)
+        self.blocks.transcode(source, fmt, Tier.HOST, np.array([address], np.int32), owners, notes)
         return True
 
     def _swap_tables(self, seq: SequenceCache, target: Arrangement) -> None:
@@ -870,6 +895,27 @@ class KVCache:
             tables.mass[slot, :, :, :count] = target.moved.mass
             tables.votes[slot, :, :, :count] = target.moved.votes
             seq.evicted = bool((blocks.length < seq.seen).any())
+
+    def _notes(
+        self, seq: SequenceCache, fmt: BlockFormat, layer: I64, head: I64, index: I64, moved: Tokens | None = None
+    ) -> Notes | None:
+        """What a codec may know of blocks to build, which will be in these places [N]; None for kernels' formats."""
+        if isinstance(fmt, Format):
+            return None
+        tables = self.tables
+        mass, votes = (moved.mass, moved.votes) if moved else (tables.mass[seq.slot], tables.votes[seq.slot])
+        by_block = (*mass.shape[:2], -1, BLOCK_TOKENS)
+        return Notes(
+            mass.reshape(by_block)[layer, head, index],
+            votes.reshape(by_block)[layer, head, index].astype(np.float32),
+            seq.seen,
+            partial(self.recent.read, seq.slot),
+        )
+
+    def _read_coded(self, seq: SequenceCache) -> None:
+        """Gives a request whose tables have coded blocks their reader, and no other."""
+        coded = (self.tables.format[seq.slot] >= len(Format)) & self._valid(seq)
+        seq.coded = CodedReader(self.blocks, self.tables, seq.slot) if coded.any() else None
 
     def _after(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
         """Settles what a pipeline means for exactness and for reading, and drops a shadow that nothing needs."""
@@ -898,12 +944,12 @@ class KVCache:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def _select(self, seq: SequenceCache, stage: Selector, fmt: Format, anew: bool) -> None:
+    def _select(self, seq: SequenceCache, stage: Selector, fmt: BlockFormat, anew: bool) -> None:
         """Has a stage choose what queries read from here on."""
         reader = seq.selective
         if reader is None or reader.stage != stage or reader.pool.format is not fmt:
             self._stop_selecting(seq)
-            reader = SelectiveReader(stage, fmt, seq.slot, self.backend, self.device, self.recalled)
+            reader = SelectiveReader(stage, fmt, seq.slot, self.blocks, self.device, self.recalled)
             seq.readers = (*seq.readers, reader)
             self._selecting[seq.slot] = reader
         reader.changed(anew)
@@ -961,7 +1007,9 @@ class KVCache:
                 tables.tier[slot, layer, head, block].reshape(flat),
                 (index % BLOCK_TOKENS).astype(np.uint8).reshape(flat),
             )
-            shadow.add_rows(self.sources(seq), source, rows)
+            of_layer, of_head = (np.broadcast_to(axis, index.shape)[..., 0].ravel() for axis in (layer, head))
+            owners = Owners(of_layer, of_head, np.broadcast_to(position, index.shape).reshape(flat).astype(np.int32))
+            shadow.add_rows(self.sources(seq), source, owners, rows)
         seq.shadow = shadow
 
     def _everything(self, seq: SequenceCache) -> Tokens:
@@ -993,23 +1041,27 @@ class KVCache:
             getattr(everything, name)[place] = getattr(now, name)[layers, head_, index]
         return everything
 
-    def _prefer_exact(self, seq: SequenceCache, source: TokenSource, position: I32, layer: I64, head: I64) -> None:
+    def _prefer_exact(self, seq: SequenceCache, source: TokenSource, owners: Owners, wanted: U8) -> None:
         """Lets blocks be built from the shadow's exact tokens instead of rounded ones.
 
         Args:
             seq: the request.
             source: of N blocks; changed in place.
-            position: [N, 32] original positions of the source's tokens, -1 beyond the end.
-            layer, head: [N] whose blocks they are.
+            owners: of the blocks; a position is -1 beyond the end.
+            wanted: [N] formats to build. A coded block that only moves is not encoded anew.
         """
         if seq.shadow is None:
             return
+        layer, head, position = owners.layer, owners.head, owners.position
         rounded = (source.format != Format.RAW) & (position >= 0) & (position < seq.shadow.rows * BLOCK_TOKENS)
         if seq.merging:  # what a token has taken up, the copy does not have
             merged = seq.merging.merged
             known = position < merged.shape[2]
             place = np.where(known, position, 0).clip(min=0)
             rounded &= ~(known & merged[layer[:, None], head[:, None], place])
+        moves = (wanted >= len(Format)) & (source.format[:, 0] == wanted)
+        if moves.any():
+            rounded[moves & whole_blocks(source)] = False
         if not rounded.any():
             return
         row = np.where(rounded, position // BLOCK_TOKENS, 0)  # [N, 32]
@@ -1059,7 +1111,7 @@ class KVCache:
         row_bytes = self.worst_bytes(1)
         return sum(arena.budget_bytes // row_bytes for arena in self._arenas.values()) * row_bytes
 
-    def device_tokens_at_least(self, seq: SequenceCache, fmt: Format) -> int:
+    def device_tokens_at_least(self, seq: SequenceCache, fmt: BlockFormat) -> int:
         """Last tokens of the longest table that must stay on the device if the host tier takes all it has room for.
 
         Args:
@@ -1106,7 +1158,7 @@ class KVCache:
 
     # -- small helpers -------------------------------------------------------------------------------------------------
 
-    def _lot(self, seq: SequenceCache, tier: Tier, fmt: Format) -> Lot:
+    def _lot(self, seq: SequenceCache, tier: Tier, fmt: BlockFormat) -> Lot:
         return seq.lots.setdefault((tier, fmt), self._arenas[tier].open_lot(fmt))
 
     def _valid(self, seq: SequenceCache) -> Mask:
@@ -1168,7 +1220,7 @@ class CacheContext:
         self._sources = sources
         self._blocks = blocks
         self.selective = selective
-        self.position = position
+        self.position = position.copy()
         """[layers, kv_heads, tokens] original positions; not defined beyond ``length``."""
         self.tokens = int(blocks.length.max(initial=0))
         self.length = blocks.length
@@ -1186,7 +1238,10 @@ class CacheContext:
         row = np.broadcast_to(np.arange(BLOCK_TOKENS, dtype=np.uint8), spread).copy()
         address = np.where(blocks.valid[layer].reshape(-1, 1), repeat(blocks.address), np.int32(-1))
         source = TokenSource(address, repeat(blocks.format), repeat(blocks.tier), row)
-        k, v = self._sources.read(source)  # [heads * count, 32, D]
+        position = np.zeros((heads, count * BLOCK_TOKENS), np.int32)
+        position[:, : self.tokens] = self.position[layer]
+        owners = Owners(np.full(heads * count, layer), np.arange(heads).repeat(count), position.reshape(spread))
+        k, v = self._sources.read(source, owners)  # [heads * count, 32, D]
         whole = (heads, count * BLOCK_TOKENS, -1)
         return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]
 
@@ -1206,6 +1261,8 @@ class TokenContext:
         """K and V of one layer, each [kv_heads, tokens, head_dim]."""
         heads, width = self._places[0].shape[1:]
         source = TokenSource(*(values[layer].reshape(-1, BLOCK_TOKENS) for values in self._places))
-        k, v = self._sources.read(source)  # [heads * blocks, 32, D]
+        position = np.broadcast_to(np.arange(width, dtype=np.int32), (heads, width)).reshape(-1, BLOCK_TOKENS)
+        owners = Owners(np.full(len(position), layer), np.arange(heads).repeat(width // BLOCK_TOKENS), position)
+        k, v = self._sources.read(source, owners)  # [heads * blocks, 32, D]
         whole = (heads, width, -1)
         return k.reshape(whole)[:, : self.tokens], v.reshape(whole)[:, : self.tokens]

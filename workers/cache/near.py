@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kernels.api import Backend, DecodePlan, Tables
-from kernels.layout import Tier
+from kernels.layout import Format, Tier
 from kernels.partials import Partial
 from workers.cache.arrangement import Mask
 
@@ -15,7 +15,7 @@ class NearReader:
     """One request's reader of its host blocks (``workers.cache.reading.Reader``).
 
     What it finds is merged with the device's part by log-sum-exp (``kernels.partials``). It adds to no mass: tokens on
-    the host keep the masses that they had when they came there.
+    the host keep the masses that they had when they came there. Blocks in codecs' own formats are left to their reader.
 
     Args:
         backend: kernels that run where the host tier is, over the same tables.
@@ -37,7 +37,7 @@ class NearReader:
             self._plan = self._backend.plan(np.array([self._slot], np.int32), (Tier.HOST,), appends=False)
         self._layer = layer
         tier = self._tables.tier[self._slot, layer]
-        self._hidden = tier == Tier.HOST
+        self._hidden = (tier == Tier.HOST) & (self._tables.format[self._slot, layer] < len(Format))
         if not self._hidden.any():
             return None
         found = self._backend.attend(self._plan, layer, q.cpu(), scaling)

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.api import I32, Backend, Tables
-from kernels.layout import CacheShape, Format, Tier
+from kernels.layout import BlockFormat, CacheShape, Tier
 from workers.cache.arena import Arena
 from workers.cache.arrangement import Mask
+from workers.cache.formats import format_of, formats
 
 I64 = npt.NDArray[np.int64]
 SHARE_OF_FREE = 2
@@ -47,7 +48,9 @@ class RecallPool:
         counts: where what happens is counted.
     """
 
-    def __init__(self, arena: Arena, backend: Backend, shape: CacheShape, fmt: Format, counts: RecallCounts) -> None:
+    def __init__(
+        self, arena: Arena, backend: Backend, shape: CacheShape, fmt: BlockFormat, counts: RecallCounts
+    ) -> None:
         self._arena = arena
         self._backend = backend
         self._shape = shape
@@ -59,7 +62,7 @@ class RecallPool:
         self._holds: I32 = np.zeros((*heads, 0), np.int32)  # place in the table of the block held, -1: none
         self._used: I64 = np.zeros((*heads, 0), np.int64)  # when it was last read
         self._fresh: Mask = np.zeros((*heads, 0), bool)  # whether it was fetched ahead and not read yet
-        self._fits = np.array([shape.block_units(other) <= shape.block_units(fmt) for other in Format])
+        self._fits = np.array([shape.block_units(other) <= shape.block_units(fmt) for other in formats()])
         self._clock = 0
 
     @property
@@ -152,6 +155,6 @@ class RecallPool:
         source, target = tables.address[slot, layer, head, block], self._address[layer, head, place]
         for fmt in np.unique(formats):
             these = formats == fmt
-            packed = self._backend.load(Tier.HOST, source[these], Format(int(fmt)))
+            packed = self._backend.load(Tier.HOST, source[these], format_of(int(fmt)))
             self._backend.store(Tier.DEVICE, target[these], packed)
             self._counts.fetched_bytes += packed.nbytes

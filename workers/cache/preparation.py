@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.api import I32, U8, TokenSource
-from kernels.layout import Format, Tier
+from kernels.layout import BlockFormat, Format, Tier
 from workers.cache.arrangement import BUILD, Arrangement, Blocks, pick
+from workers.cache.formats import format_of
 from workers.stages.base import Pipeline
 
 I64 = npt.NDArray[np.int64]
@@ -30,7 +31,7 @@ class Slice:
     """Blocks that were built ahead in one go."""
 
     tier: Tier
-    format: Format
+    format: BlockFormat
     blocks: int
 
 
@@ -39,11 +40,12 @@ class Piece:
     """The next blocks to build ahead, all of one tier and format."""
 
     tier: Tier
-    format: Format
+    format: BlockFormat
     source: TokenSource
     position: I32  # [n, 32] original positions of the source's tokens
     layer: I64  # [n]
     head: I64  # [n]
+    index: I64  # [n] place in the table
 
 
 @dataclass
@@ -85,17 +87,17 @@ class Preparation:
         self.address = np.full(len(order), BUILD, np.int32)
         self._source, self._position = pick(target.source, order), target.source_position[order]
 
-    def left(self) -> Counter[tuple[Tier, Format]]:
+    def left(self) -> Counter[tuple[Tier, BlockFormat]]:
         """Blocks yet to be built, by tier and format."""
         rest = zip(self.tier[self.built :].tolist(), self.format[self.built :].tolist(), strict=True)
-        return Counter({(Tier(tier), Format(fmt)): blocks for (tier, fmt), blocks in Counter(rest).items()})
+        return Counter({(Tier(tier), format_of(fmt)): blocks for (tier, fmt), blocks in Counter(rest).items()})
 
     @property
-    def next_kind(self) -> tuple[Tier, Format] | None:
+    def next_kind(self) -> tuple[Tier, BlockFormat] | None:
         """Tier and format of the next block to build; None: all are there."""
         if self.built == len(self.address):
             return None
-        return Tier(int(self.tier[self.built])), Format(int(self.format[self.built]))
+        return Tier(int(self.tier[self.built])), format_of(int(self.format[self.built]))
 
     def next_piece(self, most: int) -> Piece:
         """The next blocks to build, at most so many; there must be one."""
@@ -105,7 +107,8 @@ class Preparation:
         end = min(self.built + most, len(self.address))
         same = (self.tier[self.built : end] == kind[0]) & (self.format[self.built : end] == kind[1])
         part = np.arange(self.built, self.built + int(same.sum()))
-        return Piece(*kind, pick(self._source, part), self._position[part], self.layer[part], self.head[part])
+        places = self.layer[part], self.head[part], self.index[part]
+        return Piece(*kind, pick(self._source, part), self._position[part], *places)
 
     def add(self, addresses: I32) -> None:
         """The next blocks are built, and lie there."""

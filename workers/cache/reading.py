@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from kernels.api import DecodePlan
 from kernels.layout import CacheShape
 from kernels.partials import Partial
 from workers.cache.recall import SelectiveReader
@@ -39,6 +40,18 @@ class Reader(Protocol):
         ...
 
 
+class Counter(Protocol):
+    """A reader that attends to tokens of the request's tables, whose masses it therefore counts."""
+
+    def count(self, layer: int, lse: torch.Tensor) -> None:
+        """The layer is done, with this log of the sum of exp(score) over everything, [query_heads]."""
+        ...
+
+    def add_block_mass(self, plan: DecodePlan, row: int) -> None:
+        """Adds to a finished step's block masses, in which the request has that row."""
+        ...
+
+
 class StepReading:
     """The readers of one decode step's rows.
 
@@ -46,10 +59,18 @@ class StepReading:
         readers: of each row that has any, in the order in which they are asked.
         rows: how many rows the step has.
         shape: the cache's dimensions.
+        counters: those of them that count masses, one a row at most.
     """
 
-    def __init__(self, readers: Mapping[int, Sequence[Reader]], rows: int, shape: CacheShape) -> None:
+    def __init__(
+        self,
+        readers: Mapping[int, Sequence[Reader]],
+        rows: int,
+        shape: CacheShape,
+        counters: Mapping[int, Counter] | None = None,
+    ) -> None:
         self._readers = {row: tuple(own) for row, own in readers.items() if own}
+        self._counters = counters or {}
         self._rows = rows
         self._shape = shape
 
@@ -66,6 +87,21 @@ class StepReading:
             for part, mine in zip(parts, found, strict=False):
                 part.output[row], part.lse[row] = mine.output[0], mine.lse[0]
         return parts
+
+    def lse(self, q: torch.Tensor) -> torch.Tensor | None:
+        """Where a layer's kernel is to leave the lse of each query of q [R, query_heads, D]; None: nobody asks."""
+        return torch.empty(q.shape[:2], device=q.device) if self._counters else None
+
+    def count(self, layer: int, lse: torch.Tensor | None) -> None:
+        """Has the masses of a layer counted."""
+        if lse is not None:
+            for row, counter in self._counters.items():
+                counter.count(layer, lse[row])
+
+    def finish(self, plan: DecodePlan) -> None:
+        """Completes the block masses of a step that the backend has finished."""
+        for row, counter in self._counters.items():
+            counter.add_block_mass(plan, row)
 
     @property
     def guesses(self) -> bool:

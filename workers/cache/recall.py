@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.api import F32, I32, U8, Backend, Tables, TokenSource
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.api import F32, I32, U8, Tables, TokenSource
+from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Tier
 from workers.cache.arena import Arena
 from workers.cache.arrangement import ROWS, Mask
+from workers.cache.blocks import BlockStore, Owners
 from workers.cache.digests import Digests, digest
 from workers.cache.pool import RecallCounts, RecallPool
 from workers.stages.selecting import BlockView, Digest, Selector
@@ -44,16 +45,17 @@ class SelectiveReader:
         stage: what chooses.
         fmt: the format that older blocks have, or raw.
         slot: the request's slot.
-        backend, device: the worker's kernels and its device arena.
+        blocks, device: the worker's blocks and its device arena.
         counts: where recall is counted.
     """
 
     def __init__(
-        self, stage: Selector, fmt: Format, slot: int, backend: Backend, device: Arena, counts: RecallCounts
+        self, stage: Selector, fmt: BlockFormat, slot: int, blocks: BlockStore, device: Arena, counts: RecallCounts
     ) -> None:
         self.stage = stage
         self._slot = slot
-        self._backend = backend
+        self._blocks = blocks
+        self._backend = backend = blocks.backend
         self._tables: Tables = backend.tables
         self._shape: CacheShape = backend.shape
         self._device = device.data.device
@@ -216,7 +218,9 @@ class SelectiveReader:
         spread = (len(head), BLOCK_TOKENS)
         columns = (tables.address[where], tables.format[where], tables.tier[where])
         address, fmt, tier = (np.repeat(column, BLOCK_TOKENS).reshape(spread) for column in columns)
-        keys, _ = self._backend.read(TokenSource(address, fmt, tier, np.broadcast_to(ROWS, spread).copy()))
+        position = tables.position[self._slot, layer].reshape(self._shape.kv_heads, -1, BLOCK_TOKENS)[head, block]
+        owners = Owners(np.full(len(head), layer), head, position)
+        keys, _ = self._blocks.read(TokenSource(address, fmt, tier, np.broadcast_to(ROWS, spread).copy()), owners)
         return keys
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from kernels.api import F32, TokenSource
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Mask, Tokens
+from workers.cache.blocks import Owners
 from workers.cache.staging import Sources
 from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, LayerView
@@ -86,7 +87,12 @@ class Views:
             by_block(tokens.tier, 0),
             by_block(tokens.row, 0),
         )
-        k, v = self.sources.read(source)
+        owners = Owners(
+            np.full(len(source.address), layer),
+            np.arange(heads).repeat(padded // BLOCK_TOKENS),
+            by_block(tokens.position, 0),
+        )
+        k, v = self.sources.read(source, owners)
         return k.reshape(heads, padded, -1)[:, :count], v.reshape(heads, padded, -1)[:, :count]
 
 

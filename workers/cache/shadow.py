@@ -8,6 +8,7 @@ import numpy.typing as npt
 from kernels.api import F16, F32, I32, TokenSource
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from workers.cache.arena import Arena, Lot
+from workers.cache.blocks import Owners
 from workers.cache.staging import Sources
 
 
@@ -43,7 +44,7 @@ class Shadow:
         shape = self._arena.shape
         return self.rows * shape.layers * shape.kv_heads * shape.block_bytes(Format.RAW)
 
-    def add_rows(self, sources: Sources, source: TokenSource, rows: int) -> None:
+    def add_rows(self, sources: Sources, source: TokenSource, owners: Owners, rows: int) -> None:
         """Appends ``rows`` rows whose tokens ``source`` names, in the order row, layer, head.
 
         Raises:
@@ -51,7 +52,7 @@ class Shadow:
         """
         addresses = self._arena.allocate(self.lot, len(source.address))
         try:
-            sources.transcode(source, Format.RAW, Tier.HOST, addresses)
+            sources.transcode(source, Format.RAW, Tier.HOST, addresses, owners)
         except BaseException:
             self.lot.borrowed = False
             self._arena.release(addresses)

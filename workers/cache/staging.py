@@ -19,16 +19,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.api import I32, U8, Backend, Tables, TokenSource
-from kernels.layout import UNIT_BYTES, CacheShape, Format, Tier
+from kernels.api import I32, U8, Tables, TokenSource
+from kernels.layout import UNIT_BYTES, BlockFormat, CacheShape, Tier
 from kernels.partials import Partial
 from workers.cache.arena import Arena, Lot
 from workers.cache.arrangement import Blocks, pick
+from workers.cache.blocks import BlockStore, Notes, Owners
 from workers.cache.disk_tier import DiskTier
+from workers.cache.formats import format_of, formats
 
 SLOTS = 2
 I64 = npt.NDArray[np.int64]
-Need = dict[Format, int]
+Need = dict[BlockFormat, int]
 """Blocks that a slot has room for, by format."""
 
 
@@ -93,7 +95,7 @@ class _Slot:
 def needed(blocks: Blocks) -> Need:
     """What a slot must have room for: of each format as many as the layer with most has on disk."""
     away = blocks.valid & (blocks.tier == Tier.DISK)
-    counts = {fmt: int((away & (blocks.format == fmt)).sum(axis=(1, 2)).max(initial=0)) for fmt in Format}
+    counts = {fmt: int((away & (blocks.format == fmt)).sum(axis=(1, 2)).max(initial=0)) for fmt in formats()}
     return {fmt: count for fmt, count in counts.items() if count}
 
 
@@ -123,7 +125,7 @@ class Staging:
         tables: Tables,
         slot: int,
         recalls: Recalls,
-        recover: Callable[[tuple[int, int, int], Format, int], bool],
+        recover: Callable[[tuple[int, int, int], BlockFormat, int], bool],
         on_gpu: bool = False,
     ) -> None:
         self.damaged = False
@@ -136,8 +138,8 @@ class Staging:
         self._slot = slot
         self._recalls = recalls
         self._recover = recover
-        self._lots: dict[Format, Lot] = {}
-        self._area: dict[Format, I32] = {}  # addresses: of slot s every SLOTS-th from s on
+        self._lots: dict[BlockFormat, Lot] = {}
+        self._area: dict[BlockFormat, I32] = {}  # addresses: of slot s every SLOTS-th from s on
         self._layers: list[_DiskBlocks] = []
         self._slots = [_Slot() for _ in range(SLOTS)]
 
@@ -148,7 +150,7 @@ class Staging:
         """Bytes of the area."""
         return sum(len(area) * self._host.shape.block_bytes(fmt) for fmt, area in self._area.items())
 
-    def missing(self, need: Need) -> list[tuple[Lot | None, Format, int]]:
+    def missing(self, need: Need) -> list[tuple[Lot | None, BlockFormat, int]]:
         """What the area lacks of the host's memory."""
         more = {fmt: SLOTS * count - len(self._area.get(fmt, ())) for fmt, count in need.items()}
         return [(self._lots.get(fmt), fmt, count) for fmt, count in more.items() if count > 0]
@@ -173,8 +175,8 @@ class Staging:
         self._layers = []
         for layer in range(len(blocks.length)):
             head, index = np.nonzero(blocks.valid[layer] & (blocks.tier[layer] == Tier.DISK))
-            numbers, formats = blocks.address[layer, head, index], blocks.format[layer, head, index]
-            self._layers.append(_DiskBlocks(head, index, numbers, formats))
+            numbers, kinds = blocks.address[layer, head, index], blocks.format[layer, head, index]
+            self._layers.append(_DiskBlocks(head, index, numbers, kinds))
 
     def close(self) -> None:
         """Gives the area back."""
@@ -236,7 +238,7 @@ class Staging:
         slot.layer, slot.address = layer, np.zeros(len(blocks.number), np.int32)
         for fmt in np.unique(blocks.format):
             mine = np.flatnonzero(blocks.format == fmt)
-            slot.address[mine] = self._area[Format(fmt)][first::SLOTS][: len(mine)]
+            slot.address[mine] = self._area[format_of(int(fmt))][first::SLOTS][: len(mine)]
         slot.arriving = self._disk.read(blocks.number, self._rows(slot.address, blocks.format))
         return slot
 
@@ -254,7 +256,7 @@ class Staging:
         self._count(blocks.format)
         for place in damaged:
             where = (layer, int(blocks.head[place]), int(blocks.index[place]))
-            self._repair(where, Format(int(blocks.format[place])), int(slot.address[place]))
+            self._repair(where, format_of(int(blocks.format[place])), int(slot.address[place]))
 
     # -- anything else that reads --------------------------------------------------------------------------------------
 
@@ -272,24 +274,24 @@ class Staging:
             piece.tier[piece.address < 0] = Tier.DEVICE
             away = piece.tier == Tier.DISK
             number, first = np.unique(piece.address[away], return_index=True)
-            formats = piece.format[away][first]
-            if any(int((formats == fmt).sum()) > len(area) for fmt, area in self._area.items()):
+            kinds = piece.format[away][first]
+            if any(int((kinds == fmt).sum()) > len(area) for fmt, area in self._area.items()):
                 count //= 2  # one block is of one head's, which all fit
                 continue
             address = np.zeros(len(number), np.int32)
             for fmt, area in self._area.items():
-                mine = np.flatnonzero(formats == fmt)
+                mine = np.flatnonzero(kinds == fmt)
                 address[mine] = area[: len(mine)]
-            self._bring(number, formats, address)
+            self._bring(number, kinds, address)
             piece.address[away] = address[np.searchsorted(number, piece.address[away])]
             piece.tier[away] = Tier.HOST
             yield piece
             start += len(piece.address)
 
-    def _bring(self, number: I32, formats: U8, address: I32) -> None:
-        for place in self._disk.read(number, self._rows(address, formats)).result() if len(number) else ():
-            self._repair(self._where(int(number[place])), Format(int(formats[place])), int(address[place]))
-        self._count(formats)
+    def _bring(self, number: I32, kinds: U8, address: I32) -> None:
+        for place in self._disk.read(number, self._rows(address, kinds)).result() if len(number) else ():
+            self._repair(self._where(int(number[place])), format_of(int(kinds[place])), int(address[place]))
+        self._count(kinds)
         if self.damaged:
             raise DamagedCacheError("blocks on disk are damaged and there is no exact copy of them")
 
@@ -302,59 +304,72 @@ class Staging:
 
     # -- both ----------------------------------------------------------------------------------------------------------
 
-    def _repair(self, where: tuple[int, int, int], fmt: Format, address: int) -> None:
+    def _repair(self, where: tuple[int, int, int], fmt: BlockFormat, address: int) -> None:
         """Builds a damaged block anew, for its place in the area; the file stays as it is."""
         if not self._recover(where, fmt, address):
             self.damaged = True
 
-    def _rows(self, address: I32, formats: U8) -> list[U8]:
+    def _rows(self, address: I32, kinds: U8) -> list[U8]:
         """The bytes of these blocks in the area."""
-        sizes = [self._host.shape.block_bytes(fmt) for fmt in Format]
+        sizes = [self._host.shape.block_bytes(fmt) for fmt in formats()]
         starts = (address.astype(np.int64) * UNIT_BYTES).tolist()
-        return [self._memory[start : start + sizes[fmt]] for start, fmt in zip(starts, formats.tolist(), strict=True)]
+        return [self._memory[start : start + sizes[fmt]] for start, fmt in zip(starts, kinds.tolist(), strict=True)]
 
-    def _count(self, formats: U8) -> None:
-        sizes = np.array([self._host.shape.block_bytes(fmt) for fmt in Format])
-        self._recalls.moved_bytes[Tier.DISK, Tier.HOST] += int(sizes[formats].sum())
+    def _count(self, kinds: U8) -> None:
+        sizes = np.array([self._host.shape.block_bytes(fmt) for fmt in formats()])
+        self._recalls.moved_bytes[Tier.DISK, Tier.HOST] += int(sizes[kinds].sum())
 
 
 _NONE = np.zeros(0, np.int32)
 
 
 class Sources:
-    """A request's tokens for whoever reads or rebuilds them, wherever they are: as the backend's methods of the names.
+    """A request's tokens for whoever reads or rebuilds them, wherever they are: as the block store's methods of the
+    names.
 
     Args:
-        backend: the kernels.
+        blocks: reads and builds blocks that are in memory.
         staging: what brings blocks from disk; None: none is there.
     """
 
-    def __init__(self, backend: Backend, staging: Staging | None) -> None:
-        self._backend = backend
+    def __init__(self, blocks: BlockStore, staging: Staging | None) -> None:
+        self._blocks = blocks
         self._staging = staging
 
-    def read(self, source: TokenSource) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``kernels.api.Backend.read``."""
-        parts = [self._backend.read(piece) for piece in self.pieces(source)]
+    def read(self, source: TokenSource, owners: Owners) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``workers.cache.blocks.BlockStore.read``."""
+        parts = [self._blocks.read(piece, owners[part]) for piece, part in self._pieces(source)]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
 
-    def encode(self, source: TokenSource, fmt: Format) -> torch.Tensor:
-        """See ``kernels.api.Backend.encode``."""
-        parts = [self._backend.encode(piece, fmt) for piece in self.pieces(source)]
+    def encode(self, source: TokenSource, fmt: BlockFormat, owners: Owners, notes: Notes | None = None) -> torch.Tensor:
+        """See ``workers.cache.blocks.BlockStore.encode``."""
+        parts = [
+            self._blocks.encode(piece, fmt, owners[part], notes and notes[part]) for piece, part in self._pieces(source)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def transcode(self, source: TokenSource, fmt: Format, tier: Tier, address: I32) -> None:
-        """See ``kernels.api.Backend.transcode``."""
-        start = 0
-        for piece in self.pieces(source):
-            self._backend.transcode(piece, fmt, tier, address[start : start + len(piece.address)])
-            start += len(piece.address)
+    def transcode(
+        self,
+        source: TokenSource,
+        fmt: BlockFormat,
+        tier: Tier,
+        address: I32,
+        owners: Owners,
+        notes: Notes | None = None,
+    ) -> None:
+        """See ``workers.cache.blocks.BlockStore.transcode``."""
+        for piece, part in self._pieces(source):
+            self._blocks.transcode(piece, fmt, tier, address[part], owners[part], notes and notes[part])
 
-    def pieces(self, source: TokenSource) -> Iterator[TokenSource]:
-        """The source in pieces of which every token is in memory, each to be used before the next is asked for."""
+    def _pieces(self, source: TokenSource) -> Iterator[tuple[TokenSource, I64]]:
+        """The source in pieces of which every token is in memory, each to be used before the next is asked for, and
+        which blocks of the source these are."""
         if self._staging is None or not (source.tier == Tier.DISK).any():
-            yield source
-        else:
-            yield from self._staging.pieces(source)
+            yield source, np.arange(len(source.address))
+            return
+        start = 0
+        for piece in self._staging.pieces(source):
+            yield piece, np.arange(start, start + len(piece.address))
+            start += len(piece.address)

@@ -89,9 +89,11 @@ class DecodeAttention:
         if self._guess and (ahead := self._guess(layer)) is not None:
             self._reading.foresee(layer + 1, ahead[:, :, 0], scaling)
         try:
-            partials = self._reading.before(layer, q, scaling)
+            partials, lse = self._reading.before(layer, q, scaling), self._reading.lse(q)
             self._backend.refresh(self.plan, layer)
-            return self._backend.decode(self.plan, layer, q, k, v, scaling, partials)[:, None]
+            output = self._backend.decode(self.plan, layer, q, k, v, scaling, partials, lse)
+            self._reading.count(layer, lse)
+            return output[:, None]
         finally:
             self._reading.after(layer)
 

@@ -48,7 +48,7 @@ from workers.settings import ModelDtype, WorkerSettings
 from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
 from workers.stages.base import Evictor, Pipeline
-from workers.stages.registry import build, describe
+from workers.stages.registry import build, coded_stages, describe
 
 VERSION = "0.1.0"
 IDLE_POLL_S = 0.5
@@ -278,7 +278,7 @@ class Engine:
             query_heads=shape.query_heads,
             head_dim=shape.head_dim,
             raw_dtype=str(shape.dtype).removeprefix("torch."),
-            formats=[fmt.name.lower() for fmt in Format],
+            formats=[*(fmt.name.lower() for fmt in Format), *coded_stages()],
             tiers=[
                 policy_pb2.Tier(
                     name=arena.tier.name.lower(),

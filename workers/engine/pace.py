@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 
-from kernels.layout import Format, Tier
+from kernels.layout import BlockFormat, Tier
 from workers.cache.preparation import Slice
 
 FIRST_STEP_MS = 20.0
@@ -29,7 +29,7 @@ class Pace:
         self._least_blocks = least_blocks
         self._first_block_ms = raw_block_bytes / FIRST_BYTES_PER_S * 1e3
         self._step_ms: deque[float] = deque(maxlen=STEPS_KEPT)
-        self._block_ms: dict[tuple[Tier, Format], deque[float]] = {}
+        self._block_ms: dict[tuple[Tier, BlockFormat], deque[float]] = {}
 
     def stepped(self, decode_ms: float) -> None:
         """A decode step took so long."""
@@ -46,16 +46,16 @@ class Pace:
         """Most time of a slice."""
         return self._share * (statistics.median(self._step_ms) if self._step_ms else FIRST_STEP_MS)
 
-    def most(self, tier: Tier, fmt: Format) -> int:
+    def most(self, tier: Tier, fmt: BlockFormat) -> int:
         """Blocks of that tier and format that a slice may have."""
         return max(self._least_blocks, int(self.budget_ms / self._ms_per_block(tier, fmt)))
 
-    def fits(self, left: Mapping[tuple[Tier, Format], int]) -> bool:
+    def fits(self, left: Mapping[tuple[Tier, BlockFormat], int]) -> bool:
         """Whether so many blocks, by tier and format, are no more than a slice."""
         if sum(left.values()) <= self._least_blocks:
             return True
         return sum(blocks * self._ms_per_block(*kind) for kind, blocks in left.items()) <= self.budget_ms
 
-    def _ms_per_block(self, tier: Tier, fmt: Format) -> float:
+    def _ms_per_block(self, tier: Tier, fmt: BlockFormat) -> float:
         kept = self._block_ms.get((tier, fmt))
         return statistics.median(kept) if kept else self._first_block_ms

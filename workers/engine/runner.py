@@ -116,6 +116,7 @@ class ModelRunner:
         with guesser.watching() if guesser else contextlib.nullcontext():
             logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
         self._cache.backend.finish(plan)
+        reading.finish(plan)
         queries = attend.queries()
         for row, seq in enumerate(sequences):
             self._cache.recent.note(seq.slot, positions[row], queries[:, row])

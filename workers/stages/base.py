@@ -11,14 +11,16 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Tier
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
-from workers.profile.profile import LayerProfile, missing
+from workers.cache.formats import CodedFormat, coded_format
+from workers.profile.profile import LayerProfile, ModelProfile, missing
+from workers.stages.attended import Attended, attend_blocks
 from workers.stages.budgets import RULES, UNIFORM
 
 
@@ -147,7 +149,7 @@ class Stage:
         """What this stage does to the logits."""
         raise NotImplementedError
 
-    def without_shadow(self) -> Stage:
+    def without_shadow(self) -> Self:
         """The same without an exact copy of what it loses."""
         return self
 
@@ -175,7 +177,7 @@ class Lossy(Stage):
         """Recoverable with a shadow, else permanent."""
         return LossClass.RECOVERABLE if getattr(self, "shadow", False) else LossClass.PERMANENT
 
-    def without_shadow(self) -> Stage:
+    def without_shadow(self) -> Self:
         """The same without an exact copy: its loss is permanent."""
         return dataclasses.replace(self, shadow=False) if getattr(self, "shadow", False) else self  # type: ignore[call-arg]
 
@@ -294,9 +296,92 @@ class Codec(Lossy):
     kind: ClassVar[Kind] = Kind.COMPRESS
 
     @property
-    def format(self) -> Format:
+    def format(self) -> BlockFormat:
         """The format of older blocks."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BlockPlaces:
+    """Whose blocks some are: N blocks of 32 tokens of one KV head each; all on one device."""
+
+    shape: CacheShape
+    layer: torch.Tensor  # int64 [N]
+    head: torch.Tensor  # int64 [N] KV head
+    position: torch.Tensor  # int64 [N, 32] original positions; 0 for tokens that nobody asks for
+    profile: ModelProfile | None = field(default=None, kw_only=True)
+    """The model's. It is there, with all that the stage ``needs``, if that is any."""
+
+    @property
+    def the_profile(self) -> ModelProfile:
+        """The profile that is there."""
+        assert self.profile is not None
+        return self.profile
+
+
+@dataclass(frozen=True)
+class BlockBatch(BlockPlaces):
+    """What a codec may look at to encode N full blocks."""
+
+    k: torch.Tensor  # float32 [N, 32, D] exact, or as exact as there is
+    v: torch.Tensor  # float32 [N, 32, D]
+    mass: torch.Tensor  # float32 [N, 32] attention received since the token was kept track of
+    votes: torch.Tensor  # float32 [N, 32] attention received from about the last 64 queries
+    seen: int  # tokens of the request so far
+    queries: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+    """Of a layer the last queries, at most so many: float32 [query heads, n, D] and their positions [n], rising."""
+
+    def queries_of_blocks(self, last: int) -> torch.Tensor:
+        """The last queries, at most ``last``, of the query heads that read each block: float32 [N, G, n, D]."""
+        heads, group, dim = self.shape.kv_heads, self.shape.queries_per_kv_head, self.shape.head_dim
+        layers, place = torch.unique(self.layer, return_inverse=True)
+        of_layer = [self.queries(layer, last)[0].view(heads, group, -1, dim) for layer in layers.tolist()]
+        return torch.stack(of_layer)[place, self.head]
+
+
+@dataclass(frozen=True)
+class CodedBlocks(BlockPlaces):
+    """Encoded blocks of one layer, which queries are to read."""
+
+    codes: Callable[[], torch.Tensor]
+    """Their bytes, uint8 [N, nbytes], copied together."""
+    memory: torch.Tensor | None
+    """int64 [N] where each begins in RAM; None where not all are there."""
+
+
+@dataclass(frozen=True)
+class Coded(Codec):
+    """A codec that kernels know nothing of: it encodes blocks, decodes them and attends over them itself.
+
+    What it does with a block may depend on that block, on what :class:`BlockBatch` says of it, and on nothing else:
+    blocks are built in batches of any size.
+    """
+
+    @property
+    def format(self) -> CodedFormat:
+        """Its own."""
+        return coded_format(self)
+
+    def nbytes(self, shape: CacheShape) -> int:
+        """Bytes of one block of 32 tokens of one KV head."""
+        raise NotImplementedError
+
+    def encode(self, blocks: BlockBatch) -> torch.Tensor:
+        """The blocks' bytes, uint8 [N, nbytes]."""
+        raise NotImplementedError
+
+    def decode(self, codes: torch.Tensor, blocks: BlockPlaces) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, float32 [N, 32, D], of what :meth:`encode` made."""
+        raise NotImplementedError
+
+    def attend(self, q: torch.Tensor, blocks: CodedBlocks, scaling: float) -> Attended:
+        """Attention of queries q, float32 [H, G, D], over blocks of their layer.
+
+        This decodes all of them first; a codec overrides it where it can work on its codes.
+        """
+        k, v = self.decode(blocks.codes(), blocks)
+        score = q[blocks.head] @ k.mT * scaling  # [N, G, 32]
+        return attend_blocks(score, blocks.head, len(q), lambda powers: powers @ v)
 
 
 @dataclass(frozen=True)

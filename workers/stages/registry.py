@@ -18,10 +18,16 @@ from kernels.layout import CacheShape
 from kvpilot.catalog import StageCatalog
 from kvpilot.pipeline import PipelineError, format_value
 from kvpilot.v1 import common_pb2, generation_pb2
-from workers.stages.base import Full, LossClass, Pipeline, Stage, accepted
+from workers.stages.base import Coded, Full, LossClass, Pipeline, Stage, accepted
 from workers.stages.compress.fp8 import FP8
+from workers.stages.compress.gear import Gear
 from workers.stages.compress.int8 import Int8
 from workers.stages.compress.kivi import Kivi
+from workers.stages.compress.kvquant import KVQuant
+from workers.stages.compress.lowrank import LowRank
+from workers.stages.compress.think import ThinK
+from workers.stages.compress.turboquant import TurboQuant
+from workers.stages.compress.zipcache import ZipCache
 from workers.stages.evict.dilated import Dilated
 from workers.stages.evict.duo import Duo
 from workers.stages.evict.expected_attention import ExpectedAttention
@@ -74,6 +80,12 @@ BUILT_IN: tuple[type[Stage], ...] = (
     FP8,
     Int8,
     Kivi,
+    ThinK,
+    TurboQuant,
+    Gear,
+    ZipCache,
+    LowRank,
+    KVQuant,
     Host,
     Disk,
     NearData,
@@ -196,6 +208,11 @@ def describe(shape: CacheShape, profiled: Collection[str] = ()) -> list[generati
 def _type_name(field: dataclasses.Field[Any]) -> str:
     """``int``, whether the stage's module postpones its annotations or not."""
     return field.type if isinstance(field.type, str) else field.type.__name__
+
+
+def coded_stages() -> list[str]:
+    """Names of the codecs that bring formats of their own."""
+    return [name for name, stage in stages().items() if issubclass(stage, Coded)]
 
 
 def loss_class_proto(loss: LossClass) -> common_pb2.LossClass:
