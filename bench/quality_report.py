@@ -15,7 +15,7 @@ from bench.quality_rows import Row, Table
 
 TITLES = {
     Table.TEXT: "Text: the tokens that follow a real text, which the pipeline did not know",
-    Table.RETRIEVAL: "Retrieval: magic numbers in a text, asked for",
+    Table.RETRIEVAL: "Retrieval: passwords in a text, asked for",
     Table.CONVERSATION: "Conversation: the last of three turns asks for what the first one said",
     Table.GENERATION: "Long generation: along the full cache's own answer, evicting while decoding",
 }

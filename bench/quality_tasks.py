@@ -93,7 +93,10 @@ def texts(words: Words, number: int, tokens: int) -> list[Text]:
 def needles(words: Words, number: int, asked: int, tokens: int) -> list[Recall]:
     """Haystacks of exactly so many tokens, with ``asked`` needles each, one in every part of them.
 
-    The needles are RULER's (arXiv 2404.06654): magic numbers for keys, and each key is asked for.
+    A needle says a password, and each is asked for in the same words. It is of two words: the first is foretold by
+    the prompt's end, which is computed before any pipeline takes effect. Unlike RULER's (arXiv
+    2404.06654) none is a long number: where a model has a token for each digit, such a needle asks how far beyond what
+    a query attends to an evictor keeps, more than whether it finds it.
     """
     return [
         _needles(words, source, asked, tokens, rng_of(SEED, "needles", tokens, place))
@@ -103,15 +106,12 @@ def needles(words: Words, number: int, asked: int, tokens: int) -> list[Recall]:
 
 def _needles(words: Words, source: Document, asked: int, tokens: int, rng: random.Random) -> Recall:
     keys = list(dict.fromkeys(compound(rng) for _ in range(8 * asked)))[:asked]
-    values = [Value.NUMBER.draw(rng) for _ in keys]
+    values = [" ".join(rng.sample(NOUNS, 2)) for _ in keys]
     ids = words.encode(
-        "Some special magic numbers are hidden within the following text. Memorize them. You will be asked for them "
-        "afterwards.\n\n",
+        "Some facts are hidden within the following text. Memorize them. You will be asked for them afterwards.\n\n",
         first=True,
     )
-    hidden = [
-        words.encode(f" One of the special magic numbers for {k} is: {v}.") for k, v in zip(keys, values, strict=True)
-    ]
+    hidden = [words.encode(f" The password of {k} is {v}.") for k, v in zip(keys, values, strict=True)]
     room = tokens - len(ids) - sum(map(len, hidden))
     if room < 2 * asked:
         raise ValueError(f"{tokens} tokens are too few for {asked} needles")
@@ -126,7 +126,7 @@ def _needles(words: Words, source: Document, asked: int, tokens: int, rng: rando
         room -= len(piece)
     questions = tuple(
         Question(
-            tuple(words.encode(f"\n\nThe special magic number for {key} mentioned in the text above is")),
+            tuple(words.encode(f"\n\nThe password of {key} is")),
             tuple(words.encode(f" {value}")),
         )
         for key, value in zip(keys, values, strict=True)

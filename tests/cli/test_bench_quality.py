@@ -263,12 +263,12 @@ def test_needles_lie_in_every_part_of_exactly_so_many_tokens(loaded: LoadedModel
         places = []
         for question in stack.questions:
             asked, answer = (loaded.tokenizer.decode(ids) for ids in (question.ids, question.answer))
-            key = asked.split(" for ")[1].split()[0]
-            needle = f"One of the special magic numbers for {key} is:{answer}."
+            key = asked.split(" of ")[1].split()[0]
+            needle = f"The password of {key} is{answer}."
             assert text.count(needle) == 1
             places.append(text.index(needle))
         assert places == sorted(places)
-        assert places[0] < tokens / 2 < places[2]
+        assert places[0] < len(text) / 2 < places[2]
 
 
 def test_conversations_ask_for_what_the_first_turn_says(loaded: LoadedModel) -> None:
@@ -469,10 +469,10 @@ def test_bad_input_is_named(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_smollm2_finds_needles_unless_they_are_dropped(smollm2: Path) -> None:
     loaded = load_model(smollm2, "smollm2", torch.device("cpu"), torch.float32)
-    stacks = needles(Words(loaded), 1, 3, 700)
-    rows = tables_of(loaded, "window(recent=64)", "kivi(bits=4)").retrieval(stacks)
+    stacks = needles(Words(loaded), 1, 4, 900)
+    rows = tables_of(loaded, "window(recent=64)", "int8").retrieval(stacks)
     found = {(row.name.partition("(")[0], row.query_aware): row.needle_accuracy for row in rows}
     assert found["full", False] is not None
-    assert found["full", False] >= 2 / 3
-    assert found["full", False] == found["full", True] == found["kivi", False]
+    assert found["full", False] >= 1 / 2
+    assert found["full", False] == found["full", True] == found["int8", False]
     assert found["window", False] == found["window", True] == 0.0
