@@ -117,7 +117,7 @@ def _needles(words: Words, source: Document, asked: int, tokens: int, rng: rando
         raise ValueError(f"{tokens} tokens are too few for {asked} needles")
     stack = haystack(source, room, words.count, rng, 0)
     pieces = cycle(words.encode(f" {sentence}") for sentence in stack.sentences)
-    places = [room * (part + rng.random()) / asked for part in range(asked)]
+    places = [len(ids) + room * (part + rng.random()) / asked for part in range(asked)]
     while room > 0 or hidden:
         while hidden and (len(ids) >= places[-len(hidden)] or room == 0):
             ids += hidden.pop(0)
