@@ -29,10 +29,16 @@ from bench.quality_subjects import all_subjects
 from bench.quality_tables import FULL_SIZES, QUICK_SIZES, Sizes, Tables
 from bench.quality_tasks import Words, conversations, long_answers, needles, texts
 from cli.errors import BadInputError, FailedError
+from cli.profile import make
 from kvpilot.log import LogFormat, LogLevel, configure_logging
 from models import store
+from models.profiles import ProfileError
 from workers.engine.attention import cache_shape
 from workers.engine.runner import LoadedModel, load_model
+from workers.profile.files import save
+
+PROFILE_TOKENS = 4096
+"""Of text, for the profile of a model that has none yet."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ def bench(quick: bool, model: str | None, only: Sequence[str], files: Files) -> 
     said = Console(stderr=True, highlight=False)
     with said.status("loading the model"):
         loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), torch.float32)
+    if loaded.profile is None:
+        loaded = _profiled(loaded, folder, said)
     words = ["kvpilot", "bench", "quality", *(["--quick"] if quick else []), *(["--model", model] if model else [])]
     words += [word for name in only for word in ("--only", name)]
     report = measure(loaded, QUICK_SIZES if quick else FULL_SIZES, only, shlex.join(words), said)
@@ -147,6 +155,20 @@ def write(report: Report, files: Files) -> None:
         files.plot.write_bytes(picture)
     if files.html is not None:
         files.html.write_text(page(report, picture), encoding="utf-8")
+
+
+def _profiled(loaded: LoadedModel, folder: Path, said: Console) -> LoadedModel:
+    """The model with its profile, which some stages need; without one where it cannot have any."""
+    with said.status("finding the model's profile, once") as status:
+        try:
+            profile = make(
+                loaded, folder, PROFILE_TOKENS, lambda done, total: status.update(f"profile: {done}/{total}")
+            )
+        except ProfileError as error:
+            said.print(f"no profile, and no figures of stages that need one: {error}", markup=False)
+            return loaded
+        save(profile)
+    return replace(loaded, profile=profile)
 
 
 def _fitting(sizes: Sizes, loaded: LoadedModel) -> Sizes:
