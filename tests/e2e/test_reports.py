@@ -38,7 +38,8 @@ async def test_the_worker_says_what_it_is(client: AsyncClient, operator: Operato
     assert (hello.layers, hello.kv_heads, hello.query_heads, hello.head_dim) == (2, 2, 4, 16)
     assert hello.raw_dtype == "float32"
     assert {"raw", "int8", "int4"} <= set(hello.formats)
-    assert {tier.name: tier.budget_bytes for tier in hello.tiers} == {"device": DEVICE_BYTES, "host": HOST_BYTES}
+    budgets = {"device": DEVICE_BYTES, "host": HOST_BYTES, "disk": 2 << 30}
+    assert {tier.name: tier.budget_bytes for tier in hello.tiers} == budgets
     assert all(tier.bandwidth_bytes_per_s > 0 for tier in hello.tiers)
     assert {"full", "window", "h2o", "snapkv", "kivi", "int8", "host"} <= {stage.name for stage in hello.model.stages}
     [served] = await client.models()

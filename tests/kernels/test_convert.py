@@ -219,7 +219,7 @@ def test_encode_of_nothing(make_world):
 
 
 @pytest.mark.parametrize("fmt", Format)
-@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("tier", MEMORY_TIERS)
 def test_store_and_load(make_world, fmt, tier):
     world = make_world(FP32, np.full((1, 1, 1), 100))
     arena = world.backend.arenas[tier]
