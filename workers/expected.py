@@ -44,7 +44,8 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
     codec, placer = pipeline.codec, pipeline.placer
     format_ = np.full(valid.shape, Format.RAW, np.uint8)
     if codec:
-        format_[younger >= BLOCK_TOKENS] = codec.format
+        for behind, fmt in codec.by_age():
+            format_[younger >= behind] = fmt
     tier = np.full(valid.shape, Tier.DEVICE, np.uint8)
     if placer and (stays := placer.device_tokens()) is not None:
         tier[younger >= stays] = placer.tier
@@ -55,7 +56,7 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
             shadowed -= int((valid & (tier == Tier.HOST) & (format_ == Format.RAW)).sum())
     use = measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
     if isinstance(placer, Selector):
-        pooled = codec.format if codec else Format.RAW
+        pooled = codec.largest(shape) if codec else Format.RAW
         older = max(0, int(length.max(initial=0)) - placer.always()) // BLOCK_TOKENS
         digests = digest_bytes(placer.digests, shape, older)
         places = placer.pool_blocks(older) * length.size

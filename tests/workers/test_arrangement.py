@@ -135,7 +135,9 @@ seeds = st.integers(0, 1000)
 def test_restyle_changes_the_blocks_that_are_not_as_wanted(lengths, residual, fmt, device_tokens, seed) -> None:
     tables = make_tables(lengths, seed)
     now, count = blocks_of(tables, SLOT), max(lengths)
-    result = restyle(now, tables.position[SLOT, :, :, :count], Style(residual, fmt, device_tokens))
+    result = restyle(
+        now, tables.position[SLOT, :, :, :count], Style(() if residual is None else ((residual, fmt),), device_tokens)
+    )
     sources = Sources(result)
     assert result.moved is None
     assert (result.blocks.length == now.length).all()
@@ -163,7 +165,7 @@ def test_regroup_keeps_the_marked_tokens_in_order(lengths, residual, fmt, device
     keep[:, :, : BLOCK_TOKENS * int(rng.integers(0, 3))] |= bool(rng.integers(0, 2))  # whole blocks that can be reused
     keep &= tokens.valid
     keep[:, :, 0] = True
-    result = regroup(tokens, keep, Style(residual, fmt, device_tokens))
+    result = regroup(tokens, keep, Style(() if residual is None else ((residual, fmt),), device_tokens))
     sources = Sources(result)
     assert result.moved is not None
     for layer, head in HEAD_INDEX:
@@ -248,6 +250,14 @@ def test_regrouping_everything_touches_nothing_but_the_partly_filled_blocks() ->
 )
 def test_styles_follow_the_distance_from_the_end(length: int, want: list[tuple[str, str]]) -> None:
     tables = make_tables([length] * 4, 2)
-    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :length], Style(32, Format.INT4, 64))
+    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :length], Style(((32, Format.INT4),), 64))
     got = zip(result.blocks.format[0, 0], result.blocks.tier[0, 0], strict=True)
     assert [(Format(fmt).name, Tier(tier).name) for fmt, tier in got] == want
+
+
+def test_blocks_pass_from_format_to_format_as_they_age() -> None:
+    tables = make_tables([200] * 4, 2)
+    style = Style(((40, Format.INT8), (100, Format.INT4)))
+    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :200], style)
+    # 168, 136, 104, 72, 40 and 8 tokens are behind the full blocks; the last block is not full
+    assert [Format(fmt).name for fmt in result.blocks.format[0, 0]] == ["INT4"] * 3 + ["INT8"] * 2 + ["RAW"] * 2

@@ -355,7 +355,8 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
             if behind < BLOCK_TOKENS:
                 assert (fmt, tier) == (Format.RAW, Tier.DEVICE) or (behind >= 0 and placer and fmt is Format.RAW)
             elif settled:
-                assert fmt is (codec.format if codec else Format.RAW)
+                aged = [own for tokens, own in (codec.by_age() if codec else ()) if behind >= tokens]
+                assert fmt is (aged or [Format.RAW])[-1]
                 stays = placer.device_tokens() if placer else None
                 assert tier is (Tier.DEVICE if placer is None or stays is None or behind < stays else placer.tier)
             at = torch.tensor(kept[rows])

@@ -89,7 +89,7 @@ def test_its_stages_are_listed_and_built_and_a_broken_neighbour_is_left_out(inst
 def test_the_suite_of_all_stages_runs_over_its_stages(installed: Path) -> None:
     """Every check takes them up by itself, as it does built-in ones, and they pass."""
     suite = ("-m", "pytest", "tests/workers/test_conformance.py", "-vv", "-p", "no:cacheprovider")
-    answer = python(*suite, "-k", " or ".join([*STAGES, "knorm", "int8"]), packages=[installed])
+    answer = python(*suite, "-k", " or ".join([*STAGES, "knorm", "fp8"]), packages=[installed])
     assert answer.returncode == 0, answer.stdout
     results = re.findall(r"::(\w+)\[(.*)\] (\w+)", answer.stdout)
     assert {result for *_, result in results} == {"PASSED"}
@@ -98,7 +98,7 @@ def test_the_suite_of_all_stages_runs_over_its_stages(installed: Path) -> None:
         return Counter(check for check, case, _ in results if stage in case)
 
     assert checks("vnorm") == checks("knorm")
-    assert checks("nibble") == checks("int8")
+    assert checks("nibble") == checks("fp8")
     assert 10 < len(checks("spill")) < len(checks("nibble"))  # it loses nothing, which saves it some
 
 

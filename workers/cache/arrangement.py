@@ -97,10 +97,8 @@ def tokens_of(tables: Tables, slot: int) -> Tokens:
 class Style:
     """How a pipeline wants blocks, by how many tokens of their table are younger than the whole block."""
 
-    residual: int | None = None
-    """How many last tokens stay raw; None: all."""
-    format: BlockFormat = Format.RAW
-    """The format of the blocks that are wholly older than those."""
+    formats: tuple[tuple[int, BlockFormat], ...] = ()
+    """The formats of the blocks that have as many tokens behind them or more, rising; others stay raw."""
     device_tokens: int | None = None
     """How many last tokens stay on the device; None: all."""
     tier: Tier = Tier.HOST
@@ -201,8 +199,9 @@ def _styles(blocks: Blocks, style: Style) -> tuple[U8, U8]:
     """Wanted format and tier [L, H, B] of each block, by its distance from the table's end."""
     ends = (np.arange(blocks.address.shape[2]) + 1) * BLOCK_TOKENS
     younger = blocks.length[..., None] - ends  # [L, H, B] tokens behind a block; negative where it is not full
-    coded = younger >= style.residual if style.residual is not None else np.zeros(younger.shape, bool)
     away = younger >= style.device_tokens if style.device_tokens is not None else np.zeros(younger.shape, bool)
-    wanted_format = np.where(coded, np.uint8(style.format), np.uint8(Format.RAW)).astype(np.uint8)
+    wanted_format = np.full(younger.shape, Format.RAW, np.uint8)
+    for tokens, fmt in style.formats:
+        wanted_format[younger >= tokens] = fmt
     wanted_tier = np.where(away, np.uint8(style.tier), np.uint8(Tier.DEVICE)).astype(np.uint8)
     return wanted_format, wanted_tier

@@ -533,7 +533,7 @@ class KVCache:
     def _to_disk(self, seq: SequenceCache, style: Style) -> int:
         """Moves a prompt's finished rows to where a disk placer will have them, raw; returns how many."""
         now = blocks_of(self.tables, seq.slot)
-        self._commit(seq, restyle(now, self._positions(seq), replace(style, residual=None, format=Format.RAW)))
+        self._commit(seq, restyle(now, self._positions(seq), replace(style, formats=())))
         away = blocks_of(self.tables, seq.slot).tier == Tier.DISK
         return int((away.sum() - (now.tier == Tier.DISK).sum()) // self._row_blocks)
 
@@ -920,7 +920,7 @@ class KVCache:
     def _after(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
         """Settles what a pipeline means for exactness and for reading, and drops a shadow that nothing needs."""
         if isinstance(pipeline.placer, Selector):
-            self._select(seq, pipeline.placer, _style(pipeline).format, anew=occasion is not Occasion.SETTLE)
+            self._select(seq, pipeline.placer, _largest(pipeline, self.shape), anew=occasion is not Occasion.SETTLE)
         else:
             self._stop_selecting(seq)
         if not pipeline.near:
@@ -1198,11 +1198,15 @@ _NOTHING = np.zeros(0, np.int32)
 def _style(pipeline: Pipeline) -> Style:
     codec, placer = pipeline.codec, pipeline.placer
     return Style(
-        residual=BLOCK_TOKENS if codec else None,
-        format=codec.format if codec else Format.RAW,
+        formats=codec.by_age() if codec else (),
         device_tokens=placer.device_tokens() if placer else None,
         tier=placer.tier if placer else Tier.HOST,
     )
+
+
+def _largest(pipeline: Pipeline, shape: CacheShape) -> BlockFormat:
+    """The largest format that older blocks have."""
+    return pipeline.codec.largest(shape) if pipeline.codec else Format.RAW
 
 
 def _without(addresses: I32, others: I32) -> I32:

@@ -177,7 +177,7 @@ class EngineMemory:
         if seq.phase is not Phase.DECODE or not seq.cache:
             return False
         placer, codec = seq.pipeline.placer, seq.pipeline.codec
-        least = self._cache.device_tokens_at_least(seq.cache, codec.format if codec else Format.RAW)
+        least = self._cache.device_tokens_at_least(seq.cache, codec.largest(self._cache.shape) if codec else Format.RAW)
         recent = max(PRESSURE_RECENT_TOKENS, least)
         stays = placer.device_tokens() if placer else None
         if recent >= (len(seq.token_ids) if stays is None else stays):

@@ -23,6 +23,9 @@ from workers.profile.profile import LayerProfile, ModelProfile, missing
 from workers.stages.attended import Attended, attend_blocks
 from workers.stages.budgets import RULES, UNIFORM
 
+Ages = tuple[tuple[int, BlockFormat], ...]
+"""How many tokens must be younger than a block, and the format it then has."""
+
 
 class LossClass(Enum):
     """What a stage does to the logits; ordered from harmless to harmful."""
@@ -299,6 +302,14 @@ class Codec(Lossy):
     def format(self) -> BlockFormat:
         """The format of older blocks."""
         raise NotImplementedError
+
+    def by_age(self) -> Ages:
+        """The formats of blocks with so many younger tokens behind them, or more, in rising order, 32 at least."""
+        return ((BLOCK_TOKENS, self.format),)
+
+    def largest(self, shape: CacheShape) -> BlockFormat:
+        """Of its formats the one that takes most."""
+        return max((fmt for _, fmt in self.by_age()), key=shape.block_bytes)
 
 
 @dataclass(frozen=True)

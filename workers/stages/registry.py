@@ -19,6 +19,7 @@ from kvpilot.catalog import StageCatalog
 from kvpilot.pipeline import PipelineError, format_value
 from kvpilot.v1 import common_pb2, generation_pb2
 from workers.stages.base import Coded, Full, LossClass, Pipeline, Stage, accepted
+from workers.stages.compress.aged import Aged
 from workers.stages.compress.fp8 import FP8
 from workers.stages.compress.gear import Gear
 from workers.stages.compress.int8 import Int8
@@ -77,6 +78,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Duo,
     Razor,
     FastGen,
+    Aged,
     FP8,
     Int8,
     Kivi,
