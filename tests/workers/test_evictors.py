@@ -32,19 +32,19 @@ LOADED = tiny_loaded(**WIDE)
 
 
 @pytest.fixture(scope="module")
-def asked() -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's queries [L, H, G, T, D] and keys [L, H, T, D] of all tokens, in float64."""
-    heard: list[tuple[torch.Tensor, torch.Tensor]] = []
+def asked() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The model's queries [L, H, G, T, D], keys and values [L, H, T, D] of all tokens, in float64."""
+    heard: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def listen(module, query, key, value, mask, **kwargs):
-        heard.append((query[0].double(), key[0].double()))
+        heard.append((query[0].double(), key[0].double(), value[0].double()))
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register("listening", listen)
     with torch.inference_mode():
         tiny_model(attention="listening", **WIDE)(input_ids=torch.tensor([TOKENS]), use_cache=False)
-    queries, keys = (torch.stack(part) for part in zip(*heard, strict=True))
-    return queries.unflatten(1, (HEADS, GROUP)), keys
+    queries, keys, values = (torch.stack(part) for part in zip(*heard, strict=True))
+    return queries.unflatten(1, (HEADS, GROUP)), keys, values
 
 
 def make_cache() -> KVCache:
@@ -134,9 +134,12 @@ def test_a_slot_that_is_used_again_knows_nothing_of_the_request_before(asked) ->
 class Reference:
     """One layer's tokens, head by head, and what queries pay them; positions name tokens."""
 
-    def __init__(self, queries: torch.Tensor, keys: torch.Tensor, kept: list[list[int]], seen: int) -> None:
+    def __init__(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kept: list[list[int]], seen: int
+    ) -> None:
         self.queries = queries.numpy()  # [H, G, T, D]
         self.keys = keys.numpy()  # [H, T, D]
+        self.values = values.numpy()  # [H, T, D]
         self.kept = kept
         self.seen = seen
 
@@ -162,6 +165,21 @@ class Reference:
 
 def knorm(of: Reference, head: int) -> list[float]:
     return [-math.sqrt(sum(x * x for x in of.keys[head, token])) for token in of.kept[head]]
+
+
+def qhitter(of: Reference, head: int) -> list[float]:
+    mass = of.received(head, range(of.seen)).sum(axis=(0, 1))
+    found = []
+    for place, token in enumerate(of.kept[head]):
+        lost = length = 0.0
+        for x in (of.keys[head, token], of.values[head, token]):
+            steps = [(min(x[at : at + 32]), max(x[at : at + 32])) for at in range(0, len(x), 32)]
+            for channel, number in enumerate(x):
+                low, high = steps[channel // 32]
+                near = low + round((number - low) / (high - low) * 15) * (high - low) / 15
+                lost, length = lost + (number - near) ** 2, length + number**2
+        found.append(mass[place] / max(mass) / (1 + 100 * math.sqrt(lost / length)))
+    return found
 
 
 def keydiff(of: Reference, head: int) -> list[float]:
@@ -241,6 +259,7 @@ BY_LAYER = {"hashevict", "nacl"}
 SCORES: dict[str, Callable[..., list[float]]] = {
     "knorm": knorm,
     "keydiff": keydiff,
+    "qhitter": qhitter,
     "dilated(recent=64)": dilated,
     "tova(size=64)": tova,
     "morphkv(size=64)": morphkv,
@@ -258,7 +277,7 @@ def reference_of(asked, cache: KVCache, seq: SequenceCache, layer: int) -> Refer
     tables = cache.tables
     lengths = tables.length[seq.slot, layer]
     kept = [tables.position[seq.slot, layer, head, : lengths[head]].tolist() for head in range(HEADS)]
-    return Reference(asked[0][layer], asked[1][layer], kept, seq.seen)
+    return Reference(*(part[layer] for part in asked), kept, seq.seen)
 
 
 @pytest.mark.parametrize("chunk", [PROMPT, 27])
@@ -269,7 +288,7 @@ def test_scores_and_what_is_kept_are_those_of_the_definition(asked, text: str, c
     check_scores(asked, cache, seq, text)
 
 
-@pytest.mark.parametrize("text", [text for text in SCORES if not text.startswith("h2o")])
+@pytest.mark.parametrize("text", [text for text in SCORES if text not in ("h2o", "qhitter")])
 def test_so_are_those_over_heads_that_kept_different_tokens(asked, text: str) -> None:
     """Later queries come from what was kept, so the last ones are taken as they were noted."""
     cache = make_cache()

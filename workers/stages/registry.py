@@ -42,6 +42,7 @@ from workers.stages.evict.kvzip import KVzip
 from workers.stages.evict.merge import Merge
 from workers.stages.evict.morphkv import MorphKV
 from workers.stages.evict.nacl import NaCL
+from workers.stages.evict.qhitter import QHitter
 from workers.stages.evict.razor import Razor
 from workers.stages.evict.rkv import RKV
 from workers.stages.evict.scissorhands import Scissorhands
@@ -62,6 +63,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Window,
     Dilated,
     H2O,
+    QHitter,
     Scissorhands,
     Tova,
     SnapKV,

@@ -12,7 +12,7 @@ from workers.stages.base import Ages, Codec, parameter, shadow, whole_blocks
 
 @dataclass(frozen=True)
 class Aged(Codec):
-    """The last ``raw`` tokens as they are, those before them at 8 bits up to the last ``int8``, all older ones at 4.
+    """The last ``raw`` tokens as they are, the ``int8`` before them at 8 bits, all older ones at 4.
 
     A block passes from one to the next as others come, from the exact copy where there is one. Groups are ``kivi``'s.
 
@@ -25,11 +25,6 @@ class Aged(Codec):
     int8: int = parameter(1024, Bounds(least=BLOCK_TOKENS), "tokens")
     shadow: bool = shadow()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.int8 < self.raw:
-            raise ValueError(f"parameter 'int8' of stage 'aged': {self.int8} given; accepted: at least raw={self.raw}")
-
     @property
     def format(self) -> Format:
         """int4."""
@@ -37,7 +32,7 @@ class Aged(Codec):
 
     def by_age(self) -> Ages:
         """int8, then int4."""
-        return (self.raw, Format.INT8), (self.int8, Format.INT4)
+        return (self.raw, Format.INT8), (self.raw + self.int8, Format.INT4)
 
     def refuses(self, shape: CacheShape) -> str | None:
         """Heads that leave a value group nearly empty would store more scales than codes."""
