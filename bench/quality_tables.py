@@ -52,7 +52,7 @@ class Sizes:
 
 
 FULL_SIZES = Sizes((1024, 2048, 4096), 6, 64, 3, 4, 3, 1024, 3, 768, 512)
-QUICK_SIZES = Sizes((1024, 2048), 2, 32, 1, 3, 1, 768, 1, 704, 160)
+QUICK_SIZES = Sizes((1024, 2048), 1, 64, 1, 2, 1, 768, 1, 704, 128)
 
 
 class Tables:
