@@ -314,7 +314,8 @@ def top(
     """Watch the live requests: pipeline, tokens, bytes, signals, last switch and why, and the planner's decision.
 
     Bytes are shown per tier and against what pipeline `full` would take; shadows are the exact copies that let a
-    switch be undone. Far mass ">128: 0.12" means that 12 % of the attention went to tokens more than 128 back.
+    switch be undone. Far mass ">128: 0.12" means that 12 % of the attention went to tokens more than 128 back. Blocks
+    that steps ask of lower tiers are there in time if they had been brought before the step asked.
     """
     with reported():
         settings = _settings(context, endpoint=endpoint)

@@ -526,28 +526,30 @@ def test_damaged_blocks_are_named(tier: DiskTier, folder: Path) -> None:
 def test_every_block_is_counted_once_a_step(engines) -> None:
     drive = decoding(engines(), DISK)
     recalls, cache = drive.engine.cache.recalls, drive.engine.cache
+    asked = recalls.asked[Tier.DISK]
     use = cache.use(drive.engine._live["job"].cache)
     blocks = use.disk_bytes // cache.shape.block_bytes(Format.RAW)
-    before = recalls.kept + recalls.ahead + recalls.waited
+    before = asked.blocks
     bytes_before = recalls.moved_bytes[Tier.DISK, Tier.HOST]
     for _ in range(3):
         drive.engine.step()
-    assert recalls.kept + recalls.ahead + recalls.waited - before == 3 * blocks
+    assert asked.blocks - before == 3 * blocks
     assert recalls.moved_bytes[Tier.DISK, Tier.HOST] - bytes_before == 3 * use.disk_bytes
-    assert recalls.hit_rate == 1 - recalls.waited / (recalls.kept + recalls.ahead + recalls.waited)
+    assert asked.hit_rate == 1 - asked.waited / asked.blocks
     assert recalls.summary()["disk_to_host_bytes"] == recalls.moved_bytes[Tier.DISK, Tier.HOST]
+    assert recalls.summary()["disk_waited_blocks"] == asked.waited
 
 
 def test_two_layers_stay_in_the_staging_area(folder: Path) -> None:
     """As many as it has slots: nothing is read twice between two upkeeps."""
     engine = tiny_engine(disk_folder=folder, disk_budget_bytes=1 << 20)
     drive = decoding(engine, DISK)
-    read, kept = engine._disk.counts.read_bytes, engine.cache.recalls.kept
+    read, there = engine._disk.counts.read_bytes, engine.cache.recalls.asked[Tier.DISK].there
     for _ in range(5):
         engine.step()
     assert engine._disk.counts.read_bytes == read
     blocks = engine.cache.use(engine._live["job"].cache).disk_bytes // engine.shape.block_bytes(Format.RAW)
-    assert engine.cache.recalls.kept == kept + 5 * blocks
+    assert engine.cache.recalls.asked[Tier.DISK].there == there + 5 * blocks
     drive.finish()
     engine.stop(1.0)
 

@@ -43,15 +43,15 @@ from workers.cache.disk_tier import WRITE_BYTES, DiskTier
 from workers.cache.formats import MOST_FORMATS, format_of
 from workers.cache.merging import merge
 from workers.cache.near import NearReader
-from workers.cache.pool import RecallCounts
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.reading import Reader, StepReading
 from workers.cache.recall import SelectiveReader
+from workers.cache.recalls import Recalls
 from workers.cache.recent import RecentQueries
 from workers.cache.selection import Queries, Views, choose
 from workers.cache.shadow import Shadow
-from workers.cache.staging import DamagedCacheError, Recalls, Sources, Staging, needed
+from workers.cache.staging import DamagedCacheError, Sources, Staging, needed
 from workers.profile.profile import ModelProfile
 from workers.stages.base import Evictor, LossClass, Pipeline
 from workers.stages.selecting import Selector
@@ -112,6 +112,8 @@ class SequenceCache:
     """What reads its blocks that kernels do not know, after the readers."""
     staging: Staging | None = None
     """Where its blocks on disk pass through; None: it has none."""
+    recalls: Recalls = field(default_factory=Recalls)
+    """What reading its blocks off the device has taken so far."""
 
     @property
     def damaged(self) -> bool:
@@ -170,7 +172,6 @@ class KVCache:
         self.blocks = BlockStore(backend, self.backend, profile)
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
-        self.recalled = RecallCounts()
         self._selecting: dict[int, SelectiveReader] = {}  # by slot
         self.scaling = shape.head_dim**-0.5
         """The model's factor on attention scores; its attention says if it is another one."""
@@ -179,6 +180,7 @@ class KVCache:
         that has words. The last queries then stand in."""
         self.disk = DiskTier(disk, shape) if disk else None
         self.recalls = Recalls()
+        """Of all requests since the start, those that are over included."""
         self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
         self._tiers: dict[Tier, Arena | DiskTier] = {**self._arenas, **({Tier.DISK: self.disk} if self.disk else {})}
         self._free_slots = list(range(slots - 1, -1, -1))
@@ -195,7 +197,7 @@ class KVCache:
         """Starts an empty cache for a request of at most so many tokens. There must be a free slot."""
         slot = self._free_slots.pop()
         self.tables.length[slot] = 0
-        return SequenceCache(slot, max_tokens)
+        return SequenceCache(slot, max_tokens, recalls=Recalls(self.recalls))
 
     def close(self, seq: SequenceCache) -> None:
         """Gives back everything a request holds."""
@@ -323,6 +325,7 @@ class KVCache:
         fork = replace(
             seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[], readers=()
         )
+        fork.recalls = Recalls(self.recalls)
         if seq.staging:
             fork.staging = self._staging(fork)
             try:
@@ -670,10 +673,11 @@ class KVCache:
         allocate: Callable[[Lot, Tier, int], I32] | None = None,
     ) -> I32:
         """Builds new blocks on a tier; on any error it is as if there had been none. Returns their addresses."""
-        self._count_moves(source, tier, fmt)
         if tier is Tier.DISK:
             assert self.disk is not None
-            return self.disk.write(self._pieces(seq, source, fmt, owners, notes), fmt)
+            addresses = self.disk.write(self._pieces(seq, source, fmt, owners, notes), fmt)
+            self._count_moves(seq, source, tier, fmt)
+            return addresses
         lot, blocks = self._lot(seq, tier, fmt), len(source.address)
         addresses = allocate(lot, tier, blocks) if allocate else self._arenas[tier].allocate(lot, blocks)
         try:
@@ -681,6 +685,7 @@ class KVCache:
         except BaseException:
             self._arenas[tier].release(addresses)
             raise
+        self._count_moves(seq, source, tier, fmt)
         return addresses
 
     def _pieces(
@@ -692,10 +697,12 @@ class KVCache:
             some = np.arange(start, min(start + most, len(source.address)))
             yield self.sources(seq).encode(pick(source, some), fmt, owners[some], notes and notes[some])
 
-    def _count_moves(self, source: TokenSource, tier: Tier, fmt: BlockFormat) -> None:
-        """Blocks by where they come from and where they go, in bytes of what is stored there."""
-        for origin, blocks in zip(*np.unique(source.tier[:, 0], return_counts=True), strict=True):
-            self.recalls.moved_bytes[Tier(origin), tier] += int(blocks) * self.shape.block_bytes(fmt)
+    def _count_moves(self, seq: SequenceCache, source: TokenSource, tier: Tier, fmt: BlockFormat) -> None:
+        """Counts blocks that were built, each as coming from where its first token was; from disk all come through the
+        host, which has been counted."""
+        origins = np.minimum(source.tier[:, 0], Tier.HOST)
+        for origin, blocks in zip(*np.unique(origins, return_counts=True), strict=True):
+            seq.recalls.note_moved(Tier(origin), tier, int(blocks) * self.shape.block_bytes(fmt))
 
     def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
         """What evictors may look at of these tokens of a request."""
@@ -827,8 +834,8 @@ class KVCache:
                     new.address[mask] = self._build(seq, source, tier, fmt, owners[mine], notes)
                     done.append((tier, new.address[mask]))
                 else:  # what is given back makes the room: a copy waits elsewhere until then
-                    self._count_moves(source, tier, fmt)
                     built[tier, fmt] = self.sources(seq).encode(source, fmt, owners[mine], notes)
+                    self._count_moves(seq, source, tier, fmt)
         except BaseException:
             for tier, addresses in done:
                 self._tiers[tier].release(addresses)
@@ -862,7 +869,7 @@ class KVCache:
         """An empty staging area for a request, which takes memory as it is resized."""
         assert self.disk is not None
         gpu = self.device.data.device.type != "cpu"
-        return Staging(self.disk, self.host, self.tables, seq.slot, self.recalls, partial(self._recover, seq), gpu)
+        return Staging(self.disk, self.host, self.tables, seq.slot, seq.recalls, partial(self._recover, seq), gpu)
 
     def _recover(self, seq: SequenceCache, where: tuple[int, int, int], fmt: BlockFormat, address: int) -> bool:
         """Builds a full block anew at a host address, from the exact copy. False: it does not have these tokens."""
@@ -949,7 +956,7 @@ class KVCache:
         reader = seq.selective
         if reader is None or reader.stage != stage or reader.pool.format is not fmt:
             self._stop_selecting(seq)
-            reader = SelectiveReader(stage, fmt, seq.slot, self.blocks, self.device, self.recalled)
+            reader = SelectiveReader(stage, fmt, seq.slot, self.blocks, self.device, seq.recalls)
             seq.readers = (*seq.readers, reader)
             self._selecting[seq.slot] = reader
         reader.changed(anew)
@@ -1010,6 +1017,7 @@ class KVCache:
             of_layer, of_head = (np.broadcast_to(axis, index.shape)[..., 0].ravel() for axis in (layer, head))
             owners = Owners(of_layer, of_head, np.broadcast_to(position, index.shape).reshape(flat).astype(np.int32))
             shadow.add_rows(self.sources(seq), source, owners, rows)
+            self._count_moves(seq, source, Tier.HOST, Format.RAW)
         seq.shadow = shadow
 
     def _everything(self, seq: SequenceCache) -> Tokens:

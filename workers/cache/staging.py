@@ -10,7 +10,6 @@ Block tables name blocks on disk by number, but for the time in which a kernel r
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from workers.cache.arrangement import Blocks, pick
 from workers.cache.blocks import BlockStore, Notes, Owners
 from workers.cache.disk_tier import DiskTier
 from workers.cache.formats import format_of, formats
+from workers.cache.recalls import Recalls
 
 SLOTS = 2
 I64 = npt.NDArray[np.int64]
@@ -36,31 +36,6 @@ Need = dict[BlockFormat, int]
 
 class DamagedCacheError(Exception):
     """Blocks on disk are not what was written, and no exact copy is there: the tokens must be computed again."""
-
-
-@dataclass
-class Recalls:
-    """What reading lower tiers has taken so far; blocks, and bytes by (from, to)."""
-
-    kept: int = 0
-    """Blocks still in the staging area from the step before."""
-    ahead: int = 0
-    """Blocks that had been read when their layer came."""
-    waited: int = 0
-    """Blocks whose layer had to wait for them."""
-    moved_bytes: Counter[tuple[Tier, Tier]] = field(default_factory=Counter)
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the blocks that were there when their layer came; 1 where none was asked for."""
-        asked = self.kept + self.ahead + self.waited
-        return (self.kept + self.ahead) / asked if asked else 1.0
-
-    def summary(self) -> dict[str, float]:
-        """All of it by name, for a log."""
-        moved = {f"{a.name}_to_{b.name}_bytes".lower(): count for (a, b), count in sorted(self.moved_bytes.items())}
-        blocks = {"disk_kept": self.kept, "disk_ahead": self.ahead, "disk_waited": self.waited}
-        return {**moved, **blocks, "disk_hit_rate": round(self.hit_rate, 3)}
 
 
 @dataclass
@@ -245,12 +220,12 @@ class Staging:
     def _arrive(self, slot: _Slot, layer: int) -> None:
         count = len(slot.address)
         if slot.arriving is None:
-            self._recalls.kept += count
+            self._recalls.note_asked(Tier.DISK, there=count)
             return
         if slot.arriving.done():
-            self._recalls.ahead += count
+            self._recalls.note_asked(Tier.DISK, ahead=count)
         else:
-            self._recalls.waited += count
+            self._recalls.note_asked(Tier.DISK, waited=count)
         damaged, slot.arriving = slot.arriving.result(), None
         blocks = self._layers[layer]
         self._count(blocks.format)
@@ -317,7 +292,7 @@ class Staging:
 
     def _count(self, kinds: U8) -> None:
         sizes = np.array([self._host.shape.block_bytes(fmt) for fmt in formats()])
-        self._recalls.moved_bytes[Tier.DISK, Tier.HOST] += int(sizes[kinds].sum())
+        self._recalls.note_moved(Tier.DISK, Tier.HOST, int(sizes[kinds].sum()))
 
 
 _NONE = np.zeros(0, np.int32)
