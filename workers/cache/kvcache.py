@@ -51,7 +51,8 @@ from workers.cache.recalls import Recalls
 from workers.cache.recent import RecentQueries
 from workers.cache.selection import Queries, Views, choose
 from workers.cache.shadow import Shadow
-from workers.cache.staging import DamagedCacheError, Sources, Staging, needed
+from workers.cache.sources import Sources
+from workers.cache.staging import DamagedCacheError, Staging, needed
 from workers.profile.profile import ModelProfile
 from workers.stages.base import Evictor, LossClass, Pipeline
 from workers.stages.selecting import Selector
