@@ -37,9 +37,10 @@ class QHitter(HeavyHitters):
         """Attention times robustness."""
         mass = layer.mass.masked_fill(~layer.valid, 0.0)
         share = mass / mass.amax(dim=1, keepdim=True).clamp(min=1e-12)
-        numbers = torch.cat([part.float() for part in layer.read()], dim=-1)  # [H, T, 2 D]
-        lost = torch.cat([part.float() - _rounded(part.float()) for part in layer.read()], dim=-1)
-        error = 100 * lost.norm(dim=-1) / numbers.norm(dim=-1).clamp(min=1e-12)
+        numbers = [part.float() for part in layer.read()]  # K and V, each [H, T, D]
+        length = torch.cat(numbers, dim=-1).norm(dim=-1)
+        lost = torch.cat([part - _rounded(part) for part in numbers], dim=-1).norm(dim=-1)
+        error = 100 * lost / length.clamp(min=1e-12)
         score: torch.Tensor = share / (1 + error.masked_fill(~layer.valid, 0.0))
         return score
 
