@@ -609,6 +609,9 @@ def bench_quality(
     scales, zero points and tables, raw blocks as of 16 bits. Where a stage cannot reach a share or serve the model, its
     row says why; one that raises has its error there, and the exit code is 1 at the end.
 
+    Some stages need the model's profile. Where there is none, it is found first, from 4,096 tokens of text, and stored
+    for good, as `kvpilot model profile` does; workers that load the model from then on have it too.
+
       kvpilot bench quality --quick --json quality.json --html quality.html
 
       kvpilot bench quality --quick --only snapkv --only kivi-2bit
