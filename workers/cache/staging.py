@@ -230,7 +230,7 @@ class Staging:
         self._count(blocks.format)
         for place in damaged:
             where = (layer, int(blocks.head[place]), int(blocks.index[place]))
-            self._repair(where, format_of(int(blocks.format[place])), int(slot.address[place]))
+            self._repair(where, int(blocks.number[place]), int(blocks.format[place]), int(slot.address[place]))
 
     # -- anything else that reads --------------------------------------------------------------------------------------
 
@@ -264,7 +264,8 @@ class Staging:
 
     def _bring(self, number: I32, kinds: U8, address: I32) -> None:
         for place in self._disk.read(number, self._rows(address, kinds)).result() if len(number) else ():
-            self._repair(self._where(int(number[place])), format_of(int(kinds[place])), int(address[place]))
+            name = int(number[place])
+            self._repair(self._where(name), name, int(kinds[place]), int(address[place]))
         self._count(kinds)
         if self.damaged:
             raise DamagedCacheError("blocks on disk are damaged and there is no exact copy of them")
@@ -278,10 +279,16 @@ class Staging:
 
     # -- both ----------------------------------------------------------------------------------------------------------
 
-    def _repair(self, where: tuple[int, int, int], fmt: BlockFormat, address: int) -> None:
-        """Builds a damaged block anew, for its place in the area; the file stays as it is."""
-        if not self._recover(where, fmt, address):
+    def _repair(self, where: tuple[int, int, int], number: int, kind: int, address: int) -> None:
+        """Builds a damaged block anew, in its place in the area, and writes it so that it is found whole next time."""
+        if not self._recover(where, format_of(kind), address):
             self.damaged = True
+            return
+        if self._on_gpu:
+            torch.cuda.synchronize()  # a kernel has built it
+        (block,) = self._rows(np.array([address]), np.array([kind]))
+        if self._disk.rewrite(number, block):
+            self._recalls.note_moved(Tier.HOST, Tier.DISK, len(block))
 
     def _rows(self, address: I32, kinds: U8) -> list[U8]:
         """The bytes of these blocks in the area."""
