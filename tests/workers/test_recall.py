@@ -18,6 +18,8 @@ from workers.cache.recalls import Asked
 from workers.engine.guessing import QueryGuesser
 from workers.stages.registry import build
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 ARKVALE = "arkvale(recent=64, share=0.3)"
 RECALLING = (
     ARKVALE,
@@ -27,15 +29,6 @@ RECALLING = (
     "conversation(recent=64, share=0.4)",
 )
 TEXT = prompt(700, 5)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def slowly(steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -15,6 +15,7 @@ from tests.tiny import Drive, prompt, tiny_engine
 from workers.cache.recalls import Asked, Recalls
 from workers.engine.engine import Engine
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 IDS = prompt(301, 3)
 ALL, AWAY = len(IDS) // BLOCK_TOKENS, (len(IDS) - 64) // BLOCK_TOKENS
 """Rows of blocks that are whole at the end of the prompt, and those of them that ``recent=64`` moves away."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,17 +15,10 @@ from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.cache.recalls import Asked
 from workers.stages.registry import build
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SHAPE = CacheShape(layers=3, kv_heads=2, query_heads=6, head_dim=16, dtype=torch.float32)
 TEXT = prompt(700, 5)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Steps:
