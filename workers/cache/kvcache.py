@@ -26,6 +26,7 @@ from workers.cache.prefix import PrefixRow
 from workers.cache.preparation import Preparation, Slice
 from workers.cache.readers import Readers
 from workers.cache.reading import StepReading
+from workers.cache.recalls import Recalls
 from workers.cache.selection import Views
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.cache.shadow import Shadow
@@ -56,7 +57,7 @@ class KVCache(CacheMemory):
         """Starts an empty cache for a request of at most so many tokens. There must be a free slot."""
         slot = self._free_slots.pop()
         self.tables.length[slot] = 0
-        return SequenceCache(slot, max_tokens)
+        return SequenceCache(slot, max_tokens, recalls=Recalls(self.recalls))
 
     def close(self, seq: SequenceCache) -> None:
         """Gives back everything a request holds."""
@@ -171,6 +172,7 @@ class KVCache(CacheMemory):
         fork = replace(
             seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[], readers=()
         )
+        fork.recalls = Recalls(self.recalls)
         if seq.staging:
             fork.staging = self.staging(fork)
             try:

@@ -42,9 +42,7 @@ class Readers:
         reader = seq.selective
         if reader is None or reader.stage != stage or reader.pool.format is not fmt:
             self.stop_selecting(seq)
-            reader = SelectiveReader(
-                stage, fmt, seq.slot, self._memory.blocks, self._memory.device, self._memory.recalled
-            )
+            reader = SelectiveReader(stage, fmt, seq.slot, self._memory.blocks, self._memory.device, seq.recalls)
             seq.readers = (*seq.readers, reader)
             self._selecting[seq.slot] = reader
         reader.changed(anew)

@@ -3,10 +3,10 @@
 Sessions between two turns have their rows on the host tier on sufferance: whenever a request wants room there, they go
 to disk, or are dropped, before anything of a running request is touched (``workers/cache/sessions.py``). On the device:
 copy the rest of a turn that is being parked; drop published prefixes that nobody uses; interrupt a replay, or do the
-rest of a switch that is being prepared at once, since it holds blocks twice; without a controller, compress requests
-whose objective allows it (the static rule); move older blocks to the host tier, which changes no logits, as far as it
-has room; where the host is full too, give up the exact copies of requests that are lossy already. Only then does the
-scheduler preempt.
+rest of a switch that is being prepared at once, since it holds blocks twice; give up pools of recalled blocks, the
+largest first, which only save the way from the host; without a controller, compress requests whose objective allows it
+(the static rule); move older blocks to the host tier, which changes no logits, as far as it has room; where the host is
+full too, give up the exact copies of requests that are lossy already. Only then does the scheduler preempt.
 """
 
 from __future__ import annotations
