@@ -20,7 +20,7 @@ from kernels.api import F32, I32, U8, Backend, Tables, TokenSource
 from kernels.backends import make_backend
 from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
-from workers.cache.arena import Arena, Lot, TierFullError
+from workers.cache.arena import Arena, Lot, Region, TierFullError
 from workers.cache.arrangement import (
     BUILD,
     Arrangement,
@@ -143,6 +143,8 @@ class KVCache:
         backend: kernel backend, see ``kernels.backends``.
         profile: the model's, for stages that need it.
         disk: files of the disk tier; None: there is no such tier.
+        lendable: bytes of the weights of each layer that may lend its memory to the device tier; they are to lie in the
+            device arena's regions.
     """
 
     def __init__(
@@ -157,10 +159,11 @@ class KVCache:
         backend: str = "auto",
         profile: ModelProfile | None = None,
         disk: DiskStore | None = None,
+        lendable: Sequence[int] = (),
     ) -> None:
         self.shape = shape
         self.profile = profile
-        self.device = Arena(Tier.DEVICE, device_bytes, shape, device)
+        self.device = Arena(Tier.DEVICE, device_bytes, shape, device, lendable)
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
         self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
@@ -182,6 +185,7 @@ class KVCache:
         self._arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
         self._tiers: dict[Tier, Arena | DiskTier] = {**self._arenas, **({Tier.DISK: self.disk} if self.disk else {})}
         self._free_slots = list(range(slots - 1, -1, -1))
+        self._open: dict[int, SequenceCache] = {}  # by slot
         self._row_blocks = shape.layers * shape.kv_heads
 
     @property
@@ -195,7 +199,8 @@ class KVCache:
         """Starts an empty cache for a request of at most so many tokens. There must be a free slot."""
         slot = self._free_slots.pop()
         self.tables.length[slot] = 0
-        return SequenceCache(slot, max_tokens)
+        self._open[slot] = SequenceCache(slot, max_tokens)
+        return self._open[slot]
 
     def close(self, seq: SequenceCache) -> None:
         """Gives back everything a request holds."""
@@ -216,6 +221,7 @@ class KVCache:
         self._stop_selecting(seq)
         self.tables.length[seq.slot] = 0
         self.recent.drop(seq.slot)
+        del self._open[seq.slot]
         self._free_slots.append(seq.slot)
         if seq.origin:
             self._reclaim(seq.origin)
@@ -334,7 +340,7 @@ class KVCache:
             fork.staging.follow(now)
         self.backend.store(Tier.DEVICE, addresses, self.backend.load(Tier.DEVICE, now.address[tail], Format.RAW))
         tables = self.tables
-        self._free_slots.pop()
+        self._open[self._free_slots.pop()] = fork
         for name in ("address", "format", "tier", "length", "position", "mass", "votes"):
             values = getattr(tables, name)
             values[slot] = values[seq.slot]
@@ -973,6 +979,28 @@ class KVCache:
             reader.close()
         return freed
 
+    # -- memory that layers lend ---------------------------------------------------------------------------------------
+
+    def take_back(self, region: Region) -> bool:
+        """Takes a lent region of the device arena back, and moves blocks that lie there.
+
+        Returns:
+            False: not now, nothing has changed. They have nowhere to go, or a switch is being prepared, which must find
+            blocks where they were.
+        """
+        if any(seq.preparation for seq in self._open.values()):
+            return False
+        try:
+            now = self.device.take_back(region)
+        except TierFullError:
+            return False
+        on_device = self.tables.tier == Tier.DEVICE
+        self.tables.address[on_device] = now(self.tables.address[on_device])
+        self.prefixes.moved(now)
+        for reader in self._selecting.values():
+            reader.pool.moved(now)
+        return True
+
     # -- exact copies --------------------------------------------------------------------------------------------------
 
     def _to_be_copied(self, seq: SequenceCache, pipeline: Pipeline) -> bool:
@@ -1107,9 +1135,9 @@ class KVCache:
         return -(-tokens // BLOCK_TOKENS) * pages * self.device.page_bytes
 
     def capacity_bytes(self) -> int:
-        """Bytes of the raw rows that fit the tiers together: what one request alone can take."""
+        """Bytes of the raw rows that fit the tiers together, all lent that can be: what one request alone can take."""
         row_bytes = self.worst_bytes(1)
-        return sum(arena.budget_bytes // row_bytes for arena in self._arenas.values()) * row_bytes
+        return sum(arena.most_bytes // row_bytes for arena in self._arenas.values()) * row_bytes
 
     def device_tokens_at_least(self, seq: SequenceCache, fmt: BlockFormat) -> int:
         """Last tokens of the longest table that must stay on the device if the host tier takes all it has room for.
@@ -1128,6 +1156,11 @@ class KVCache:
         placer = pipeline.placer
         if placer and placer.tier is Tier.DISK and not self.disk:
             return f"stage {placer.name!r} needs a disk tier, and this worker has none (its disk_budget_bytes is 0)"
+        if (lent := pipeline.lent_layers) > len(self.device.regions):
+            return (
+                f"stage {placer and placer.name!r} has {lent} layers lend their memory, and on this worker at most"
+                f" {len(self.device.regions)} can (its lendable_layers)"
+            )
         return None
 
     def _measure(self, seq: SequenceCache) -> CacheUse:

@@ -27,6 +27,8 @@ from workers.engine.attention import cache_shape
 from workers.engine.audit import Auditor
 from workers.engine.catalyst import catalyst
 from workers.engine.intake import Intake, Limits
+from workers.engine.lending import SLOTS as LENDING_SLOTS
+from workers.engine.lending import Lending, weights_to_lend
 from workers.engine.memory import EngineMemory
 from workers.engine.pace import Pace
 from workers.engine.repeating import Repeater, Words, is_missing
@@ -81,6 +83,7 @@ class Engine:
             self._loaded.context_tokens, settings.max_context_tokens or self._loaded.context_tokens
         )
         self._disk = _open_disk(settings)
+        weights = weights_to_lend(self._loaded.model, settings.lendable_layers)
         self.cache = KVCache(
             self.shape,
             settings.device_budget_bytes,
@@ -92,7 +95,9 @@ class Engine:
             settings.kernel_backend.value,
             self._loaded.profile,
             self._disk,
+            [layer.nbytes for layer in weights[LENDING_SLOTS:]],
         )
+        self._lending = Lending(weights, self.cache)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.sessions = ParkedSessions(
             self.cache,
@@ -122,6 +127,7 @@ class Engine:
             lambda seq, pipeline, reason: self._switching.for_pressure(seq, pipeline, reason),
             lambda: self._replayer.give_way() or self._switching.hurry() or self._repeater.give_way(),
             self.sessions,
+            self._lending,
         )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
         self._bandwidths = _measure_bandwidths(self.cache)
@@ -199,6 +205,8 @@ class Engine:
             self._thread.join(timeout_s)
         if self._disk and not (self._thread and self._thread.is_alive()):
             self._disk.close()
+        if not (self._thread and self._thread.is_alive()):
+            self._lending.close()
         log.info("blocks moved", **self.cache.recalls.summary())
 
     def submit(self, job: job_pb2.Job, emitted: Ids[int] = (), measured: int = 0) -> None:
@@ -346,6 +354,7 @@ class Engine:
         self._restore()
         self._switching.advance()
         self._drop_damaged()
+        self._memory.balance(self._scheduler.waiting_for_memory)
         began = time.monotonic()
         step = self._scheduler.schedule()
         for seq in step.preempted:
@@ -529,7 +538,7 @@ class Engine:
     def _settle(self, seq: Sequence) -> None:
         """Keeps a request's blocks where its pipeline wants them, as tokens come."""
         assert seq.cache is not None
-        home = seq.pinned.without_shadow() if seq.pinned and seq.cache.lost else seq.pinned
+        home = seq.home
         if home and seq.pipeline != home and self._roomy(seq):
             self._switching.for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
         elif not seq.settled and is_missing(seq.cache, seq.pipeline):
@@ -671,7 +680,7 @@ def _dtype(settings: WorkerSettings) -> torch.dtype:
 
 def _measure_bandwidths(cache: KVCache) -> dict[Tier, float]:
     """Copy bandwidth in bytes per second: within the device tier, from the host tier to it, and from disk to memory."""
-    device, host = cache.device.data, cache.host.data
+    device, host = cache.device.data[: cache.device.budget_bytes], cache.host.data
     size = min(len(device) // 2, 16 << 20)
     bandwidths = {Tier.DEVICE: _copy_rate(device[:size], device[size : 2 * size])}
     size = min(size, len(host))
