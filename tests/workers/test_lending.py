@@ -48,6 +48,30 @@ def keep_lent(engine: Engine) -> None:
     engine._memory.balance = lambda waiting: None  # type: ignore[method-assign]
 
 
+def lend(engine: Engine) -> None:
+    """Has a layer lend its memory, and spoils what it leaves there."""
+    assert engine._lending.lend()
+    arena = engine.cache.device
+    arena.memory(arena.regions[engine._lending.lent - 1]).fill_(0xFF)
+
+
+@dataclass
+class Breaks:
+    """Attention that fails in a layer, so that a pass does not reach its end."""
+
+    at: int
+
+    def attend(self, layer: int, *_: object) -> torch.Tensor:
+        if layer == self.at:
+            raise ArithmeticError
+        return torch.zeros(1, 1, 4, 16)
+
+
+def break_a_pass(engine: Engine, at: int) -> None:
+    with pytest.raises(ArithmeticError):
+        engine._runner.attend(Breaks(at), 0, [1])
+
+
 @pytest.fixture(scope="module")
 def expected() -> list[generation_pb2.Token]:
     """What a worker says whose layers lend nothing."""
@@ -64,16 +88,21 @@ def test_every_bit_of_the_logits_is_that_of_weights_at_home(tied: bool, dtype: t
     plain, worker = decoding(engine(0, changes=changes)), decoding(engine(changes=changes))
     keep_lent(worker.engine)
     lending, want = worker.engine._lending, logits_now(plain, "job")
-    moves = [lending.lend] * LENDABLE + [lending.take_back] * LENDABLE + [lending.lend] * 2
-    for lent, move in zip([1, 2, 3, 4, 3, 2, 1, 0, 1, 2], moves, strict=True):
-        assert move()
-        assert lending.lent == lent
+    for lent in [1, 2, 3, 4, 3, 2, 1, 0, 1, 2]:
+        while lending.lent < lent:
+            lend(worker.engine)
+        while lending.lent > lent:
+            assert lending.take_back()
         for _ in range(2):  # each pass begins with what the one before has left
             assert torch.equal(logits_now(worker, "job"), want)
         plain.engine.step()
         worker.engine.step()
         want = logits_now(plain, "job")
         assert torch.equal(logits_now(worker, "job"), want)
+        if lent:  # there and back with no pass between
+            assert lending.take_back()
+            lend(worker.engine)
+            assert torch.equal(logits_now(worker, "job"), want)
     assert plain.finish()["job"].tokens == worker.finish()["job"].tokens
 
 
@@ -106,34 +135,27 @@ def test_the_weights_in_the_arena_are_the_model_s_and_close_gives_them_back() ->
     assert again.finish()["job"].token_ids == decoding(engine(0), most=12).finish()["job"].token_ids
 
 
-@pytest.mark.parametrize("pipeline", ["infinigen(share=0.5, recent=64)", "clo", "snapkv(keep=0.5) | kivi(bits=4)"])
-def test_stages_that_look_a_layer_ahead_see_its_weights(pipeline: str) -> None:
-    """A guess calls the next layer's attention while a layer computes."""
+@pytest.mark.parametrize("lent", [1, LENDABLE])
+@pytest.mark.parametrize("pipeline", ["infinigen(share=0.5, recent=64)", "snapkv(keep=0.5) | kivi(bits=4)"])
+def test_stages_that_look_a_layer_ahead_see_its_weights(pipeline: str, lent: int) -> None:
+    """A guess calls the next layer's attention while a layer computes, also behind a pass that did not end."""
     outcomes = []
-    for lendable in (0, LENDABLE):
+    for lendable in (0, lent):
         drive = decoding(engine(lendable), pipeline)
         keep_lent(drive.engine)
-        while lendable and drive.engine._lending.lend():
-            pass
+        for _ in range(lendable):
+            lend(drive.engine)
+        for at in range(LAYERS):
+            break_a_pass(drive.engine, at)
+            drive.engine.step()
         outcomes.append(drive.finish()["job"].tokens)
-        assert drive.engine._lending.lent == lendable
     assert outcomes[0] == outcomes[1]
 
 
 def test_a_pass_that_ends_in_the_middle_leaves_no_layer_with_another_s_weights(expected) -> None:
-    @dataclass
-    class Breaks:
-        at: int
-
-        def attend(self, layer: int, *_: object) -> torch.Tensor:
-            if layer == self.at:
-                raise ArithmeticError
-            return torch.zeros(1, 1, 4, 16)
-
     drive = decoding(engine(), "oneiros(layers=4)")
-    for broken in [*range(LAYERS), 3, 3]:
-        with pytest.raises(ArithmeticError):
-            drive.engine._runner.attend(Breaks(broken), 0, [1])
+    for at in [*range(LAYERS), 3, 3]:
+        break_a_pass(drive.engine, at)
         drive.engine.step()
     assert drive.finish()["job"].tokens == expected
 
@@ -273,17 +295,38 @@ def test_one_request_can_have_all_that_layers_lend() -> None:
     model = worker.hello().model
     most = model.capacity_bytes // model.raw_bytes_per_token
     assert most > 1.5 * plain.capacity_bytes // plain.raw_bytes_per_token
-    outcome = run(worker, {"job": prompt(100, 22)}, most - 100, pipeline="full")["job"]
-    assert len(outcome.token_ids) == most - 100
+    ids = prompt(most - 100, 22)
+    outcome = run(worker, {"job": ids}, 100, pipeline="full")["job"]
+    assert len(outcome.token_ids) == 100
     assert not outcome.switches
-    assert outcome.token_ids == run(engine(0), {"job": prompt(100, 22)}, most - 100)["job"].token_ids
+    assert outcome.token_ids == run(engine(0), {"job": ids}, 100)["job"].token_ids
 
 
 # -- taking back -----------------------------------------------------------------------------------------------------
 
 
-def test_blocks_move_out_of_the_way_and_so_do_prefixes_and_pools() -> None:
-    """A request, one that reads few of its blocks through a pool, and published rows, all on pages that go back."""
+def test_published_rows_move_out_of_the_way() -> None:
+    worker = engine(5, device_budget_bytes=600 << 10)
+    keep_lent(worker)
+    arena = worker.cache.device
+    lot, own = arena.open_lot(Format.RAW), arena.free_bytes // arena.page_bytes
+    arena.allocate(lot, own * page_blocks(worker.shape))
+    for _ in range(5):
+        lend(worker)
+    first = run(worker, {"first": IDS}, 20, top_logprobs=3)["first"]
+    rows = list(worker.cache.prefixes._rows.values())
+    assert len(rows) == 10
+    assert all(row.address.min() >= own * arena.page_units for row in rows)
+    arena.close_lot(lot)
+    for _ in range(5):
+        assert worker._lending.take_back()
+    again = run(worker, {"again": IDS}, 20, top_logprobs=3)["again"]
+    assert again.finished.usage.reused_prompt_tokens == 288
+    assert again.tokens == first.tokens
+
+
+def test_blocks_move_out_of_the_way_and_so_do_pools() -> None:
+    """A request, and one that reads few of its blocks through a pool, on pages that go back."""
     outcomes, moved = [], []
     for lendable in (0, 5):
         worker = engine(lendable, device_budget_bytes=2800 << 10)
