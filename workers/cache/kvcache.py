@@ -27,7 +27,6 @@ from workers.cache.arrangement import (
     Blocks,
     Mask,
     Merging,
-    Style,
     Tokens,
     block_count,
     blocks_of,
@@ -52,6 +51,7 @@ from workers.cache.recent import RecentQueries
 from workers.cache.selection import Queries, Views, choose
 from workers.cache.shadow import Shadow
 from workers.cache.staging import DamagedCacheError, Recalls, Sources, Staging, needed
+from workers.cache.style import Style, largest_format, styles_of, tiers_in
 from workers.profile.profile import ModelProfile
 from workers.stages.base import Evictor, LossClass, Pipeline
 from workers.stages.selecting import Selector
@@ -523,9 +523,10 @@ class KVCache:
         if seq.evicted and seq.shadow is None:  # rows are not whole any more
             return 0
         self.abandon(seq)
-        if pipeline and not pipeline.wants_shadow and not seq.shadow and _style(pipeline).tier is Tier.DISK:
+        styles = self.styles(seq, pipeline) if pipeline else ()
+        if pipeline and not pipeline.wants_shadow and not seq.shadow and Tier.DISK in tiers_in(styles):
             try:
-                return self._to_disk(seq, _style(pipeline))
+                return self._to_disk(seq, styles)
             except TierFullError:
                 pass  # as far as the host has room
         away = seq.shadow.rows if seq.shadow else 0
@@ -533,13 +534,14 @@ class KVCache:
         assert seq.shadow is not None
         now = blocks_of(self.tables, seq.slot)
         device_tokens = seq.seen - seq.shadow.rows * BLOCK_TOKENS
-        self._commit(seq, restyle(now, self._positions(seq), Style(device_tokens=device_tokens)))
+        older_to_host = Style(places=((device_tokens, Tier.HOST),))
+        self._commit(seq, restyle(now, self._positions(seq), [older_to_host] * self.shape.layers))
         return seq.shadow.rows - away
 
-    def _to_disk(self, seq: SequenceCache, style: Style) -> int:
+    def _to_disk(self, seq: SequenceCache, styles: Sequence[Style]) -> int:
         """Moves a prompt's finished rows to where a disk placer will have them, raw; returns how many."""
         now = blocks_of(self.tables, seq.slot)
-        self._commit(seq, restyle(now, self._positions(seq), replace(style, formats=())))
+        self._commit(seq, restyle(now, self._positions(seq), [replace(style, formats=()) for style in styles]))
         away = blocks_of(self.tables, seq.slot).tier == Tier.DISK
         return int((away.sum() - (now.tier == Tier.DISK).sum()) // self._row_blocks)
 
@@ -595,7 +597,8 @@ class KVCache:
         if copied:
             seq.preparation.copied_rows = seq.seen // BLOCK_TOKENS
         if not (pipeline.evictor or (seq.evicted and seq.shadow)):
-            target = restyle(blocks_of(self.tables, seq.slot), self._positions(seq), _style(pipeline))
+            styles = self.styles(seq, pipeline)
+            target = restyle(blocks_of(self.tables, seq.slot), self._positions(seq), styles)
             seq.preparation.plan(target, by_shadow=copied and not seq.evicted)
         return seq.preparation
 
@@ -718,7 +721,7 @@ class KVCache:
         )
 
     def _arrange(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> Arrangement:
-        evictor, style = pipeline.evictor, _style(pipeline)
+        evictor, styles = pipeline.evictor, self.styles(seq, pipeline)
         going_on = evictor is not None and evictor.evicts_while_prefilling and occasion is Occasion.PROMPT
         settle = occasion is Occasion.SETTLE or going_on
         restore = seq.evicted and not settle and seq.shadow is not None and seq.shadow.covers(seq.seen)
@@ -733,13 +736,13 @@ class KVCache:
                 merging = None if restore else seq.merging
                 if evictor.merges and not keep[tokens.valid].all():
                     merging = self._merge(seq, evictor, views, keep, merging)
-                target = regroup(tokens, keep, style)
+                target = regroup(tokens, keep, styles)
                 target.merging = merging
                 return target
         elif restore:
             tokens = self._everything(seq)
-            return regroup(tokens, tokens.valid, style)
-        return restyle(blocks_of(self.tables, seq.slot), self._positions(seq), style)
+            return regroup(tokens, tokens.valid, styles)
+        return restyle(blocks_of(self.tables, seq.slot), self._positions(seq), styles)
 
     def _merge(self, seq: SequenceCache, evictor: Evictor, views: Views, keep: Mask, before: Merging | None) -> Merging:
         """Writes what the kept tokens become to blocks of their own, and has the views' tokens read from there."""
@@ -926,7 +929,8 @@ class KVCache:
     def _after(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
         """Settles what a pipeline means for exactness and for reading, and drops a shadow that nothing needs."""
         if isinstance(pipeline.placer, Selector):
-            self._select(seq, pipeline.placer, _largest(pipeline, self.shape), anew=occasion is not Occasion.SETTLE)
+            fmt = largest_format(pipeline, self.shape)
+            self._select(seq, pipeline.placer, fmt, anew=occasion is not Occasion.SETTLE)
         else:
             self._stop_selecting(seq)
         if not pipeline.near:
@@ -1154,7 +1158,7 @@ class KVCache:
     def refuses(self, pipeline: Pipeline) -> str | None:
         """Why no request can have a pipeline here; None: they can, as far as there is room."""
         placer = pipeline.placer
-        if placer and placer.tier is Tier.DISK and not self.disk:
+        if placer and not self.disk and Tier.DISK in tiers_in(styles_of(pipeline, self.shape, 0, self.profile)):
             return f"stage {placer.name!r} needs a disk tier, and this worker has none (its disk_budget_bytes is 0)"
         if (lent := pipeline.lent_layers) > len(self.device.regions):
             return (
@@ -1188,6 +1192,10 @@ class KVCache:
         if extra_rows is not None:  # reserved, but not yet counted by the tables' lengths
             now = now.plus_raw_device_blocks(self.shape, int(extra_rows.sum()))
         seq.peak = seq.peak.peak_with(now)
+
+    def styles(self, seq: SequenceCache, pipeline: Pipeline) -> tuple[Style, ...]:
+        """How a pipeline wants a request's blocks, by layer."""
+        return styles_of(pipeline, self.shape, seq.seen, self.profile)
 
     # -- small helpers -------------------------------------------------------------------------------------------------
 
@@ -1226,20 +1234,6 @@ class KVCache:
 
 
 _NOTHING = np.zeros(0, np.int32)
-
-
-def _style(pipeline: Pipeline) -> Style:
-    codec, placer = pipeline.codec, pipeline.placer
-    return Style(
-        formats=codec.by_age() if codec else (),
-        device_tokens=placer.device_tokens() if placer else None,
-        tier=placer.tier if placer else Tier.HOST,
-    )
-
-
-def _largest(pipeline: Pipeline, shape: CacheShape) -> BlockFormat:
-    """The largest format that older blocks have."""
-    return pipeline.codec.largest(shape) if pipeline.codec else Format.RAW
 
 
 def _without(addresses: I32, others: I32) -> I32:

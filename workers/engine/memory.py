@@ -21,11 +21,12 @@ from dataclasses import replace
 
 import structlog
 
-from kernels.layout import BLOCK_TOKENS, Format, Tier
+from kernels.layout import BLOCK_TOKENS, Tier
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache, Occasion
 from workers.cache.sessions import ParkedSessions
 from workers.cache.staging import DamagedCacheError
+from workers.cache.style import largest_format
 from workers.engine.lending import Lending
 from workers.engine.sequence import Phase, Sequence
 from workers.stages.base import Pipeline, Placer
@@ -221,8 +222,8 @@ class EngineMemory:
             return self.evacuate(seq)
         if seq.phase is not Phase.DECODE or not seq.cache:
             return False
-        placer, codec = seq.pipeline.placer, seq.pipeline.codec
-        least = self._cache.device_tokens_at_least(seq.cache, codec.largest(self._cache.shape) if codec else Format.RAW)
+        placer = seq.pipeline.placer
+        least = self._cache.device_tokens_at_least(seq.cache, largest_format(seq.pipeline, self._cache.shape))
         recent = max(PRESSURE_RECENT_TOKENS, least)
         stays = placer.device_tokens() if placer else None
         if recent >= (len(seq.token_ids) if stays is None else stays):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Tier
+from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Format, Tier
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
 from workers.cache.formats import CodedFormat, coded_format
@@ -24,7 +24,9 @@ from workers.stages.attended import Attended, attend_blocks
 from workers.stages.budgets import RULES, UNIFORM
 
 Ages = tuple[tuple[int, BlockFormat], ...]
-"""How many tokens must be younger than a block, and the format it then has."""
+"""How many tokens must be younger than a block, and the format it then has; rising."""
+Places = tuple[tuple[int, Tier], ...]
+"""The same for its tier."""
 
 
 class LossClass(Enum):
@@ -172,6 +174,17 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class LayerPlace:
+    """A layer of which blocks are to be stored: what codecs and placers may go by."""
+
+    index: int
+    shape: CacheShape
+    seen: int  # tokens of the request so far, kept or not
+    profile: LayerProfile | None = None
+    """What the model's profile says of this layer. It is there, with all that the stage ``needs``, if that is any."""
+
+
+@dataclass(frozen=True)
 class Lossy(Stage):
     """A stage whose loss a shadow can undo."""
 
@@ -307,6 +320,10 @@ class Codec(Lossy):
         """The formats of blocks with so many younger tokens behind them, or more, in rising order, 32 at least."""
         return ((BLOCK_TOKENS, self.format),)
 
+    def ages(self, layer: LayerPlace) -> Ages:
+        """The same for one layer, where they differ; :meth:`by_age` then has all formats there are."""
+        return self.by_age()
+
     def largest(self, shape: CacheShape) -> BlockFormat:
         """Of its formats the one that takes most."""
         return max((fmt for _, fmt in self.by_age()), key=shape.block_bytes)
@@ -415,6 +432,20 @@ class Placer(Stage):
     def device_tokens(self) -> int | None:
         """How many of a head's last tokens stay on the device; blocks wholly older go to ``tier``. None: all stay."""
         raise NotImplementedError
+
+    def places(self, layer: LayerPlace) -> Places:
+        """The tiers of one layer's older blocks, where layers differ or there are several; from
+        :meth:`device_tokens` on, or later."""
+        stays = self.device_tokens()
+        return () if stays is None else ((stays, self.tier),)
+
+    def ages(self, layer: LayerPlace) -> Ages:
+        """The formats of older blocks where the pipeline has no codec."""
+        return ()
+
+    def largest(self, shape: CacheShape) -> BlockFormat:
+        """Of these formats the one that takes most."""
+        return Format.RAW
 
     def lent_layers(self) -> int:
         """How many of the model's layers lend their memory to the device tier while it is in force, or more."""
