@@ -3,7 +3,8 @@
 A prompt is computed once with the full cache; each pipeline is put in force on a fork of it, and what follows is scored
 behind the fork and behind the full cache. Long generations and conversations are decoded step by step, many forks as
 one batch, with evictors at work as in the engine. ``bench.quality_tables`` has the four, ``bench.quality_subjects``
-what is measured at which share of the bytes, ``bench.quality_tasks`` the texts.
+what is measured at which share of the bytes, ``bench.quality_tasks`` the texts. The pipelines are shared out to several
+processes, each with a model and a cache of its own: small forwards keep one core busy, not two.
 """
 
 from __future__ import annotations
@@ -12,20 +13,25 @@ import json
 import os
 import shlex
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
+from itertools import groupby, zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 
+import numba
 import torch
 from rich.console import Console
 
 from bench.machine import describe_machine
 from bench.quality_lab import Clock
 from bench.quality_report import Report, render, summary
-from bench.quality_rows import Table
-from bench.quality_subjects import all_subjects
+from bench.quality_rows import Row, Table
+from bench.quality_subjects import Subject, all_subjects
 from bench.quality_tables import FULL_SIZES, QUICK_SIZES, Sizes, Tables
 from bench.quality_tasks import Words, conversations, long_answers, needles, texts
 from cli.errors import BadInputError, FailedError
@@ -50,8 +56,30 @@ class Files:
     plot: Path | None = None
 
 
-def bench(quick: bool, model: str | None, only: Sequence[str], files: Files) -> None:
+@dataclass(frozen=True)
+class Part:
+    """What one of several processes measures: a share of the pipelines, and the full cache."""
+
+    index: int = 0
+    of: int = 1
+
+    def share(self, subjects: Sequence[Subject]) -> list[Subject]:
+        """Its own of all subjects, of which the first is the full cache."""
+        return [subjects[0], *subjects[1:][self.index :: self.of]]
+
+
+_WHOLE = Part()
+
+
+def bench(quick: bool, model: str | None, only: Sequence[str], files: Files, processes: int | None = None) -> None:
     """Runs the benchmark, prints it, and writes it to the files.
+
+    Args:
+        quick: fewer and shorter texts.
+        model: name or folder; None: the default.
+        only: names of stages, recipes and combinations; empty: all.
+        files: to write.
+        processes: among which the pipelines are shared out; None: one a core.
 
     Raises:
         BadInputError: a name that is no stage, recipe or combination, a model that lacks what is needed, or a file that
@@ -64,7 +92,9 @@ def bench(quick: bool, model: str | None, only: Sequence[str], files: Files) -> 
         if file is not None and not file.absolute().parent.is_dir():
             raise BadInputError(f"--{option}: {str(file)!r} given; accepted: a file in a folder that exists")
     folder = store.resolve(model or store.DEFAULT_MODEL)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    processes = processes or threads
+    torch.set_num_threads(threads)
     said = Console(stderr=True, highlight=False)
     with said.status("loading the model"):
         loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), torch.float32)
@@ -72,7 +102,9 @@ def bench(quick: bool, model: str | None, only: Sequence[str], files: Files) -> 
         loaded = _profiled(loaded, folder, said)
     words = ["kvpilot", "bench", "quality", *(["--quick"] if quick else []), *(["--model", model] if model else [])]
     words += [word for name in only for word in ("--only", name)]
-    report = measure(loaded, QUICK_SIZES if quick else FULL_SIZES, only, shlex.join(words), said)
+    words += ["--processes", str(processes)] if processes != threads else []
+    sizes = QUICK_SIZES if quick else FULL_SIZES
+    report = _measure_together(loaded, folder, sizes, only, shlex.join(words), said, processes)
     console = Console(highlight=False)
     for table in Table:
         console.print(*render(report, table), sep="\n")
@@ -83,7 +115,62 @@ def bench(quick: bool, model: str | None, only: Sequence[str], files: Files) -> 
         raise FailedError(f"{len(report.failed)} of {len(report.rows)} rows are errors: {names}")
 
 
-def measure(loaded: LoadedModel, sizes: Sizes, only: Sequence[str], command: str, said: Console) -> Report:
+def _measure_together(
+    loaded: LoadedModel,
+    folder: Path,
+    sizes: Sizes,
+    only: Sequence[str],
+    command: str,
+    said: Console,
+    processes: int,
+) -> Report:
+    """The report, by this process and others; arguments as for :func:`measure`."""
+    if processes == 1:
+        return measure(loaded, sizes, only, command, said)
+    began, whole = time.perf_counter(), describe_machine(torch.get_num_threads())
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(processes - 1, get_context("spawn")) as others:
+        parts = [
+            others.submit(_measure_part, folder, sizes, only, command, threads, Part(index, processes))
+            for index in range(1, processes)
+        ]
+        _hold_to(threads)
+        mine = measure(loaded, sizes, only, command, said, Part(0, processes))
+        report = joined([mine, *(part.result() for part in parts)])
+    report.machine, report.seconds = whole, time.perf_counter() - began
+    return report
+
+
+def _measure_part(folder: Path, sizes: Sizes, only: Sequence[str], command: str, threads: int, part: Part) -> Report:
+    """The same in a process of its own, which says nothing."""
+    configure_logging(LogLevel.WARNING, LogFormat.AUTO)
+    import_module("transformers.utils.logging").disable_progress_bar()
+    _hold_to(threads)
+    loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), torch.float32)
+    return measure(loaded, sizes, only, command, Console(quiet=True), part)
+
+
+def _hold_to(threads: int) -> None:
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.get_num_threads()))
+
+
+def joined(parts: Sequence[Report]) -> Report:
+    """One report of what parts 0, 1, ... have measured: rows in the order of one process, seconds spent by all."""
+    tables = [groupby(report.rows, lambda row: (row.table, row.context, row.query_aware)) for report in parts]
+    rows: list[Row] = []
+    for of_table in zip(*([list(rows) for _, rows in table] for table in tables), strict=True):
+        rows.append(of_table[0][0])  # the full cache
+        rows += [row for turn in zip_longest(*(rows[1:] for rows in of_table)) for row in turn if row]
+    spent: Counter[str] = Counter()
+    for report in parts:
+        spent.update(report.spent)
+    return replace(parts[0], rows=rows, spent=dict(spent), settings=parts[0].settings | {"processes": len(parts)})
+
+
+def measure(
+    loaded: LoadedModel, sizes: Sizes, only: Sequence[str], command: str, said: Console, part: Part = _WHOLE
+) -> Report:
     """The report.
 
     Args:
@@ -92,6 +179,7 @@ def measure(loaded: LoadedModel, sizes: Sizes, only: Sequence[str], command: str
         only: names of stages, recipes and combinations beside the full cache; empty: all.
         command: for the report's head.
         said: is told how far it is.
+        part: of the pipelines.
 
     Raises:
         BadInputError: see :func:`bench`.
@@ -130,7 +218,7 @@ def measure(loaded: LoadedModel, sizes: Sizes, only: Sequence[str], command: str
             "conversation": [chat.name for chat in chats],
             "generation": [prompt.name for prompt in prompts],
         }
-        tables = Tables(loaded, subjects, clock, say)
+        tables = Tables(loaded, part.share(subjects), clock, say)
         report.rows += tables.text(found, sizes.contexts, sizes.horizon)
         report.rows += tables.retrieval(stacks)
         report.rows += tables.conversation(chats)

@@ -601,6 +601,14 @@ def bench_quality(
             "Default: all.",
         ),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Share the pipelines out to so many processes. Default: one a core, or OMP_NUM_THREADS.",
+        ),
+    ] = None,
 ) -> None:
     """What every stage and recipe costs in quality, at a half, a quarter and an eighth of the full cache's bytes.
 
@@ -619,7 +627,8 @@ def bench_quality(
     with reported():
         from bench import quality as command
 
-        command.bench(quick, model, tuple(dict.fromkeys(only or ())), command.Files(json, html, plot))
+        names, files = tuple(dict.fromkeys(only or ())), command.Files(json, html, plot)
+        command.bench(quick, model, names, files, processes)
 
 
 @bench_app.command("sessions")

@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bench import quality, quality_subjects
-from bench.quality import Files, measure, write
+from bench.quality import Files, Part, joined, measure, write
 from bench.quality_lab import Clock, Lab, compare
 from bench.quality_plot import front
 from bench.quality_report import Report, cells, render, summary
@@ -441,7 +441,8 @@ def test_the_command_writes_everything_and_fails_if_a_row_did(
     monkeypatch.setattr(quality.store, "resolve", lambda name: Path("tiny"))
     monkeypatch.setattr(quality_subjects, "stages", lambda: {"full": stages()["full"], "window": Breaks})
     Breaks.calls = Breaks.works = 0
-    words = ["bench", "quality", "--quick", "--json", str(tmp_path / "q.json"), "--only", "window"]
+    words = ["bench", "quality", "--quick", "--processes", "1", "--only", "window"]
+    words += ["--json", str(tmp_path / "q.json")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1
     assert "rows are errors: window at 0.5 (text)" in result.output
@@ -449,6 +450,20 @@ def test_the_command_writes_everything_and_fails_if_a_row_did(
     rows = json.loads((tmp_path / "q.json").read_text())["rows"]
     assert {row["error"] for row in rows if row["name"] == "full"} == {None}
     assert "RuntimeError: nothing goes any more" in {row["error"] for row in rows if row["name"] == "window"}
+
+
+def test_parts_of_several_processes_make_the_rows_of_one(loaded: LoadedModel) -> None:
+    only, said = ("window", "snapkv", "host", "kivi", "streaming-llm"), Console(quiet=True)
+    whole = measure(loaded, SIZES, only, "", said)
+    together = joined([measure(loaded, SIZES, only, "", said, Part(index, 3)) for index in range(3)])
+    assert len(whole.rows) > 4 * len(only)
+    told = ("table", "context", "query_aware", "label", "pipeline", "bytes_fraction", "samples", "left_out", "error")
+    for row, same in zip(together.rows, whole.rows, strict=True):
+        assert [getattr(row, name) for name in told] == [getattr(same, name) for name in told]
+        if same.divergence is not None:  # batches of other sizes are rounded otherwise
+            assert row.divergence == pytest.approx(same.divergence, rel=1e-3, abs=1e-6)
+    assert together.settings == whole.settings | {"processes": 3}
+    assert set(together.spent) == set(whole.spent)
 
 
 def test_bad_input_is_named(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
