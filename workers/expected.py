@@ -12,6 +12,7 @@ from workers.cache.accounting import CacheUse, measure
 from workers.cache.arrangement import Blocks
 from workers.cache.digests import digest_bytes
 from workers.cache.staging import needed, staging_bytes
+from workers.cache.style import largest_format, styles_of, wanted
 from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, Pipeline
 from workers.stages.budgets import PER_HEAD, free_tokens
@@ -40,23 +41,16 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
     blocks = -(-length // BLOCK_TOKENS)
     index = np.arange(int(blocks.max(initial=0)))
     valid = index < blocks[..., None]  # [L, H, B]
-    younger = length[..., None] - (index + 1) * BLOCK_TOKENS  # tokens behind a block
-    codec, placer = pipeline.codec, pipeline.placer
-    format_ = np.full(valid.shape, Format.RAW, np.uint8)
-    if codec:
-        for behind, fmt in codec.by_age():
-            format_[younger >= behind] = fmt
-    tier = np.full(valid.shape, Tier.DEVICE, np.uint8)
-    if placer and (stays := placer.device_tokens()) is not None:
-        tier[younger >= stays] = placer.tier
+    format_, tier = wanted(styles_of(pipeline, shape, tokens, profile), length, len(index))
     shadowed = 0
     if pipeline.wants_shadow:
         shadowed = tokens // BLOCK_TOKENS * length.size
         if (length == tokens).all():  # raw blocks on the host are the copy's own
             shadowed -= int((valid & (tier == Tier.HOST) & (format_ == Format.RAW)).sum())
     use = measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
+    placer = pipeline.placer
     if isinstance(placer, Selector):
-        pooled = codec.largest(shape) if codec else Format.RAW
+        pooled = largest_format(pipeline, shape)
         older = max(0, int(length.max(initial=0)) - placer.always()) // BLOCK_TOKENS
         digests = digest_bytes(placer.digests, shape, older)
         places = placer.pool_blocks(older) * length.size

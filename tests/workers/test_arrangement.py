@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from kernels.api import Tables, TokenSource
 from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
-from workers.cache.arrangement import BUILD, Arrangement, Style, blocks_of, regroup, restyle, tokens_of
+from workers.cache.arrangement import BUILD, Arrangement, blocks_of, regroup, restyle, tokens_of
+from workers.cache.style import Style
 
 LAYERS, HEADS, SLOT = 2, 2, 1
 SHAPE = CacheShape(LAYERS, HEADS, HEADS, 16, torch.float32)
@@ -97,6 +98,12 @@ def wanted_style(
     return (fmt if coded else Format.RAW), (Tier.HOST if away else Tier.DEVICE)
 
 
+def styles(residual: int | None, fmt: Format, device_tokens: int | None) -> list[Style]:
+    """The same for all layers."""
+    formats = () if residual is None else ((residual, fmt),)
+    return [Style(formats, () if device_tokens is None else ((device_tokens, Tier.HOST),))] * SHAPE.layers
+
+
 class Sources:
     """The rows of an arrangement's source, taken one after the other."""
 
@@ -135,9 +142,7 @@ seeds = st.integers(0, 1000)
 def test_restyle_changes_the_blocks_that_are_not_as_wanted(lengths, residual, fmt, device_tokens, seed) -> None:
     tables = make_tables(lengths, seed)
     now, count = blocks_of(tables, SLOT), max(lengths)
-    result = restyle(
-        now, tables.position[SLOT, :, :, :count], Style(() if residual is None else ((residual, fmt),), device_tokens)
-    )
+    result = restyle(now, tables.position[SLOT, :, :, :count], styles(residual, fmt, device_tokens))
     sources = Sources(result)
     assert result.moved is None
     assert (result.blocks.length == now.length).all()
@@ -165,7 +170,7 @@ def test_regroup_keeps_the_marked_tokens_in_order(lengths, residual, fmt, device
     keep[:, :, : BLOCK_TOKENS * int(rng.integers(0, 3))] |= bool(rng.integers(0, 2))  # whole blocks that can be reused
     keep &= tokens.valid
     keep[:, :, 0] = True
-    result = regroup(tokens, keep, Style(() if residual is None else ((residual, fmt),), device_tokens))
+    result = regroup(tokens, keep, styles(residual, fmt, device_tokens))
     sources = Sources(result)
     assert result.moved is not None
     for layer, head in HEAD_INDEX:
@@ -231,7 +236,7 @@ def test_regrouping_everything_touches_nothing_but_the_partly_filled_blocks() ->
     tables = make_tables([40, 70, 33, 64], 1)
     tables.format[SLOT], tables.tier[SLOT] = Format.RAW, Tier.DEVICE
     tokens = tokens_of(tables, SLOT)
-    result = regroup(tokens, tokens.valid, Style())
+    result = regroup(tokens, tokens.valid, [Style()] * SHAPE.layers)
     built = (result.blocks.address == BUILD) & result.blocks.valid
     assert (built == result.blocks.valid & ~result.blocks.full).all()
     assert isinstance(result.source, TokenSource)
@@ -250,7 +255,7 @@ def test_regrouping_everything_touches_nothing_but_the_partly_filled_blocks() ->
 )
 def test_styles_follow_the_distance_from_the_end(length: int, want: list[tuple[str, str]]) -> None:
     tables = make_tables([length] * 4, 2)
-    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :length], Style(((32, Format.INT4),), 64))
+    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :length], styles(32, Format.INT4, 64))
     got = zip(result.blocks.format[0, 0], result.blocks.tier[0, 0], strict=True)
     assert [(Format(fmt).name, Tier(tier).name) for fmt, tier in got] == want
 
@@ -258,6 +263,16 @@ def test_styles_follow_the_distance_from_the_end(length: int, want: list[tuple[s
 def test_blocks_pass_from_format_to_format_as_they_age() -> None:
     tables = make_tables([200] * 4, 2)
     style = Style(((40, Format.INT8), (100, Format.INT4)))
-    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :200], style)
+    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :200], [style] * SHAPE.layers)
     # 168, 136, 104, 72, 40 and 8 tokens are behind the full blocks; the last block is not full
     assert [Format(fmt).name for fmt in result.blocks.format[0, 0]] == ["INT4"] * 3 + ["INT8"] * 2 + ["RAW"] * 2
+
+
+def test_each_layer_has_formats_and_places_of_its_own() -> None:
+    tables = make_tables([200] * 4, 2)
+    near, far = Style(((40, Format.INT8),), ((100, Tier.HOST),)), Style((), ((40, Tier.HOST), (136, Tier.DISK)))
+    result = restyle(blocks_of(tables, SLOT), tables.position[SLOT, :, :, :200], [near, far])
+    assert [Format(fmt).name for fmt in result.blocks.format[0, 1]] == ["INT8"] * 5 + ["RAW"] * 2
+    assert [Tier(tier).name for tier in result.blocks.tier[0, 1]] == ["HOST"] * 3 + ["DEVICE"] * 4
+    assert [Format(fmt).name for fmt in result.blocks.format[1, 1]] == ["RAW"] * 7
+    assert [Tier(tier).name for tier in result.blocks.tier[1, 1]] == ["DISK"] * 2 + ["HOST"] * 3 + ["DEVICE"] * 2

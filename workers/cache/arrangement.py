@@ -6,13 +6,15 @@ say which entries exist.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from kernels.api import F16, F32, I32, U8, Tables, TokenSource
-from kernels.layout import BLOCK_TOKENS, BlockFormat, Format, Tier
+from kernels.layout import BLOCK_TOKENS, Tier
+from workers.cache.style import Style, wanted
 
 Mask = npt.NDArray[np.bool_]
 ROWS: U8 = np.arange(BLOCK_TOKENS, dtype=np.uint8)
@@ -93,18 +95,6 @@ def tokens_of(tables: Tables, slot: int) -> Tokens:
     )
 
 
-@dataclass(frozen=True)
-class Style:
-    """How a pipeline wants blocks, by how many tokens of their table are younger than the whole block."""
-
-    formats: tuple[tuple[int, BlockFormat], ...] = ()
-    """The formats of the blocks that have as many tokens behind them or more, rising; others stay raw."""
-    device_tokens: int | None = None
-    """How many last tokens stay on the device; None: all."""
-    tier: Tier = Tier.HOST
-    """Where the blocks live that are wholly older than those."""
-
-
 @dataclass
 class Merging:
     """What a request's tokens have taken up of others."""
@@ -131,15 +121,15 @@ def pick(source: TokenSource, index: npt.NDArray[np.integer]) -> TokenSource:
     return TokenSource(source.address[index], source.format[index], source.tier[index], source.row[index])
 
 
-def restyle(now: Blocks, position: I32, style: Style) -> Arrangement:
+def restyle(now: Blocks, position: I32, styles: Sequence[Style]) -> Arrangement:
     """The same tokens in other formats and tiers.
 
     Args:
         now: the tables.
         position: [L, H, T] original positions of the tokens.
-        style: how they are wanted.
+        styles: how they are wanted, by layer.
     """
-    wanted_format, wanted_tier = _styles(now, style)
+    wanted_format, wanted_tier = wanted(styles, now.length, now.address.shape[2])
     build = now.full & ((wanted_format != now.format) | (wanted_tier != now.tier))
     address = np.where(build, np.int32(BUILD), now.address)
     blocks = Blocks(now.length, address, wanted_format, wanted_tier)
@@ -155,8 +145,8 @@ def restyle(now: Blocks, position: I32, style: Style) -> Arrangement:
     return Arrangement(blocks, source, by_block[build[:, :, :whole]])
 
 
-def regroup(tokens: Tokens, keep: Mask, style: Style) -> Arrangement:
-    """Other tokens: those of ``tokens`` that ``keep`` [L, H, T] marks, packed into new blocks.
+def regroup(tokens: Tokens, keep: Mask, styles: Sequence[Style]) -> Arrangement:
+    """Other tokens: those of ``tokens`` that ``keep`` [L, H, T] marks, packed into new blocks of each layer's style.
 
     A block that would hold exactly what an existing block of the wanted format and tier holds is taken as it is.
     """
@@ -185,7 +175,7 @@ def regroup(tokens: Tokens, keep: Mask, style: Style) -> Arrangement:
     address, row = moved.address.reshape(by_block), moved.row.reshape(by_block)
     format_, tier = moved.format.reshape(by_block), moved.tier.reshape(by_block)
     blocks = Blocks(length, address[..., 0].copy(), format_[..., 0].copy(), tier[..., 0].copy())
-    wanted_format, wanted_tier = _styles(blocks, style)
+    wanted_format, wanted_tier = wanted(styles, length, width // BLOCK_TOKENS)
     same = (address == address[..., :1]) & (tier == tier[..., :1]) & (row == ROWS)
     whole = blocks.full & same.all(-1)
     reuse = whole & (blocks.format == wanted_format) & (blocks.tier == wanted_tier)
@@ -193,15 +183,3 @@ def regroup(tokens: Tokens, keep: Mask, style: Style) -> Arrangement:
     blocks = Blocks(length, np.where(reuse, blocks.address, np.int32(BUILD)), wanted_format, wanted_tier)
     source = TokenSource(address[build], format_[build], tier[build], row[build])
     return Arrangement(blocks, source, moved.position.reshape(by_block)[build], moved)
-
-
-def _styles(blocks: Blocks, style: Style) -> tuple[U8, U8]:
-    """Wanted format and tier [L, H, B] of each block, by its distance from the table's end."""
-    ends = (np.arange(blocks.address.shape[2]) + 1) * BLOCK_TOKENS
-    younger = blocks.length[..., None] - ends  # [L, H, B] tokens behind a block; negative where it is not full
-    away = younger >= style.device_tokens if style.device_tokens is not None else np.zeros(younger.shape, bool)
-    wanted_format = np.full(younger.shape, Format.RAW, np.uint8)
-    for tokens, fmt in style.formats:
-        wanted_format[younger >= tokens] = fmt
-    wanted_tier = np.where(away, np.uint8(style.tier), np.uint8(Tier.DEVICE)).astype(np.uint8)
-    return wanted_format, wanted_tier

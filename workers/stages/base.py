@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Tier
+from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Format, Tier
 from kvpilot.bounds import ANY, TRUTH, Bounds
 from kvpilot.pipeline import StageSpec, format_pipeline
 from workers.cache.formats import CodedFormat, coded_format
@@ -24,7 +24,9 @@ from workers.stages.attended import Attended, attend_blocks
 from workers.stages.budgets import RULES, UNIFORM
 
 Ages = tuple[tuple[int, BlockFormat], ...]
-"""How many tokens must be younger than a block, and the format it then has."""
+"""How many tokens must be younger than a block, and the format it then has; rising."""
+Places = tuple[tuple[int, Tier], ...]
+"""The same for its tier."""
 
 
 class LossClass(Enum):
@@ -99,16 +101,6 @@ def whole_blocks(default: int) -> Any:
     return parameter(default, Bounds(least=BLOCK_TOKENS), "tokens")
 
 
-def share(default: float) -> Any:
-    """A parameter that says how much of all tokens seen is kept."""
-    return parameter(default, Bounds(above=0, most=1), "share of all tokens seen")
-
-
-def size() -> Any:
-    """The parameter of evictors whose cache does not grow: how many tokens each head keeps."""
-    return parameter(512, Bounds(least=2 * BLOCK_TOKENS), "tokens")
-
-
 def budgets() -> Any:
     """The parameter of evictors that can give layers and heads different shares of what is kept."""
     return parameter(UNIFORM, Bounds(choices=RULES), minor=True)
@@ -169,6 +161,17 @@ class Stage:
         values = ((spec, getattr(self, spec.name)) for spec in dataclasses.fields(self))
         written = ((spec.name, value) for spec, value in values if value != spec.default or not spec.metadata["minor"])
         return StageSpec(self.name, tuple(written))
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """A layer of which blocks are to be stored: what codecs and placers may go by."""
+
+    index: int
+    shape: CacheShape
+    seen: int  # tokens of the request so far, kept or not
+    profile: LayerProfile | None = None
+    """What the model's profile says of this layer. It is there, with all that the stage ``needs``, if that is any."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ class Evictor(Lossy):
 class Share(Evictor):
     """An evictor that keeps a share of all tokens seen."""
 
-    keep: float = share(0.5)
+    keep: float = parameter(0.5, Bounds(above=0, most=1), "share of all tokens seen")
 
     def budget(self, seen: int) -> int:
         """The share ``keep`` of all tokens seen, at least two blocks."""
@@ -285,7 +288,7 @@ class Share(Evictor):
 class Fixed(Evictor):
     """An evictor whose cache does not grow: each head keeps so many tokens."""
 
-    size: int = size()
+    size: int = parameter(512, Bounds(least=2 * BLOCK_TOKENS), "tokens")
 
     def budget(self, seen: int) -> int:
         """``size``."""
@@ -306,6 +309,10 @@ class Codec(Lossy):
     def by_age(self) -> Ages:
         """The formats of blocks with so many younger tokens behind them, or more, in rising order, 32 at least."""
         return ((BLOCK_TOKENS, self.format),)
+
+    def ages(self, layer: LayerPlace) -> Ages:
+        """The same for one layer, where they differ; :meth:`by_age` then has all formats there are."""
+        return self.by_age()
 
     def largest(self, shape: CacheShape) -> BlockFormat:
         """Of its formats the one that takes most."""
@@ -416,6 +423,24 @@ class Placer(Stage):
         """How many of a head's last tokens stay on the device; blocks wholly older go to ``tier``. None: all stay."""
         raise NotImplementedError
 
+    def places(self, layer: LayerPlace) -> Places:
+        """The tiers of one layer's older blocks, where layers differ or there are several; from
+        :meth:`device_tokens` on, or later."""
+        stays = self.device_tokens()
+        return () if stays is None else ((stays, self.tier),)
+
+    def ages(self, layer: LayerPlace) -> Ages:
+        """The formats of older blocks where the pipeline has no codec."""
+        return ()
+
+    def largest(self, shape: CacheShape) -> BlockFormat:
+        """Of these formats the one that takes most."""
+        return Format.RAW
+
+    def lent_layers(self) -> int:
+        """How many of the model's layers lend their memory to the device tier while it is in force, or more."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Full(Stage):
@@ -487,6 +512,11 @@ class Pipeline:
     def selects(self) -> bool:
         """Whether queries read only some blocks."""
         return self.placer is not None and self.placer.selects
+
+    @property
+    def lent_layers(self) -> int:
+        """How many of the model's layers lend their memory while it is in force, or more."""
+        return self.placer.lent_layers() if self.placer else 0
 
     @property
     def moves_nothing(self) -> bool:
