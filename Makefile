@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Processes that tests run in, one per core, each with a few GiB of memory at most. In one: make test PYTEST_WORKERS=0
+PYTEST_WORKERS ?= logical
+PYTEST := $(BIN)/pytest --numprocesses $(PYTEST_WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model demo test test-fast lint bench-serve bench-decode bench-kernels bench-quality protos fmt clean
@@ -35,10 +38,10 @@ demo: model ## start the whole stack, run a handful of jobs and watch their cach
 	$(BIN)/kvpilot demo
 
 test: lint model ## everything CI checks: lint, types, stubs, protos, all tests
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-fast: $(READY) ## the tests that need neither the model nor patience
-	$(BIN)/pytest -m "not slow and not model"
+	$(PYTEST) -m "not slow and not model"
 
 lint: $(READY) ## style, types, and whether the checked-in stubs are fresh
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -31,8 +33,29 @@ def _compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
     dispatcher: Any = numba.njit(function, cache=True, nogil=True, error_model="numpy", **options)
     # Numba dates a cached function by its own file alone, and so would go on using one whose callees have changed.
     dispatcher._cache._cache_file._source_stamp = _SOURCES
+    share(dispatcher._cache._cache_file)
     typed: Callable[P, R] = dispatcher
     return typed
+
+
+def share(cache_file: Any) -> None:
+    """Lets processes that compile at once have a cache in common.
+
+    Numba reads a function's index, adds to it, and writes index and code as two files: two processes that do so at once
+    give two variants the same file, and run one as if it were the other.
+    """
+    lock = Path(cache_file._cache_path) / "kernels.lock"
+    cache_file.load, cache_file.save = _alone(cache_file.load, lock), _alone(cache_file.save, lock)
+
+
+def _alone(method: Callable[P, R], lock: Path) -> Callable[P, R]:
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with lock.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return method(*args, **kwargs)
+
+    return call
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:

@@ -5,6 +5,8 @@ The server is the embedded one; ``KVPILOT_TEST_REDIS_SERVER=/usr/bin/redis-serve
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 # OpenMP threads that spin while they wait slow everything down where tests share their cores with servers they started.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+"""Test processes that run side by side."""
+if PROCESSES > 1:  # each has its share of the cores, and so have the processes it starts
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
 # Triton decides as it is imported, which transformers does, whether kernels are interpreted: here they are, on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -36,13 +42,25 @@ if str(ROOT) not in sys.path:  # for `from tests.engines import ...` under --imp
     sys.path.insert(0, str(ROOT))
 
 START_TIMEOUT_S = 20.0
+PORTS = range(10_000, 30_000)
+"""Below those that systems hand out themselves: nobody is given one between a test's choice and its use."""
+_ports = itertools.count(os.getpid() * 997)  # others run tests too: each process begins elsewhere
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share a run file by file, the long files come first, or one would end alone with the last."""
+    if hasattr(config, "workerinput"):
+        long = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in long)
 
 
 def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on, nor will before it is used."""
+    while True:
+        port = PORTS[next(_ports) % len(PORTS)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class RedisProcess:

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from numba.core.caching import IndexDataCacheFile
 
 from kernels import cpu_attend, cpu_jit
 from kernels.api import Tables
@@ -67,6 +68,24 @@ def test_warm_up_compiles_for_all_shapes(make_any_world):
 
 def test_cache_notices_every_source():
     assert cpu_attend.attend._cache._cache_file._source_stamp == cpu_jit._SOURCES
+
+
+def test_processes_that_compile_at_once_keep_each_others_variants(tmp_path):
+    """Each has a cache file object of its own, here one a thread: to the lock, all are strangers."""
+    files = [IndexDataCacheFile(str(tmp_path), "function", "stamp") for _ in range(8)]
+    together = threading.Barrier(len(files))
+
+    def compile_one(number, file):
+        cpu_jit.share(file)
+        together.wait()
+        file.save(f"variant {number}", f"code {number}")
+
+    threads = [threading.Thread(target=compile_one, args=one) for one in enumerate(files)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [files[0].load(f"variant {number}") for number in range(8)] == [f"code {number}" for number in range(8)]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -47,7 +47,7 @@ def python(*words: str, packages: list[Path]) -> subprocess.CompletedProcess[str
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
