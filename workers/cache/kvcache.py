@@ -48,6 +48,7 @@ from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.reading import Reader, StepReading
 from workers.cache.recall import SelectiveReader
 from workers.cache.recent import RecentQueries
+from workers.cache.reconstructing import make_reader
 from workers.cache.selection import Queries, Views, choose
 from workers.cache.shadow import Shadow
 from workers.cache.staging import DamagedCacheError, Recalls, Sources, Staging, needed
@@ -344,7 +345,7 @@ class KVCache:
         fork.lots[Tier.DEVICE, Format.RAW] = lot
         self._read_coded(fork)
         if seq.selective:
-            self._select(fork, seq.selective.stage, seq.selective.pool.format, anew=True)
+            self._select(fork, seq.selective.stage, seq.selective.format, anew=True)
         if not seq.forks:
             held = [arena.lots_of(now.on(tier)) for tier, arena in self._tiers.items()]
             seq.lent = [lot for lots in held for lot in lots if not lot.borrowed]
@@ -455,15 +456,16 @@ class KVCache:
         self.backend.settle(np.array([seq.slot], np.int32))
         if seq.coded:
             seq.coded.settle()
+        if seq.selective:
+            seq.selective.settle()
 
     def reading(self, sequences: Sequence[SequenceCache]) -> StepReading:
         """Readers of a decode step over these requests."""
-        coded = {row: seq.coded for row, seq in enumerate(sequences) if seq.coded}
         readers = {
             row: tuple(reader for reader in (seq.staging, *seq.readers, seq.coded) if reader)
             for row, seq in enumerate(sequences)
         }
-        return StepReading(readers, len(sequences), self.shape, coded)
+        return StepReading(readers, len(sequences), self.shape)
 
     def context(self, seq: SequenceCache) -> CacheContext:
         """Reader of what a request keeps, layer by layer: of a prompt that is being computed, its exact keys and
@@ -951,12 +953,14 @@ class KVCache:
     def _select(self, seq: SequenceCache, stage: Selector, fmt: BlockFormat, anew: bool) -> None:
         """Has a stage choose what queries read from here on."""
         reader = seq.selective
-        if reader is None or reader.stage != stage or reader.pool.format is not fmt:
+        if reader is None or reader.stage != stage or reader.format is not fmt:
             self._stop_selecting(seq)
-            reader = SelectiveReader(stage, fmt, seq.slot, self.blocks, self.device, self.recalled)
+            reader = make_reader(stage, fmt, seq.slot, self.blocks, self.device, self.recalled)
             seq.readers = (*seq.readers, reader)
             self._selecting[seq.slot] = reader
-        reader.changed(anew)
+        lacking_bytes = reader.changed(anew)
+        if lacking_bytes and self.prefixes.drop(lacking_bytes):
+            reader.changed()
 
     def _stop_selecting(self, seq: SequenceCache) -> None:
         if reader := self._selecting.pop(seq.slot, None):
@@ -974,7 +978,7 @@ class KVCache:
             if freed >= wanted_bytes:
                 break
             freed += reader.pool.nbytes
-            reader.close()
+            reader.pool.close()
         return freed
 
     # -- exact copies --------------------------------------------------------------------------------------------------

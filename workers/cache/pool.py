@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kernels.api import I32, Backend, Tables
+from kernels.api import I32, U8, Backend, Tables
 from kernels.layout import BlockFormat, CacheShape, Tier
 from workers.cache.arena import Arena
 from workers.cache.arrangement import Mask
@@ -20,7 +20,10 @@ SHARE_OF_FREE = 2
 
 @dataclass
 class RecallCounts:
-    """What recall did so far, over all requests of a cache; blocks are those of one KV head of one layer."""
+    """What recall did so far, over all requests of a cache; blocks are those of one KV head of one layer.
+
+    Of stages that read chunks of blocks (``workers.stages.selecting.Reconstructing``), chunks are counted.
+    """
 
     hits: int = 0
     """Blocks a query read that were in the pool from an earlier step."""
@@ -136,7 +139,7 @@ class RecallPool:
             free = np.argsort(used[head], kind="stable")
             free = free[used[head, free] < self._clock][: len(missing)]
             missing = missing[: len(free)]
-            missing = missing[self._fits[tables.format[slot, layer, head, missing]]]
+            missing = missing[self._fit(tables.format[slot, layer, head], missing)]
             free = free[: len(missing)]
             holds[head, free], used[head, free], fresh[head, free] = missing, self._clock, ahead
             fetch += zip([head] * len(free), free.tolist(), missing.tolist(), strict=True)
@@ -148,6 +151,11 @@ class RecallPool:
             counts.misses += len(fetch)
             counts.in_place += int((wanted & (found < 0)).sum())
         return found
+
+    def _fit(self, formats_: U8, blocks: I64) -> Mask:
+        """Which blocks [N] of a table with these formats [B] a place can hold."""
+        fit: Mask = self._fits[formats_[blocks]]
+        return fit
 
     def _fetch(self, tables: Tables, slot: int, layer: int, what: I64) -> None:
         head, place, block = what.T

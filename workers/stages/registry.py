@@ -57,6 +57,7 @@ from workers.stages.offload.host import Host
 from workers.stages.offload.infinigen import InfiniGen
 from workers.stages.offload.neardata import NearData
 from workers.stages.offload.quest import Quest
+from workers.stages.offload.shadowkv import ShadowKV
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
@@ -98,6 +99,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     InfiniGen,
     CLO,
     Conversation,
+    ShadowKV,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
