@@ -81,19 +81,21 @@ class ReconstructingReader(SelectiveReader):
             if anew or others or older[layer].max() >= 2 * self._based_on[layer]:
                 self._forget(layer)
         self.pool.forget(self.digests.count * CHUNKS)
-        lacking_bytes = 0
+        lacking_pages = 0
         for layer in layers:
             index = np.arange(int(older[layer].max()))
             missing = (index >= self.digests.count[layer][:, None]) & (index < older[layer][:, None])
-            lacks = self._pages(layer, *np.nonzero(missing)) * self._arena.page_bytes - self._arena.free_bytes
-            if lacks > 0:
-                lacking_bytes += lacks
+            pages = self._pages(layer, *np.nonzero(missing))
+            if pages * self._arena.page_bytes > self._arena.free_bytes:
+                lacking_pages += pages
             else:
                 self.digests.extend(tables, slot, layer, older[layer], self._take_in)
             chunks = int(self.digests.count[layer].max()) * CHUNKS
             self._received[layer] = np.zeros((2, self._shape.kv_heads, chunks, CHUNK_TOKENS), np.float32)
+        if lacking_pages:
+            return lacking_pages * self._arena.page_bytes - self._arena.free_bytes
         self.pool.resize(self.stage.pool_blocks(int(self.digests.count.max()) * CHUNKS))
-        return lacking_bytes
+        return 0
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes on the device of all that it keeps, and as if raw numbers had 16 bits."""

@@ -28,8 +28,8 @@ class ShadowKV(Reconstructing):
     with room for as many chunks as a query reads, until others are needed.
 
     Source: Sun et al., ShadowKV: KV Cache in Shadows for High-Throughput Long-Context LLM Inference, arXiv 2410.21465.
-    There rank, budget and outliers are numbers (160 of 1,024 key channels, 256 and 48 chunks of 128K tokens; the recipe
-    ``shadowkv-128k`` has these as shares), and all but values leaves the host. Here the host has keys as well, so that
+    There all but values leaves the host, and rank, budget and outliers are numbers: of 128K tokens and 1,024 key
+    channels ``shadowkv(recent=32, share=0.0156, rank=0.156, outliers=0.003)``. Here the host has keys as well, so that
     a switch away loses nothing. There generated tokens stay raw on the device; here a block that grows older than
     ``recent`` tokens joins with coordinates in the directions there are, and what is older is factored anew each time
     it has doubled, or has changed by eviction. Behind an evictor whose heads keep different tokens a row has the i-th
