@@ -65,7 +65,7 @@ class ReconstructingReader(SelectiveReader):
         """Blocks of the longest table that each layer's basis was found from; 0: it has none."""
         self.pool: RecallPool = ValuePool(device, self._backend, shape, Piece(chunk_numbers), counts, self._values)
         self._read_now: dict[int, tuple[torch.Tensor, I64, I64]] = {}  # scores [N, G, 8], head, chunk
-        self._received: list[F32] = [np.zeros((0,), np.float32)] * shape.layers  # [2, H, C, 8]: mass, votes
+        self._received: list[F32] = []  # of each layer [2, H, C, 8]: mass, votes
         self._share: dict[int, F32] = {}  # [H, B] of attention in this step, mean over the query group
 
     # -- between steps -------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class ReconstructingReader(SelectiveReader):
             if anew or others or older[layer].max() >= 2 * self._based_on[layer]:
                 self._forget(layer)
         self.pool.forget(self.digests.count * CHUNKS)
-        lacking_pages = 0
+        lacking_pages, self._received = 0, []
         for layer in layers:
             index = np.arange(int(older[layer].max()))
             missing = (index >= self.digests.count[layer][:, None]) & (index < older[layer][:, None])
@@ -91,7 +91,7 @@ class ReconstructingReader(SelectiveReader):
             else:
                 self.digests.extend(tables, slot, layer, older[layer], self._take_in)
             chunks = int(self.digests.count[layer].max()) * CHUNKS
-            self._received[layer] = np.zeros((2, self._shape.kv_heads, chunks, CHUNK_TOKENS), np.float32)
+            self._received.append(np.zeros((2, self._shape.kv_heads, chunks, CHUNK_TOKENS), np.float32))
         if lacking_pages:
             return lacking_pages * self._arena.page_bytes - self._arena.free_bytes
         self.pool.resize(self.stage.pool_blocks(int(self.digests.count.max()) * CHUNKS))
