@@ -15,8 +15,9 @@ from workers.cache.arena import Arena
 from workers.cache.arrangement import Mask
 from workers.cache.blocks import BlockStore
 from workers.cache.formats import format_of
-from workers.cache.pool import I64, RecallCounts, RecallPool
+from workers.cache.pool import I64, RecallPool
 from workers.cache.recall import SelectiveReader, _host, _Saved
+from workers.cache.recalls import Recalls
 from workers.cache.records import Piece, Records, load_piece
 from workers.stages.attended import attend_blocks
 from workers.stages.selecting import CHUNK_TOKENS, BlockView, Digest, Reconstructing, Selector
@@ -43,9 +44,9 @@ class ReconstructingReader(SelectiveReader):
         slot: int,
         blocks: BlockStore,
         device: Arena,
-        counts: RecallCounts,
+        recalls: Recalls,
     ) -> None:
-        super().__init__(stage, fmt, slot, blocks, device, counts)
+        super().__init__(stage, fmt, slot, blocks, device, recalls)
         assert blocks.profile is not None
         self.reconstructs = stage
         self._rope = blocks.profile.rope
@@ -63,7 +64,7 @@ class ReconstructingReader(SelectiveReader):
         self._exact_at: I32 = np.full((*heads, most * CHUNKS), -1, np.int32)  # keys, then values
         self._based_on = np.zeros(shape.layers, np.int64)
         """Blocks of the longest table that each layer's basis was found from; 0: it has none."""
-        self.pool: RecallPool = ValuePool(device, self._backend, shape, Piece(chunk_numbers), counts, self._values)
+        self.pool: RecallPool = ValuePool(device, self._backend, shape, Piece(chunk_numbers), recalls, self._values)
         self._read_now: dict[int, tuple[torch.Tensor, I64, I64]] = {}  # scores [N, G, 8], head, chunk
         self._received: list[F32] = []  # of each layer [2, H, C, 8]: mass, votes
         self._share: dict[int, F32] = {}  # [H, B] of attention in this step, mean over the query group
@@ -261,8 +262,7 @@ class ReconstructingReader(SelectiveReader):
         valid = np.arange(blocks * CHUNKS) < (covered * CHUNKS)[:, None]
         exact = self._exact_at[layer, :, : blocks * CHUNKS] >= 0
         chosen = _host(self._chosen(layer, q[0], scaling, valid & ~exact))
-        self._counts.read_blocks += int((chosen | exact).sum())
-        self._counts.skipped_blocks += int((valid & ~chosen & ~exact).sum())
+        self._recalls.note_chosen(int((chosen | exact).sum()), int((valid & ~chosen & ~exact).sum()))
         head, chunk = np.nonzero(chosen)
         keys, values = self._reconstruct(layer, head, chunk), self._bring_values(layer, chosen, head, chunk)
         exact_head, exact_chunk = np.nonzero(exact)
@@ -387,9 +387,9 @@ class ValuePool(RecallPool):
     """A pool of the values of chunks: what it is asked for by chunk, it gets from ``values``."""
 
     def __init__(
-        self, arena: Arena, backend: Backend, shape: CacheShape, fmt: Piece, counts: RecallCounts, values: Values
+        self, arena: Arena, backend: Backend, shape: CacheShape, fmt: Piece, recalls: Recalls, values: Values
     ) -> None:
-        super().__init__(arena, backend, shape, fmt, counts)
+        super().__init__(arena, backend, shape, fmt, recalls)
         self._values = values
 
     def _fit(self, formats_: U8, blocks: I64) -> Mask:
@@ -403,7 +403,7 @@ class ValuePool(RecallPool):
         packed = values.view(torch.uint8)
         packed = functional.pad(packed, (0, self._shape.block_bytes(self.format) - packed.shape[1]))
         self._backend.store(Tier.DEVICE, self._address[layer, head, place], packed)
-        self._counts.fetched_bytes += moved_bytes
+        self._recalls.note_moved(Tier.HOST, Tier.DEVICE, moved_bytes)
 
 
 def kept_bytes(stage: Reconstructing, shape: CacheShape, older: I32) -> tuple[int, int]:
@@ -427,12 +427,12 @@ def kept_bytes(stage: Reconstructing, shape: CacheShape, older: I32) -> tuple[in
 
 
 def make_reader(
-    stage: Selector, fmt: BlockFormat, slot: int, blocks: BlockStore, device: Arena, counts: RecallCounts
+    stage: Selector, fmt: BlockFormat, slot: int, blocks: BlockStore, device: Arena, recalls: Recalls
 ) -> SelectiveReader:
     """What reads as a stage wants; arguments are those of ``SelectiveReader``."""
     if isinstance(stage, Reconstructing):
-        return ReconstructingReader(stage, fmt, slot, blocks, device, counts)
-    return SelectiveReader(stage, fmt, slot, blocks, device, counts)
+        return ReconstructingReader(stage, fmt, slot, blocks, device, recalls)
+    return SelectiveReader(stage, fmt, slot, blocks, device, recalls)
 
 
 def _chunks(block: I64 | I32) -> I64:
