@@ -11,12 +11,13 @@ from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arrangement import Blocks
 from workers.cache.digests import digest_bytes
+from workers.cache.reconstructing import kept_bytes
 from workers.cache.staging import needed, staging_bytes
 from workers.cache.style import largest_format, styles_of, wanted
 from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, Pipeline
 from workers.stages.budgets import PER_HEAD, free_tokens
-from workers.stages.selecting import Selector
+from workers.stages.selecting import Reconstructing, Selector
 
 
 def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: ModelProfile | None = None) -> CacheUse:
@@ -49,7 +50,10 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
             shadowed -= int((valid & (tier == Tier.HOST) & (format_ == Format.RAW)).sum())
     use = measure(shape, valid, format_, tier, tokens, shadowed * shape.block_bytes(Format.RAW))
     placer = pipeline.placer
-    if isinstance(placer, Selector):
+    if isinstance(placer, Reconstructing):
+        covered = np.maximum(length - placer.always(), 0) // BLOCK_TOKENS
+        use = use.plus_device_bytes(*kept_bytes(placer, shape, covered))
+    elif isinstance(placer, Selector):
         pooled = largest_format(pipeline, shape)
         older = max(0, int(length.max(initial=0)) - placer.always()) // BLOCK_TOKENS
         digests = digest_bytes(placer.digests, shape, older)

@@ -38,7 +38,7 @@ from workers.profile.profile import names_of
 from workers.stages.base import Codec, Coded, Evictor, Kind, LossClass, Lossy, Pipeline, Placer, Stage
 from workers.stages.budgets import PER_HEAD, RULES
 from workers.stages.registry import build, stages
-from workers.stages.selecting import Digest
+from workers.stages.selecting import Digest, Reconstructing
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -443,6 +443,8 @@ def read_bytes(world: World) -> tuple[int, int]:
     shape, reader = world.shape, world.seq.selective
     if reader is None:
         return 0, 0
+    if isinstance(reader.stage, Reconstructing):
+        return tuple(reconstructing_bytes(world, reader.stage, size) for size in (shape.dtype.itemsize, 2))
     heads, places = len(world.heads), reader.pool.places
     lengths = world.cache.tables.length[world.seq.slot]
     blocks = max(0, int(lengths.max()) - reader.stage.always()) // BLOCK_TOKENS
@@ -454,6 +456,28 @@ def read_bytes(world: World) -> tuple[int, int]:
         room * (wide * shape.dtype.itemsize + narrow) + heads * places * pooled,
         room * (wide * 2 + narrow) + heads * places * pooled_16bit,
     )
+
+
+def reconstructing_bytes(world: World, stage: Reconstructing, itemsize: int) -> int:
+    """Device bytes of what stands for blocks on the host, piece by piece: each takes whole units of 256 bytes."""
+    shape, total = world.shape, 0
+
+    def add(numbers: int, times: int) -> None:
+        nonlocal total
+        total += times * math.ceil(numbers * itemsize / 256) * 256
+
+    width = stage.width(shape)
+    for layer in range(shape.layers):
+        tiers = [[tier for _, tier, _ in world.blocks(layer, head)] for head in range(shape.kv_heads)]
+        away = [of_head.count(Tier.HOST) for of_head in tiers]
+        if max(away):
+            add(64 * shape.head_dim, shape.kv_heads * math.ceil(width / 64))  # directions
+        add(8 * width, 4 * max(away))  # coordinates of a chunk's tokens
+        for blocks in away:
+            add(4 * shape.head_dim, blocks)  # landmarks
+            add(2 * 8 * shape.head_dim, math.ceil(stage.outliers * 4 * blocks))
+        add(8 * shape.head_dim, shape.kv_heads * world.seq.selective.pool.places)
+    return total
 
 
 @every_pipeline_and_company

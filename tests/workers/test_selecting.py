@@ -14,6 +14,7 @@ from tests.tiny import Drive, prompt, run, tiny_engine
 from workers.cache.kvcache import KVCache
 from workers.cache.recalls import Asked
 from workers.cache.sequence_cache import Occasion, SequenceCache
+from workers.profile.profile import ModelProfile, names_of
 from workers.stages.registry import build
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -25,9 +26,17 @@ TEXT = prompt(700, 5)
 class Steps:
     """A cache with one request in it, of given keys and values [layers, kv_heads, tokens, D], and its decode steps."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, text: str, backend: str = "cpu", **cache: int) -> None:
+    def __init__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        text: str,
+        backend: str = "cpu",
+        profile: ModelProfile | None = None,
+        **cache: int,
+    ) -> None:
         sizes = {"device_bytes": 8 << 20, "host_bytes": 8 << 20} | cache
-        self.cache = KVCache(SHAPE, *sizes.values(), 2, 2048, "m", torch.device("cpu"), backend)
+        self.cache = KVCache(SHAPE, *sizes.values(), 2, 2048, "m", torch.device("cpu"), backend, profile)
         self.k, self.v = k, v
         self.copies = 0
         self.seq: SequenceCache = self.cache.open(2048)
@@ -35,7 +44,7 @@ class Steps:
         self.cache.advance(self.seq, k.shape[2])
         for layer in range(SHAPE.layers):
             self.cache.backend.write(self.seq.slot, layer, 0, k[layer], v[layer])
-        self.pipeline = build(text, SHAPE)
+        self.pipeline = build(text, SHAPE, names_of(profile))
         self.cache.apply(self.seq, self.pipeline, Occasion.PROMPT)
 
     @property
@@ -60,11 +69,12 @@ class Steps:
         blocks = math.ceil(seq.seen / BLOCK_TOKENS)
         for layer in range(SHAPE.layers):
             before = cache.tables.address[seq.slot].copy(), cache.tables.tier[seq.slot].copy()
-            reading.before(layer, q[layer, None], 0.25)
+            parts = reading.before(layer, q[layer, None], 0.25)
             cache.backend.refresh(plan, layer)
             read.append(cache.tables.tier[seq.slot, layer, :, :blocks] != Tier.DISK)
             self.check_copies(layer, *before)
-            out.append(cache.backend.decode(plan, layer, q[layer, None], k[layer, None], v[layer, None], 0.25)[0])
+            new = q[layer, None], k[layer, None], v[layer, None]
+            out.append(cache.backend.decode(plan, layer, *new, 0.25, parts)[0])
             reading.after(layer)
             assert np.array_equal(cache.tables.address[seq.slot], before[0])
             assert np.array_equal(cache.tables.tier[seq.slot], before[1])

@@ -196,7 +196,7 @@ class KVCache(CacheMemory):
         fork.lots[Tier.DEVICE, Format.RAW] = lot
         self._readers.read_coded(fork)
         if seq.selective:
-            self._readers.select(fork, seq.selective.stage, seq.selective.pool.format, anew=True)
+            self._readers.select(fork, seq.selective.stage, seq.selective.format, anew=True)
         if not seq.forks:
             held = [arena.lots_of(now.on(tier)) for tier, arena in self.by_tier.items()]
             seq.lent = [lot for lots in held for lot in lots if not lot.borrowed]

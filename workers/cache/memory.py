@@ -99,6 +99,8 @@ class CacheMemory:
         self.backend.settle(np.array([seq.slot], np.int32))
         if seq.coded:
             seq.coded.settle()
+        if seq.selective:
+            seq.selective.settle()
 
     def sources(self, seq: SequenceCache) -> Sources:
         """Reads and rebuilds a request's tokens wherever they are."""

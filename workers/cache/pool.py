@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from kernels.api import I32, Backend, Tables
+from kernels.api import I32, U8, Backend, Tables
 from kernels.layout import BlockFormat, CacheShape, Tier
 from workers.cache.arena import Arena
 from workers.cache.arrangement import Mask
@@ -117,7 +117,7 @@ class RecallPool:
             free = np.argsort(used[head], kind="stable")
             free = free[used[head, free] < self._clock][: len(missing)]
             missing = missing[: len(free)]
-            missing = missing[self._fits[tables.format[slot, layer, head, missing]]]
+            missing = missing[self._fit(tables.format[slot, layer, head], missing)]
             free = free[: len(missing)]
             holds[head, free], used[head, free], fresh[head, free] = missing, self._clock, ahead
             fetch += zip([head] * len(free), free.tolist(), missing.tolist(), strict=True)
@@ -129,6 +129,11 @@ class RecallPool:
             here = {"there": there - foreseen, "ahead": foreseen, "waited": len(fetch)}
             self._recalls.note_asked(Tier.HOST, **here, in_place=int((wanted & (found < 0)).sum()))
         return found
+
+    def _fit(self, formats_: U8, blocks: I64) -> Mask:
+        """Which blocks [N] of a table with these formats [B] a place can hold."""
+        fit: Mask = self._fits[formats_[blocks]]
+        return fit
 
     def _fetch(self, tables: Tables, slot: int, layer: int, what: I64) -> None:
         head, place, block = what.T

@@ -11,6 +11,7 @@ from workers.cache.memory import CacheMemory
 from workers.cache.near import NearReader
 from workers.cache.reading import StepReading
 from workers.cache.recall import SelectiveReader
+from workers.cache.reconstructing import make_reader
 from workers.cache.sequence_cache import SequenceCache
 from workers.cache.style import largest_format
 from workers.stages.base import Pipeline
@@ -26,12 +27,11 @@ class Readers:
 
     def reading(self, sequences: Sequence[SequenceCache]) -> StepReading:
         """Readers of a decode step over these requests."""
-        coded = {row: seq.coded for row, seq in enumerate(sequences) if seq.coded}
         readers = {
             row: tuple(reader for reader in (seq.staging, *seq.readers, seq.coded) if reader)
             for row, seq in enumerate(sequences)
         }
-        return StepReading(readers, len(sequences), self._memory.shape, coded)
+        return StepReading(readers, len(sequences), self._memory.shape)
 
     def read_coded(self, seq: SequenceCache) -> None:
         """Gives a request whose tables have coded blocks their reader, and no other."""
@@ -41,12 +41,15 @@ class Readers:
     def select(self, seq: SequenceCache, stage: Selector, fmt: BlockFormat, anew: bool) -> None:
         """Has a stage choose what queries read from here on."""
         reader = seq.selective
-        if reader is None or reader.stage != stage or reader.pool.format is not fmt:
+        memory = self._memory
+        if reader is None or reader.stage != stage or reader.format is not fmt:
             self.stop_selecting(seq)
-            reader = SelectiveReader(stage, fmt, seq.slot, self._memory.blocks, self._memory.device, seq.recalls)
+            reader = make_reader(stage, fmt, seq.slot, memory.blocks, memory.device, seq.recalls)
             seq.readers = (*seq.readers, reader)
             self._selecting[seq.slot] = reader
-        reader.changed(anew)
+        lacking_bytes = reader.changed(anew)
+        if lacking_bytes and memory.prefixes.drop(lacking_bytes):
+            reader.changed()
 
     def stop_selecting(self, seq: SequenceCache) -> None:
         """Has queries read everything again."""
@@ -87,5 +90,5 @@ class Readers:
             if freed >= wanted_bytes:
                 break
             freed += reader.pool.nbytes
-            reader.close()
+            reader.pool.close()
         return freed

@@ -9,7 +9,7 @@ attention beside the host's memory, states of fixed size and formats that kernel
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -40,6 +40,7 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
 class Counter(Protocol):
     """A reader that attends to tokens of the request's tables, whose masses it therefore counts."""
 
@@ -59,7 +60,6 @@ class StepReading:
         readers: of each row that has any, in the order in which they are asked.
         rows: how many rows the step has.
         shape: the cache's dimensions.
-        counters: those of them that count masses, one a row at most.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class StepReading:
         readers: Mapping[int, Sequence[Reader]],
         rows: int,
         shape: CacheShape,
-        counters: Mapping[int, Counter] | None = None,
     ) -> None:
         self._readers = {row: tuple(own) for row, own in readers.items() if own}
-        self._counters = counters or {}
+        counting = ((row, [reader for reader in own if isinstance(reader, Counter)]) for row, own in readers.items())
+        self._counters = {row: own for row, own in counting if own}
         self._rows = rows
         self._shape = shape
 
@@ -95,13 +95,15 @@ class StepReading:
     def count(self, layer: int, lse: torch.Tensor | None) -> None:
         """Has the masses of a layer counted."""
         if lse is not None:
-            for row, counter in self._counters.items():
-                counter.count(layer, lse[row])
+            for row, own in self._counters.items():
+                for counter in own:
+                    counter.count(layer, lse[row])
 
     def finish(self, plan: DecodePlan) -> None:
         """Completes the block masses of a step that the backend has finished."""
-        for row, counter in self._counters.items():
-            counter.add_block_mass(plan, row)
+        for row, own in self._counters.items():
+            for counter in own:
+                counter.add_block_mass(plan, row)
 
     @property
     def guesses(self) -> bool:

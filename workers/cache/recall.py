@@ -11,6 +11,7 @@ import torch
 
 from kernels.api import F32, I32, U8, Tables, TokenSource
 from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Tier
+from kernels.partials import Partial
 from workers.cache.arena import Arena
 from workers.cache.arrangement import ROWS, Mask
 from workers.cache.blocks import BlockStore, Owners
@@ -54,6 +55,7 @@ class SelectiveReader:
         self, stage: Selector, fmt: BlockFormat, slot: int, blocks: BlockStore, device: Arena, recalls: Recalls
     ) -> None:
         self.stage = stage
+        self.format = fmt
         self._slot = slot
         self._blocks = blocks
         self._backend = backend = blocks.backend
@@ -69,11 +71,14 @@ class SelectiveReader:
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
-    def changed(self, anew: bool = False) -> None:
+    def changed(self, anew: bool = False) -> int:
         """The request's tables have changed by more than new tokens.
 
         Args:
             anew: whether what earlier queries read is to be forgotten.
+
+        Returns:
+            Bytes that the device lacks for what the stage cannot do without; then it is to be called again.
         """
         tables, slot = self._tables, self._slot
         before: I32 = self.digests.count
@@ -85,6 +90,7 @@ class SelectiveReader:
                 self._asked.pop(layer, None)
             self._digest(layer)
         self.pool.resize(self.stage.pool_blocks(int(self._older(tables.length[slot]).max())))
+        return 0
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes on the device of digests and pool, and as if raw blocks held a 16-bit dtype."""
@@ -94,8 +100,11 @@ class SelectiveReader:
         return digests + pooled, digests_16bit + pooled_16bit
 
     def close(self) -> None:
-        """Gives the pool's memory back."""
+        """Gives its memory back."""
         self.pool.close()
+
+    def settle(self) -> None:
+        """Brings masses and votes in the tables up to date, where it counts some by itself."""
 
     # -- decode steps --------------------------------------------------------------------------------------------------
 
@@ -108,7 +117,7 @@ class SelectiveReader:
         if read.numel():
             self._bring(layer, _host(read), length, ahead=True)
 
-    def before(self, layer: int, q: torch.Tensor, scaling: float) -> None:
+    def before(self, layer: int, q: torch.Tensor, scaling: float) -> Partial | None:
         """See ``workers.cache.reading.Reader.before``."""
         tables, slot = self._tables, self._slot
         length = tables.length[slot, layer]
@@ -117,7 +126,7 @@ class SelectiveReader:
         asked = None if self.stage.guesses else q[0]
         chosen = guess.read if guess else self._choose(layer, asked, length, scaling, self._asked.get(layer))
         if not chosen.numel():
-            return
+            return None
         self._asked[layer] = guess or _Asked(q[0], chosen)
         read, blocks = _host(chosen), chosen.shape[1]
         older = np.arange(blocks) < self._older(length)[:, None]
@@ -129,6 +138,7 @@ class SelectiveReader:
             np.copyto(tables.address[here], found, where=found >= 0)
             tables.tier[here][found >= 0] = Tier.DEVICE
         tables.tier[here][~read] = Tier.DISK
+        return None
 
     def after(self, layer: int) -> None:
         """See ``workers.cache.reading.Reader.after``."""
@@ -214,19 +224,26 @@ class SelectiveReader:
 
     def _keys(self, layer: int, head: I32, block: I32) -> torch.Tensor:
         """Keys [N, 32, D] of blocks by head [N] and place in the table [N]."""
+        return self._read(layer, head, block)[0]
+
+    def _read(self, layer: int, head: I32, block: I32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Their keys and values, each [N, 32, D]."""
         tables, where = self._tables, (self._slot, layer, head, block)
         spread = (len(head), BLOCK_TOKENS)
         columns = (tables.address[where], tables.format[where], tables.tier[where])
         address, fmt, tier = (np.repeat(column, BLOCK_TOKENS).reshape(spread) for column in columns)
         position = tables.position[self._slot, layer].reshape(self._shape.kv_heads, -1, BLOCK_TOKENS)[head, block]
         owners = Owners(np.full(len(head), layer), head, position)
-        keys, _ = self._blocks.read(TokenSource(address, fmt, tier, np.broadcast_to(ROWS, spread).copy()), owners)
-        return keys
+        return self._blocks.read(TokenSource(address, fmt, tier, np.broadcast_to(ROWS, spread).copy()), owners)
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
 
     # -- scoring -------------------------------------------------------------------------------------------------------
+
+    def as_read(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """A layer's kept keys [H, T, D] as queries find them, where that is not as they are stored."""
+        return keys
 
     def visible(self, layer: int, q: torch.Tensor | None, keys: torch.Tensor, scaling: float) -> torch.Tensor | None:
         """Which of its table's tokens each of S known tokens would read, in decode steps that move no block.

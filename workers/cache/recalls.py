@@ -38,7 +38,8 @@ class Recalls:
     """Counts of one request's cache, or of a worker's, since it was made; they only rise.
 
     The host is asked where a stage recalls blocks to a pool on the device, the disk by every step of a request that has
-    blocks there. Blocks that kernels read on the host by themselves, as with ``host``, are asked of nobody.
+    blocks there. Blocks that kernels read on the host by themselves, as with ``host``, are asked of nobody. Of a stage
+    that reads chunks (``workers.stages.selecting.Reconstructing``), chunks are counted, and bytes of values alone.
     """
 
     whole: Recalls | None = field(default=None, repr=False, compare=False)

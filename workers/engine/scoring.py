@@ -52,6 +52,8 @@ class ScoringAttention:
         """See :class:`Attend`; B is 1, S the number of tokens."""
         self.queries.append(q[0])
         before = self._context.read(layer)
+        if self._context.selective:
+            before = self._context.selective.as_read(layer, before[0]), before[1]
         k, v = (torch.cat([old[None], new], dim=2) for old, new in zip(before, (k, v), strict=True))
         if self._mask is None or self._uneven:
             self._mask = self._seen(layer, q)

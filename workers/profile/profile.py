@@ -37,6 +37,8 @@ from kernels.layout import CacheShape
 from models.profiles import ProfileError
 from workers.profile.rotary import Rope
 
+ROPE = "rope"
+"""What a stage needs that turns keys back: rotary positions, found in the model and held against what it does."""
 LEVELS = (4, 8, 16)
 """How many levels there are tables of: for 2, 3 and 4 bits."""
 
@@ -74,7 +76,8 @@ KINDS: Mapping[str, Kind] = {
 def missing(needed: Collection[str], available: Collection[str]) -> str | None:
     """Why a stage that needs these tensors cannot do with those there are; None if it can."""
     lacking = [name for name in needed if name not in available]
-    words = dict.fromkeys(KINDS[name].words if name in KINDS else repr(name) for name in lacking)
+    known = {name: kind.words for name, kind in KINDS.items()} | {ROPE: "rotary positions"}
+    words = dict.fromkeys(known.get(name, repr(name)) for name in lacking)
     return f"it needs the model's {' and '.join(words)}; `kvpilot model profile NAME` finds them" if words else None
 
 
@@ -116,8 +119,8 @@ class ModelProfile:
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors there are."""
-        return frozenset(self.tensors)
+        """What it has: its tensors, and rotary positions."""
+        return frozenset((*self.tensors, ROPE))
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of all layers.
@@ -154,5 +157,5 @@ class LayerProfile:
 
 
 def names_of(profile: ModelProfile | None) -> frozenset[str]:
-    """The tensors there are; none without a profile."""
+    """What there is of a profile; nothing without one."""
     return profile.names if profile else frozenset()

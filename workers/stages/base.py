@@ -129,7 +129,7 @@ class Stage:
     kind: ClassVar[Kind]
     summary: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    """Tensors of the model's profile (``workers.profile.profile``) that it cannot do without."""
+    """Of the model's profile (``workers.profile.profile``), the tensors, or ``ROPE``, that it cannot do without."""
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):

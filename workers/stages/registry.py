@@ -58,6 +58,7 @@ from workers.stages.offload.infinigen import InfiniGen
 from workers.stages.offload.neardata import NearData
 from workers.stages.offload.oneiros import Oneiros
 from workers.stages.offload.quest import Quest
+from workers.stages.offload.shadowkv import ShadowKV
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
@@ -99,6 +100,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     InfiniGen,
     CLO,
     Conversation,
+    ShadowKV,
     Oneiros,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"

@@ -14,9 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from kernels.layout import BLOCK_TOKENS
+from kernels.layout import BLOCK_TOKENS, CacheShape
 from kvpilot.bounds import Bounds
+from workers.profile.profile import ROPE
 from workers.stages.base import Placer, parameter, whole_blocks
+
+CHUNK_TOKENS = 8
+"""Tokens of a chunk: a part of a block."""
 
 
 class Digest(Enum):
@@ -148,3 +152,43 @@ class Recalling(Selector):
     def pool_blocks(self, older: int) -> int:
         """As many as a query reads."""
         return self.budget(older)
+
+
+@dataclass(frozen=True)
+class Reconstructing(Recalling):
+    """One whose queries read chunks of blocks (``CHUNK_TOKENS``), with keys that are made again on the device.
+
+    The device keeps ``width`` numbers for a token's keys before their rotation in all heads of a layer, of each chunk a
+    landmark, its mean key, and of some chunks all, exactly; those are always read. Of the others ``select`` chooses:
+    what it sees as blocks are chunks, and their landmarks are ``Digest.MEAN``. So are what ``budget`` and
+    ``pool_blocks`` count. Values come from the host, to a pool of chunks.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = (ROPE,)
+
+    def refuses(self, shape: CacheShape) -> str | None:
+        """Models with very many key channels: a chunk's numbers must fit a page of memory."""
+        most = 4 * 2 * BLOCK_TOKENS * shape.head_dim // CHUNK_TOKENS
+        width = self.width(shape)
+        return f"{width} numbers a token are to stand for its keys; at most {most} can" if width > most else None
+
+    def width(self, shape: CacheShape) -> int:
+        """How many numbers stand for a token's keys in all heads of a layer."""
+        raise NotImplementedError
+
+    def basis(self, moment: torch.Tensor, width: int) -> torch.Tensor:
+        """What a layer's keys become these numbers by, and come back: orthonormal columns, float64 [H * D, width].
+
+        Args:
+            moment: float64 [H * D, H * D] the sum of the outer products of the keys, of all heads together.
+            width: how many.
+        """
+        raise NotImplementedError
+
+    def exact_chunks(self, older: int) -> int:
+        """How many of a head's ``older`` chunks are kept exactly; with each further one, at most one more."""
+        raise NotImplementedError
+
+    def fit(self, keys: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
+        """How well landmarks [N, D] stand for their chunks' keys [N, 8, D]: float [N]. The worst are kept exactly."""
+        raise NotImplementedError
