@@ -3,7 +3,7 @@ were, and nothing is lost where a copy fails."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,10 +14,11 @@ from hypothesis.stateful import initialize, invariant, rule, run_state_machine_a
 
 from kernels.layout import UNIT_BYTES, CacheShape, Format, Tier
 from kvpilot.v1 import generation_pb2
-from tests.tiny import Drive, prompt, reference, run, tiny_engine, tiny_loaded, tiny_model
+from tests.tiny import Drive, prompt, random_profile, reference, run, tiny_engine, tiny_loaded, tiny_model
 from tests.workers.test_arena import SHAPES, ArenaMachine
 from tests.workers.test_switch import check_tables, logits_now
 from workers.cache.arena import Arena, Lot, Region, TierFullError, page_blocks
+from workers.engine.attention import cache_shape
 from workers.engine.engine import Engine
 from workers.engine.lending import spread, weights_to_lend
 from workers.errors import INVALID_ARGUMENT, ProblemError
@@ -28,7 +29,9 @@ IDS = prompt(301, 3)
 
 
 def loaded(**changes: object):
-    return tiny_loaded(num_hidden_layers=LAYERS, **changes)
+    found = tiny_loaded(num_hidden_layers=LAYERS, **changes)
+    shape = cache_shape(found.model.config, next(found.model.parameters()).dtype)
+    return replace(found, profile=random_profile(shape))
 
 
 def engine(lendable: int = LENDABLE, **more: object) -> Engine:
@@ -325,8 +328,10 @@ def test_published_rows_move_out_of_the_way() -> None:
     assert again.tokens == first.tokens
 
 
-def test_blocks_move_out_of_the_way_and_so_do_pools() -> None:
-    """A request, and one that reads few of its blocks through a pool, on pages that go back."""
+@pytest.mark.parametrize("recalls", ["arkvale(share=0.5, recent=64)", "shadowkv(share=0.5, recent=64)"])
+def test_blocks_move_out_of_the_way_and_so_do_pools(recalls: str) -> None:
+    """A request, and one that reads few of its blocks through a pool, or by what it keeps of them, on pages that go
+    back."""
     outcomes, moved = [], []
     for lendable in (0, 5):
         worker = engine(lendable, device_budget_bytes=2800 << 10)
@@ -337,7 +342,7 @@ def test_blocks_move_out_of_the_way_and_so_do_pools() -> None:
         drive.submit("filler", prompt(1100, 1), 4, pipeline="full")
         drive.until(lambda drive=drive: drive.generated("filler") >= 1)
         drive.submit("first", IDS, 2, pipeline="full")
-        drive.submit("recalls", prompt(600, 8), 60, pipeline="arkvale(share=0.5, recent=64)")
+        drive.submit("recalls", prompt(600, 8), 60, pipeline=recalls)
         drive.submit("stays", prompt(200, 9), 60, pipeline="full")
         drive.until(lambda drive=drive: drive.generated("stays") >= 20)
         worker.cache.prefixes.drop(1500 << 10)  # some of the filler's

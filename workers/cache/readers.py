@@ -77,7 +77,7 @@ class Readers:
     def moved(self, now: Callable[[I32], I32]) -> None:
         """Blocks of the device have moved; ``now`` says where to."""
         for reader in self._selecting.values():
-            reader.pool.moved(now)
+            reader.moved(now)
 
     def pool_bytes(self) -> int:
         """Device bytes of all pools of recalled blocks: what :meth:`give_up_pools` gives back."""

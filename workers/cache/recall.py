@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,10 @@ class SelectiveReader:
     def close(self) -> None:
         """Gives its memory back."""
         self.pool.close()
+
+    def moved(self, now: Callable[[I32], I32]) -> None:
+        """Blocks of the device have moved; ``now`` says where to."""
+        self.pool.moved(now)
 
     def settle(self) -> None:
         """Brings masses and votes in the tables up to date, where it counts some by itself."""

@@ -118,6 +118,12 @@ class ReconstructingReader(SelectiveReader):
         for kind in (self._bases, self._factors, self._landmarks, self._exact):
             kind.close()
 
+    def moved(self, now: Callable[[I32], I32]) -> None:
+        """See ``SelectiveReader``."""
+        super().moved(now)
+        for at in (self._basis_at, self._factors_at, self._landmarks_at, self._exact_at):
+            at[:] = now(at)
+
     def _forget(self, layer: int) -> None:
         """Gives back what is there of a layer."""
         self.digests.count[layer] = self._based_on[layer] = 0
