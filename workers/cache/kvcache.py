@@ -30,6 +30,7 @@ from workers.cache.arrangement import (
     Tokens,
     block_count,
     blocks_of,
+    of_blocks,
     pick,
     regroup,
     restyle,
@@ -39,9 +40,10 @@ from workers.cache.blocks import BlockStore, Notes, Owners, whole_blocks
 from workers.cache.coded import CodedReader
 from workers.cache.disk import DiskStore
 from workers.cache.disk_tier import WRITE_BYTES, DiskTier
-from workers.cache.formats import MOST_FORMATS, format_of
+from workers.cache.formats import MOST_FORMATS, CodedFormat, format_of
 from workers.cache.merging import merge
 from workers.cache.near import NearReader
+from workers.cache.partners import Partners
 from workers.cache.pool import RecallCounts
 from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.preparation import I64, Preparation, Slice
@@ -472,7 +474,7 @@ class KVCache:
 
     def sources(self, seq: SequenceCache) -> Sources:
         """Reads and rebuilds a request's tokens wherever they are."""
-        return Sources(self.blocks, seq.staging)
+        return Sources(self.blocks, seq.staging, Partners(self.tables, seq.slot))
 
     def exact_context(self, seq: SequenceCache, tokens: int) -> TokenContext | None:
         """Reader of the exact keys and values of a request's first ``tokens`` tokens, kept or not. Changes nothing.
@@ -903,7 +905,7 @@ class KVCache:
         self, seq: SequenceCache, fmt: BlockFormat, layer: I64, head: I64, index: I64, moved: Tokens | None = None
     ) -> Notes | None:
         """What a codec may know of blocks to build, which will be in these places [N]; None for kernels' formats."""
-        if isinstance(fmt, Format):
+        if not isinstance(fmt, CodedFormat):
             return None
         tables = self.tables
         mass, votes = (moved.mass, moved.votes) if moved else (tables.mass[seq.slot], tables.votes[seq.slot])
@@ -913,7 +915,27 @@ class KVCache:
             votes.reshape(by_block)[layer, head, index].astype(np.float32),
             seq.seen,
             partial(self.recent.read, seq.slot),
+            self._partner_source(seq, (layer + fmt.codec.partner, head, index), moved) if fmt.codec.partner else None,
+            self.sources(seq).read,
         )
+
+    def _partner_source(
+        self, seq: SequenceCache, place: tuple[I64, I64, I64], moved: Tokens | None = None
+    ) -> TokenSource:
+        """Where the tokens of blocks in these places [N] are built from, exactly if they can be."""
+        if moved:
+            by_block = (*moved.position.shape[:2], -1, BLOCK_TOKENS)
+            columns = (moved.address, moved.format, moved.tier, moved.row, moved.position)
+            *where, position = (column.reshape(by_block)[place] for column in columns)
+            source = TokenSource(*where)
+        else:
+            tables, slot = self.tables, seq.slot
+            now = (column[slot][place] for column in (tables.address, tables.format, tables.tier))
+            source = of_blocks(*now)
+            position = tables.position[slot].reshape(*tables.length[slot].shape, -1, BLOCK_TOKENS)[place]
+        layer, head, _ = place
+        self._prefer_exact(seq, source, Owners(layer, head, position), np.zeros(len(layer), np.uint8))
+        return source
 
     def _read_coded(self, seq: SequenceCache) -> None:
         """Gives a request whose tables have coded blocks their reader, and no other."""

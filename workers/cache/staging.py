@@ -27,6 +27,7 @@ from workers.cache.arrangement import Blocks, pick
 from workers.cache.blocks import BlockStore, Notes, Owners
 from workers.cache.disk_tier import DiskTier
 from workers.cache.formats import format_of, formats
+from workers.cache.partners import Partners
 
 SLOTS = 2
 I64 = npt.NDArray[np.int64]
@@ -330,15 +331,17 @@ class Sources:
     Args:
         blocks: reads and builds blocks that are in memory.
         staging: what brings blocks from disk; None: none is there.
+        partners: finds blocks that codecs decode others with.
     """
 
-    def __init__(self, blocks: BlockStore, staging: Staging | None) -> None:
+    def __init__(self, blocks: BlockStore, staging: Staging | None, partners: Partners) -> None:
         self._blocks = blocks
         self._staging = staging
+        self._partners = partners
 
     def read(self, source: TokenSource, owners: Owners) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``workers.cache.blocks.BlockStore.read``."""
-        parts = [self._blocks.read(piece, owners[part]) for piece, part in self._pieces(source)]
+        parts = [self._blocks.read(piece, owners[part], self._partners) for piece, part in self._pieces(source)]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
@@ -346,7 +349,8 @@ class Sources:
     def encode(self, source: TokenSource, fmt: BlockFormat, owners: Owners, notes: Notes | None = None) -> torch.Tensor:
         """See ``workers.cache.blocks.BlockStore.encode``."""
         parts = [
-            self._blocks.encode(piece, fmt, owners[part], notes and notes[part]) for piece, part in self._pieces(source)
+            self._blocks.encode(piece, fmt, owners[part], notes and notes[part], self._partners)
+            for piece, part in self._pieces(source)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -361,7 +365,7 @@ class Sources:
     ) -> None:
         """See ``workers.cache.blocks.BlockStore.transcode``."""
         for piece, part in self._pieces(source):
-            self._blocks.transcode(piece, fmt, tier, address[part], owners[part], notes and notes[part])
+            self._blocks.transcode(piece, fmt, tier, address[part], owners[part], notes and notes[part], self._partners)
 
     def _pieces(self, source: TokenSource) -> Iterator[tuple[TokenSource, I64]]:
         """The source in pieces of which every token is in memory, each to be used before the next is asked for, and
