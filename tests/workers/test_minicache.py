@@ -46,7 +46,7 @@ def plain(earlier: np.ndarray, later: np.ndarray, t: float, kept: int) -> tuple[
         long_x, long_y = math.sqrt(sum(x * x)), math.sqrt(sum(y * y))
         omega = math.acos(max(-1.0, min(1.0, sum(x * y) / (long_x * long_y))))
         first, second = (math.sin(share * omega) / math.sin(omega) if omega else share for share in (1 - t, t))
-        direction = first * x / long_x + second * y / long_y
+        direction = first * y / long_y + second * x / long_x
         one[token], other[token] = direction * long_x, direction * long_y
         apart.append((-omega, token))
     for _, token in sorted(apart)[:kept]:

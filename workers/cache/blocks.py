@@ -50,14 +50,14 @@ class Notes:
     votes: F32  # [N, 32]
     seen: int
     queries: Queries
-    partner: TokenSource | None = None
+    partners: tuple[TokenSource, Owners] | None = None
     """The same tokens in the layer of the codec's partner, if it has one."""
     read: Read | None = None
     """What reads them."""
 
     def __getitem__(self, index: npt.NDArray[np.integer]) -> Notes:
-        partner = self.partner and pick(self.partner, index)
-        return replace(self, mass=self.mass[index], votes=self.votes[index], partner=partner)
+        partners = self.partners and (pick(self.partners[0], index), self.partners[1][index])
+        return replace(self, mass=self.mass[index], votes=self.votes[index], partners=partners)
 
 
 class BlockStore:
@@ -98,8 +98,8 @@ class BlockStore:
             whose, beside = Owners(layer, head, position), None
             if fmt.codec.partner:
                 assert partners is not None
-                others = partners.of(fmt, tier, address)
-                beside = _partners(fmt, partial(self.read, partners=partners), others, whose)
+                other = replace(whose, layer=layer + fmt.codec.partner)
+                beside = _floats(partial(self.read, partners=partners), partners.of(fmt, tier, address), other)
             places = self._places(whose, k.device, beside)
             numbers = fmt.codec.decode(codes[:, : fmt.payload_bytes(self.shape)], places)
             into = torch.from_numpy(mine).to(k.device)
@@ -177,9 +177,11 @@ class BlockStore:
             memory = torch.from_numpy(bases[tier] + address.astype(np.int64) * UNIT_BYTES)
         owners, beside = Owners(np.full(len(head), layer), head, position[head, index]), None
         if fmt.codec.partner:
-            other = (slot, layer + fmt.codec.partner, head, index)
-            others = of_blocks(tables.address[other], tables.format[other], tables.tier[other])
-            beside = _partners(fmt, partial(self.read, partners=Partners(tables, slot)), others, owners)
+            other = layer + fmt.codec.partner
+            place = (slot, other, head, index)
+            source = of_blocks(tables.address[place], tables.format[place], tables.tier[place])
+            read = partial(self.read, partners=Partners(tables, slot))
+            beside = _floats(read, source, replace(owners, layer=np.full(len(head), other)))
         places = self._places(owners, device)
         return CodedBlocks(
             self.shape,
@@ -200,9 +202,9 @@ class BlockStore:
             assert notes is not None
             beside = None
             if fmt.codec.partner:
-                assert notes.partner is not None
+                assert notes.partners is not None
                 assert notes.read is not None
-                beside = _partners(fmt, notes.read, pick(notes.partner, index), owners)
+                beside = _floats(notes.read, pick(notes.partners[0], index), notes.partners[1][index])
             places = self._places(owners, k.device)
             mass, votes = (torch.from_numpy(part[index]).to(k.device) for part in (notes.mass, notes.votes))
             return fmt.codec.encode(
@@ -246,11 +248,11 @@ class BlockStore:
         return BlockPlaces(self.shape, layer, head, position, profile=self._profile, partners=partners)
 
 
-def _partners(fmt: CodedFormat, read: Read, source: TokenSource, owners: Owners) -> Callable[[], Numbers]:
-    """What reads the partners, found there, of these owners' blocks of a coded format."""
+def _floats(read: Read, source: TokenSource, owners: Owners) -> Callable[[], Numbers]:
+    """What reads these tokens as float32."""
 
     def numbers() -> Numbers:
-        k, v = read(source, replace(owners, layer=owners.layer + fmt.codec.partner))
+        k, v = read(source, owners)
         return k.float(), v.float()
 
     return numbers

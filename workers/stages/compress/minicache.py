@@ -30,7 +30,7 @@ class MiniCache(Codec):
     """From the middle of the model on, layers are merged in pairs: older blocks of both share their directions.
 
     Of each token of a KV head, the two key vectors (and the two value vectors) are replaced by one direction, on the
-    great circle from the earlier layer's to the later's (SLERP) at ``t``, with the length that each vector had. Of each
+    great circle from the later layer's to the earlier's (SLERP) at ``t``, with the length that each vector had. Of each
     block the ``retained`` share of the tokens whose two directions are furthest apart keep both vectors as they are,
     chosen for keys and for values apart. A last layer without another stays raw, and so do blocks whose tokens are not
     the same in both layers, as an earlier pipeline without an exact copy may leave them.
@@ -48,7 +48,7 @@ class MiniCache(Codec):
 
     name: ClassVar[str] = "minicache"
     summary: ClassVar[str] = "Older blocks of two neighbouring layers, from the middle on, share their directions."
-    t: float = parameter(0.6, Bounds(choices=(0.4, 0.5, 0.6, 0.7)), "of the way from the earlier layer to the later")
+    t: float = parameter(0.6, Bounds(choices=(0.4, 0.5, 0.6, 0.7)), "of the way from the later layer to the earlier")
     retained: float = parameter(0.05, Bounds(choices=(0.0, 0.05, 0.1, 0.2)), "share of the tokens kept as they are")
     start: float = parameter(0.5, Bounds(choices=(0.5, 0.75)), "share of the layers before the first pair")
     shadow: bool = shadow()
@@ -127,7 +127,7 @@ class Earlier(_Half):
     def encode(self, blocks: BlockBatch) -> torch.Tensor:
         """See ``Coded``."""
         earlier, later, place = self._pair(blocks)
-        merged = slerp(earlier, later, self.t) * earlier.norm(dim=-1, keepdim=True)
+        merged = slerp(later, earlier, self.t) * earlier.norm(dim=-1, keepdim=True)
         return _bytes(merged.scatter(2, place, earlier.gather(2, place)), blocks.shape)
 
     def decode(self, codes: torch.Tensor, blocks: BlockPlaces) -> tuple[torch.Tensor, torch.Tensor]:
