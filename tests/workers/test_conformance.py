@@ -35,7 +35,7 @@ from workers.cache.kvcache import KVCache
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.attention import DecodeAttention
 from workers.profile.profile import names_of
-from workers.stages.base import Codec, Coded, Evictor, Kind, LossClass, Lossy, Pipeline, Placer, Stage
+from workers.stages.base import Codec, Evictor, Kind, LayerPlace, LossClass, Lossy, Pipeline, Placer, Stage
 from workers.stages.budgets import PER_HEAD, RULES
 from workers.stages.registry import build, stages
 from workers.stages.selecting import Digest, Reconstructing
@@ -87,10 +87,16 @@ def together(**more: object) -> list[str]:
 
 
 def in_company() -> list[str]:
-    """Each stage with a representative of every other kind."""
-    others = {kind: small(stages()[names[-1]]) for kind, names in REPRESENTATIVES.items()}
-    found = (others | {stage.kind: small(stage)} for stage in stages().values() if stage.kind is not Kind.FULL)
-    return [Pipeline(tuple(by_kind[kind] for kind in Kind if kind in by_kind)).text for by_kind in found]
+    """Each stage with a representative of every other kind, the last that it goes with."""
+    found = []
+    for stage in (small(stage) for stage in stages().values() if stage.kind is not Kind.FULL):
+        by_kind = {stage.kind: stage}
+        for kind, names in REPRESENTATIVES.items():
+            others = (small(stages()[name]) for name in names)
+            fit = [other for other in others if not (stage.refuses_beside(other) or other.refuses_beside(stage))]
+            by_kind = {kind: fit[-1]} | by_kind
+        found.append(Pipeline(tuple(by_kind[kind] for kind in Kind if kind in by_kind)).text)
+    return found
 
 
 ALONE = alone()
@@ -120,6 +126,9 @@ class World:
     @property
     def heads(self) -> list[tuple[int, int]]:
         return list(itertools.product(range(self.shape.layers), range(self.shape.kv_heads)))
+
+    def place(self, layer: int) -> LayerPlace:
+        return LayerPlace(layer, self.shape, self.seq.seen, self.cache.profile.layer(layer))
 
     def pipeline(self, text: str) -> Pipeline:
         try:
@@ -349,7 +358,8 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
             if behind < BLOCK_TOKENS:
                 assert (fmt, tier) == (Format.RAW, Tier.DEVICE) or (behind >= 0 and placer and fmt is Format.RAW)
             elif settled:
-                aged = [own for tokens, own in (codec.by_age() if codec else ()) if behind >= tokens]
+                ages = codec.ages(world.place(layer)) if codec else ()
+                aged = [own for tokens, own in ages if behind >= tokens]
                 assert fmt is (aged or [Format.RAW])[-1]
                 stays = placer.device_tokens() if placer else None
                 assert tier is (Tier.DEVICE if placer is None or stays is None or behind < stays else placer.tier)
@@ -494,7 +504,8 @@ def test_applying_twice_is_applying_once(text: str) -> None:
     codec, evictor = world.pipeline(text).codec, world.pipeline(text).evictor
     # blocks nearly as large as raw ones fill pages less evenly; tables of different lengths leave holes until the same
     # number again of their few pages is taken, and then no more
-    spare_pages = 6 if evictor and evictor.rule == PER_HEAD else 3 if isinstance(codec, Coded) else 1
+    coded = codec is not None and isinstance(codec.format, CodedFormat)
+    spare_pages = 6 if evictor and evictor.rule == PER_HEAD else 3 if coded else 1
     for _ in range(16):
         world.apply(text)
         for arena, before in zip(arenas, used, strict=True):  # new blocks are built beside the old: other pages' ends

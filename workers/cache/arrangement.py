@@ -121,6 +121,13 @@ def pick(source: TokenSource, index: npt.NDArray[np.integer]) -> TokenSource:
     return TokenSource(source.address[index], source.format[index], source.tier[index], source.row[index])
 
 
+def of_blocks(address: I32, fmt: U8, tier: U8) -> TokenSource:
+    """The tokens of whole blocks, each given by address, format and tier [N], in their order."""
+    spread = np.ones(BLOCK_TOKENS, np.uint8)
+    rows = np.broadcast_to(ROWS, (len(address), BLOCK_TOKENS)).copy()
+    return TokenSource(address[:, None] * spread, fmt[:, None] * spread, tier[:, None] * spread, rows)
+
+
 def restyle(now: Blocks, position: I32, styles: Sequence[Style]) -> Arrangement:
     """The same tokens in other formats and tiers.
 
@@ -129,17 +136,11 @@ def restyle(now: Blocks, position: I32, styles: Sequence[Style]) -> Arrangement:
         position: [L, H, T] original positions of the tokens.
         styles: how they are wanted, by layer.
     """
-    wanted_format, wanted_tier = wanted(styles, now.length, now.address.shape[2])
+    wanted_format, wanted_tier = wanted(styles, now.length, now.address.shape[2], position)
     build = now.full & ((wanted_format != now.format) | (wanted_tier != now.tier))
     address = np.where(build, np.int32(BUILD), now.address)
     blocks = Blocks(now.length, address, wanted_format, wanted_tier)
-    spread = np.ones(BLOCK_TOKENS, np.int32)
-    source = TokenSource(
-        address=now.address[build][:, None] * spread,
-        format=(now.format[build][:, None] * spread).astype(np.uint8),
-        tier=(now.tier[build][:, None] * spread).astype(np.uint8),
-        row=np.broadcast_to(ROWS, (int(build.sum()), BLOCK_TOKENS)).copy(),
-    )
+    source = of_blocks(now.address[build], now.format[build], now.tier[build])
     whole = position.shape[2] // BLOCK_TOKENS
     by_block = position[:, :, : whole * BLOCK_TOKENS].reshape(*position.shape[:2], whole, BLOCK_TOKENS)
     return Arrangement(blocks, source, by_block[build[:, :, :whole]])
@@ -175,7 +176,7 @@ def regroup(tokens: Tokens, keep: Mask, styles: Sequence[Style]) -> Arrangement:
     address, row = moved.address.reshape(by_block), moved.row.reshape(by_block)
     format_, tier = moved.format.reshape(by_block), moved.tier.reshape(by_block)
     blocks = Blocks(length, address[..., 0].copy(), format_[..., 0].copy(), tier[..., 0].copy())
-    wanted_format, wanted_tier = wanted(styles, length, width // BLOCK_TOKENS)
+    wanted_format, wanted_tier = wanted(styles, length, width // BLOCK_TOKENS, moved.position)
     same = (address == address[..., :1]) & (tier == tier[..., :1]) & (row == ROWS)
     whole = blocks.full & same.all(-1)
     reuse = whole & (blocks.format == wanted_format) & (blocks.tier == wanted_tier)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,9 @@ from torch.nn import functional
 from kernels.api import F32, I32, Backend, Tables, TokenSource
 from kernels.backends import make_backend
 from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, UNIT_BYTES, BlockFormat, Format, Tier
-from workers.cache.arrangement import ROWS, Mask, pick
+from workers.cache.arrangement import ROWS, Mask, of_blocks, pick
 from workers.cache.formats import CodedFormat, format_of
+from workers.cache.partners import Partners
 from workers.profile.profile import ModelProfile
 from workers.stages.base import BlockBatch, BlockPlaces, CodedBlocks
 
@@ -35,6 +37,11 @@ class Owners:
         return Owners(self.layer[index], self.head[index], self.position[index])
 
 
+Numbers = tuple[torch.Tensor, torch.Tensor]
+"""K and V."""
+Read = Callable[[TokenSource, Owners], Numbers]
+
+
 @dataclass(frozen=True)
 class Notes:
     """What else codecs may go by when they encode a request's N blocks."""
@@ -43,9 +50,14 @@ class Notes:
     votes: F32  # [N, 32]
     seen: int
     queries: Queries
+    partners: tuple[TokenSource, Owners] | None = None
+    """The same tokens in the layer of the codec's partner, if it has one."""
+    read: Read | None = None
+    """What reads them."""
 
-    def __getitem__(self, index: npt.NDArray[np.generic]) -> Notes:
-        return replace(self, mass=self.mass[index], votes=self.votes[index])
+    def __getitem__(self, index: npt.NDArray[np.integer]) -> Notes:
+        partners = self.partners and (pick(self.partners[0], index), self.partners[1][index])
+        return replace(self, mass=self.mass[index], votes=self.votes[index], partners=partners)
 
 
 class BlockStore:
@@ -63,8 +75,13 @@ class BlockStore:
         self.shape = backend.shape
         self._name = name
 
-    def read(self, source: TokenSource, owners: Owners) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``kernels.api.Backend.read``: K and V [N, 32, D] in the model's dtype, out of blocks of any format."""
+    def read(
+        self, source: TokenSource, owners: Owners, partners: Partners | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``kernels.api.Backend.read``: K and V [N, 32, D] in the model's dtype, out of blocks of any format.
+
+        ``partners`` are needed where codecs decode blocks with others.
+        """
         coded = _coded(source)
         if not coded.any():
             return self.backend.read(source)
@@ -78,18 +95,30 @@ class BlockStore:
             position = np.zeros((len(address), BLOCK_TOKENS), np.int32)
             position[inverse, row] = owners.position[mine]
             codes = self.backend.load(tier, address.astype(np.int32), fmt).to(k.device)
-            places = self._places(Owners(layer, head, position), k.device)
+            whose, beside = Owners(layer, head, position), None
+            if fmt.codec.partner:
+                assert partners is not None
+                other = replace(whose, layer=layer + fmt.codec.partner)
+                beside = _floats(partial(self.read, partners=partners), partners.of(fmt, tier, address), other)
+            places = self._places(whose, k.device, beside)
             numbers = fmt.codec.decode(codes[:, : fmt.payload_bytes(self.shape)], places)
             into = torch.from_numpy(mine).to(k.device)
             at = torch.from_numpy(inverse).to(k.device), torch.from_numpy(row.astype(np.int64)).to(k.device)
             k[into], v[into] = (part[at].to(k.dtype) for part in numbers)
         return k, v
 
-    def encode(self, source: TokenSource, fmt: BlockFormat, owners: Owners, notes: Notes | None = None) -> torch.Tensor:
+    def encode(
+        self,
+        source: TokenSource,
+        fmt: BlockFormat,
+        owners: Owners,
+        notes: Notes | None = None,
+        partners: Partners | None = None,
+    ) -> torch.Tensor:
         """As ``kernels.api.Backend.encode``: builds uint8 [N, block_bytes] of any format, from blocks of any format.
 
-        ``notes`` are needed for coded ones. A block whose tokens are one block of the wanted format, in order, is
-        copied byte for byte.
+        ``notes`` are needed for coded ones, ``partners`` as in :meth:`read`. A block whose tokens are one block of the
+        wanted format, in order, is copied byte for byte.
         """
         if isinstance(fmt, Format) and not _coded(source).any():
             return self.backend.encode(source, fmt)
@@ -102,7 +131,7 @@ class BlockStore:
                 built[torch.from_numpy(here)] = self.backend.load(tier, source.address[here, 0], fmt).to(built.device)
         rest = np.flatnonzero(~same)
         if len(rest):
-            k, v = self.read(pick(source, rest), owners[rest])
+            k, v = self.read(pick(source, rest), owners[rest], partners)
             blocks = self._encode(k, v, fmt, owners[rest], notes, rest)
             built[torch.from_numpy(rest), : blocks.shape[1]] = blocks
         return built
@@ -115,13 +144,14 @@ class BlockStore:
         address: I32,
         owners: Owners,
         notes: Notes | None = None,
+        partners: Partners | None = None,
     ) -> None:
         """:meth:`encode` straight to unit offsets ``address`` [N] of a tier's arena, of blocks that are not in the
         source."""
         if isinstance(fmt, Format) and not _coded(source).any():
             self.backend.transcode(source, fmt, tier, address)
         else:
-            self.backend.store(tier, address, self.encode(source, fmt, owners, notes))
+            self.backend.store(tier, address, self.encode(source, fmt, owners, notes, partners))
 
     def coded(self, tables: Tables, slot: int, layer: int, head: I64, index: I64, fmt: CodedFormat) -> CodedBlocks:
         """The encoded blocks [N] of one codec of a layer, each named by head and place in its table."""
@@ -145,8 +175,24 @@ class BlockStore:
         if device.type == "cpu":
             bases = np.array([arena.data_ptr() for arena in backend.arenas], np.int64)
             memory = torch.from_numpy(bases[tier] + address.astype(np.int64) * UNIT_BYTES)
-        places = self._places(Owners(np.full(len(head), layer), head, position[head, index]), device)
-        return CodedBlocks(self.shape, places.layer, places.head, places.position, codes, memory, profile=self.profile)
+        owners, beside = Owners(np.full(len(head), layer), head, position[head, index]), None
+        if fmt.codec.partner:
+            other = layer + fmt.codec.partner
+            place = (slot, other, head, index)
+            source = of_blocks(tables.address[place], tables.format[place], tables.tier[place])
+            read = partial(self.read, partners=Partners(tables, slot))
+            beside = _floats(read, source, replace(owners, layer=np.full(len(head), other)))
+        places = self._places(owners, device)
+        return CodedBlocks(
+            self.shape,
+            places.layer,
+            places.head,
+            places.position,
+            codes,
+            memory,
+            profile=self.profile,
+            partners=beside,
+        )
 
     def _encode(
         self, k: torch.Tensor, v: torch.Tensor, fmt: BlockFormat, owners: Owners, notes: Notes | None, index: I64
@@ -154,6 +200,11 @@ class BlockStore:
         """K and V [n, 32, D] as blocks of a format, uint8 [n, bytes]; ``index`` [n] of them in the notes."""
         if isinstance(fmt, CodedFormat):
             assert notes is not None
+            beside = None
+            if fmt.codec.partner:
+                assert notes.partners is not None
+                assert notes.read is not None
+                beside = _floats(notes.read, pick(notes.partners[0], index), notes.partners[1][index])
             places = self._places(owners, k.device)
             mass, votes = (torch.from_numpy(part[index]).to(k.device) for part in (notes.mass, notes.votes))
             return fmt.codec.encode(
@@ -169,6 +220,7 @@ class BlockStore:
                     notes.seen,
                     notes.queries,
                     profile=self.profile,
+                    partners=beside,
                 )
             )
         raw = torch.cat([part.contiguous().flatten(1).view(torch.uint8) for part in (k, v)], 1)
@@ -186,12 +238,24 @@ class BlockStore:
         address = (np.arange(len(raw), dtype=np.int32) * (size // UNIT_BYTES))[:, None] * spread
         return scratch.encode(TokenSource(address.astype(np.int32), spread * 0, spread * 0, spread * ROWS), fmt)
 
-    def _places(self, owners: Owners, device: torch.device) -> BlockPlaces:
+    def _places(
+        self, owners: Owners, device: torch.device, partners: Callable[[], Numbers] | None = None
+    ) -> BlockPlaces:
         layer, head, position = (
             torch.from_numpy(np.asarray(part, np.int64)).to(device)
             for part in (owners.layer, owners.head, np.maximum(owners.position, 0))
         )
-        return BlockPlaces(self.shape, layer, head, position, profile=self.profile)
+        return BlockPlaces(self.shape, layer, head, position, profile=self.profile, partners=partners)
+
+
+def _floats(read: Read, source: TokenSource, owners: Owners) -> Callable[[], Numbers]:
+    """What reads these tokens as float32."""
+
+    def numbers() -> Numbers:
+        k, v = read(source, owners)
+        return k.float(), v.float()
+
+    return numbers
 
 
 def whole_blocks(source: TokenSource) -> Mask:

@@ -14,10 +14,12 @@ from kernels.backends import make_backend
 from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arena import Arena, Lot
-from workers.cache.arrangement import Mask, Tokens, block_count, blocks_of
+from workers.cache.arrangement import Mask, Tokens, block_count, blocks_of, of_blocks
 from workers.cache.blocks import BlockStore, Notes, Owners
 from workers.cache.disk import DiskStore
 from workers.cache.disk_tier import DiskTier
+from workers.cache.formats import CodedFormat
+from workers.cache.partners import Partners
 from workers.cache.prefix import PrefixIndex
 from workers.cache.preparation import I64
 from workers.cache.recalls import Recalls
@@ -104,7 +106,7 @@ class CacheMemory:
 
     def sources(self, seq: SequenceCache) -> Sources:
         """Reads and rebuilds a request's tokens wherever they are."""
-        return Sources(self.blocks, seq.staging)
+        return Sources(self.blocks, seq.staging, Partners(self.tables, seq.slot))
 
     def styles(self, seq: SequenceCache, pipeline: Pipeline) -> tuple[Style, ...]:
         """How a pipeline wants a request's blocks, by layer."""
@@ -114,7 +116,7 @@ class CacheMemory:
         self, seq: SequenceCache, fmt: BlockFormat, layer: I64, head: I64, index: I64, moved: Tokens | None = None
     ) -> Notes | None:
         """What a codec may know of blocks to build, which will be in these places [N]; None for kernels' formats."""
-        if isinstance(fmt, Format):
+        if not isinstance(fmt, CodedFormat):
             return None
         tables = self.tables
         mass, votes = (moved.mass, moved.votes) if moved else (tables.mass[seq.slot], tables.votes[seq.slot])
@@ -124,7 +126,23 @@ class CacheMemory:
             votes.reshape(by_block)[layer, head, index].astype(np.float32),
             seq.seen,
             partial(self.recent.read, seq.slot),
+            self._tokens(seq, (layer + fmt.codec.partner, head, index), moved) if fmt.codec.partner else None,
+            self.sources(seq).read,
         )
+
+    def _tokens(
+        self, seq: SequenceCache, place: tuple[I64, I64, I64], moved: Tokens | None
+    ) -> tuple[TokenSource, Owners]:
+        """The tokens of full blocks that will be in these places [N]: of those that moved, else of the tables."""
+        tables, slot = self.tables, seq.slot
+        position = (moved.position if moved else tables.position[slot]).reshape(
+            *tables.length[slot].shape, -1, BLOCK_TOKENS
+        )
+        owners = Owners(place[0], place[1], position[place])
+        if not moved:
+            return of_blocks(*(column[slot][place] for column in (tables.address, tables.format, tables.tier))), owners
+        columns = (moved.address, moved.format, moved.tier, moved.row)
+        return TokenSource(*(column.reshape(position.shape)[place] for column in columns)), owners
 
     def staging(self, seq: SequenceCache) -> Staging:
         """An empty staging area for a request, which takes memory as it is resized."""

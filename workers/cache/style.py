@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from kernels.api import I32, U8
 from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Format, Tier
+from workers.cache.formats import CodedFormat, formats
 from workers.profile.profile import ModelProfile
 from workers.stages.base import Ages, LayerPlace, Pipeline, Places
 
@@ -45,13 +47,17 @@ def tiers_in(styles: Sequence[Style]) -> set[Tier]:
     return {tier for style in styles for _, tier in style.places}
 
 
-def wanted(styles: Sequence[Style], length: I32, blocks: int) -> tuple[U8, U8]:
+def wanted(styles: Sequence[Style], length: I32, blocks: int, position: I32 | None = None) -> tuple[U8, U8]:
     """Format and tier [L, H, blocks] that each block is wanted in.
+
+    In a format that needs a partner only those are that have one: another layer's block of the same tokens, wanted in
+    the opposite format. Neither may go to disk, where a query finds its own layer's blocks alone. Others stay raw.
 
     Args:
         styles: of each layer.
         length: [L, H] tokens of each table.
         blocks: of the longest table.
+        position: [L, H, T] original positions of the tokens; None: all tables have the same.
     """
     younger = length[..., None] - (np.arange(blocks) + 1) * BLOCK_TOKENS  # negative where a block is not full
     fmt = np.full(younger.shape, Format.RAW, np.uint8)
@@ -62,7 +68,23 @@ def wanted(styles: Sequence[Style], length: I32, blocks: int) -> tuple[U8, U8]:
             fmt[mine & (younger >= tokens)] = of_age
         for tokens, place in style.places:
             tier[mine & (younger >= tokens)] = place
+    fmt[_alone(fmt, tier, position)] = Format.RAW
     return fmt, tier
+
+
+def _alone(fmt: U8, tier: U8, position: I32 | None) -> npt.NDArray[np.bool_]:
+    """[L, H, B] blocks of formats that need a partner which have none."""
+    partner = np.array([other.codec.partner if isinstance(other, CodedFormat) else 0 for other in formats()])[fmt]
+    alone = partner != 0
+    for offset in np.unique(partner[alone]).tolist():
+        paired = (partner == offset) & (np.roll(partner, -offset, 0) == -offset)
+        paired &= (tier != Tier.DISK) & (np.roll(tier, -offset, 0) != Tier.DISK)
+        if position is not None:
+            whole = position.shape[2] // BLOCK_TOKENS
+            same = (position == np.roll(position, -offset, 0))[:, :, : whole * BLOCK_TOKENS]
+            paired[:, :, :whole] &= same.reshape(*same.shape[:2], whole, BLOCK_TOKENS).all(-1)
+        alone &= ~paired
+    return np.asarray(alone, np.bool_)
 
 
 def largest_format(pipeline: Pipeline, shape: CacheShape) -> BlockFormat:

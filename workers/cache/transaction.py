@@ -32,7 +32,7 @@ from workers.cache.disk_tier import WRITE_BYTES
 from workers.cache.formats import MOST_FORMATS, format_of
 from workers.cache.memory import CacheMemory
 from workers.cache.merging import merge
-from workers.cache.preparation import Preparation, Slice
+from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.readers import Readers
 from workers.cache.selection import Views, choose
 from workers.cache.sequence_cache import Occasion, SequenceCache
@@ -145,7 +145,7 @@ class Transactions:
         blocks = len(piece.layer)
         owners = Owners(piece.layer, piece.head, piece.position)
         self._copies.prefer(seq, piece.source, owners, np.full(blocks, piece.format, np.uint8))
-        notes = self._memory.notes(seq, piece.format, piece.layer, piece.head, piece.index)
+        notes = self._notes(seq, piece.format, piece.layer, piece.head, piece.index)
         addresses = self._build(seq, piece.source, *kind, owners, notes, self._allocate_ahead)
         preparation.add(addresses)
         self._memory.note_peak(seq)
@@ -363,7 +363,7 @@ class Transactions:
             for (tier, fmt), mask in sorted(groups.items(), key=lambda group: group[0], reverse=True):  # disks may fail
                 mine = of_build[mask.reshape(-1)]
                 source = pick(target.source, mine)
-                notes = self._memory.notes(seq, fmt, layer[mine], head[mine], index[mine], target.moved)
+                notes = self._notes(seq, fmt, layer[mine], head[mine], index[mine], target.moved)
                 if direct[tier]:
                     new.address[mask] = self._build(seq, source, tier, fmt, owners[mine], notes)
                     done.append((tier, new.address[mask]))
@@ -398,6 +398,15 @@ class Transactions:
         self._release_prefixes(seq)
         self._readers.read_coded(seq)
         self._memory.note_peak(seq)
+
+    def _notes(
+        self, seq: SequenceCache, fmt: BlockFormat, layer: I64, head: I64, index: I64, moved: Tokens | None = None
+    ) -> Notes | None:
+        """See ``CacheMemory.notes``; partners, too, are exact where the copy has them."""
+        notes = self._memory.notes(seq, fmt, layer, head, index, moved)
+        if notes and notes.partners:
+            self._copies.prefer(seq, *notes.partners, np.zeros(len(layer), np.uint8))
+        return notes
 
     def _swap_tables(self, seq: SequenceCache, target: Arrangement) -> None:
         tables, slot, blocks = self._memory.tables, seq.slot, target.blocks

@@ -152,6 +152,10 @@ class Stage:
         """Why this stage cannot serve a model, or None if it can."""
         return None
 
+    def refuses_beside(self, other: Stage) -> str | None:
+        """Why it cannot be in one pipeline with another stage, or None if it can."""
+        return None
+
     def lacks(self, available: Collection[str]) -> str | None:
         """What it needs of a profile beyond these tensors, and how to get it; None if nothing."""
         return missing(self.needs, available)
@@ -207,6 +211,8 @@ class Evictor(Lossy):
     """Whether it is called while the prompt is computed too, at each :meth:`next_eviction` (no prefix reuse). Its
     ``LayerView.queries`` are those of a catalyst prompt where the model has words for one."""
 
+    alike: ClassVar[bool] = False
+    """Whether it keeps the same tokens in every head of every layer, by their positions alone."""
     merges: ClassVar[bool] = False
     """Whether what it evicts is merged into what stays, by :meth:`merge`."""
 
@@ -329,12 +335,21 @@ class BlockPlaces:
     position: torch.Tensor  # int64 [N, 32] original positions; 0 for tokens that nobody asks for
     profile: ModelProfile | None = field(default=None, kw_only=True)
     """The model's. It is there, with all that the stage ``needs``, if that is any."""
+    partners: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = field(default=None, kw_only=True)
+    """K and V of the same tokens in the layer of the codec's ``partner``, float32 [N, 32, D]: to encode, exact or as
+    exact as there is; else as they are stored. It is there if the codec has a partner."""
 
     @property
     def the_profile(self) -> ModelProfile:
         """The profile that is there."""
         assert self.profile is not None
         return self.profile
+
+    @property
+    def the_partners(self) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Those that are there."""
+        assert self.partners is not None
+        return self.partners
 
 
 @dataclass(frozen=True)
@@ -374,6 +389,10 @@ class Coded(Codec):
     What it does with a block may depend on that block, on what :class:`BlockBatch` says of it, and on nothing else:
     blocks are built in batches of any size.
     """
+
+    partner: ClassVar[int] = 0
+    """How many layers on the one is whose block in the same place its blocks are made with, by the codec that has the
+    opposite partner: both are of the same tokens, are built together, and go together. 0: none."""
 
     @property
     def format(self) -> CodedFormat:

@@ -7,6 +7,7 @@ A new stage is one file and one line in ``BUILT_IN``; a package from outside add
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterator
 from functools import cache
 from importlib.metadata import entry_points
@@ -26,6 +27,7 @@ from workers.stages.compress.int8 import Int8
 from workers.stages.compress.kivi import Kivi
 from workers.stages.compress.kvquant import KVQuant
 from workers.stages.compress.lowrank import LowRank
+from workers.stages.compress.minicache import MiniCache
 from workers.stages.compress.think import ThinK
 from workers.stages.compress.turboquant import TurboQuant
 from workers.stages.compress.zipcache import ZipCache
@@ -92,6 +94,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     ZipCache,
     LowRank,
     KVQuant,
+    MiniCache,
     Host,
     Disk,
     NearData,
@@ -163,8 +166,8 @@ def build(text: str, shape: CacheShape, profiled: frozenset[str] = frozenset()) 
 
     Raises:
         PipelineError: for text that does not parse, an unknown stage or parameter, a value out of range, kinds that do
-            not go together, or a stage that cannot serve the model or lacks something of its profile; says what would
-            be accepted.
+            not go together, or a stage that cannot serve the model, lacks something of its profile or cannot be
+            beside another; says what would be accepted.
     """
     built = []
     for spec in catalog(shape, profiled).check(text):
@@ -175,6 +178,9 @@ def build(text: str, shape: CacheShape, profiled: frozenset[str] = frozenset()) 
     for stage in built:
         if reason := stage.refuses(shape):
             raise PipelineError(f"stage {stage.name!r} cannot serve this model: {reason}")
+    for stage, other in itertools.permutations(built, 2):
+        if reason := stage.refuses_beside(other):
+            raise PipelineError(f"stage {stage.name!r} does not go with {other.name!r}: {reason}")
     return Pipeline(tuple(built))
 
 

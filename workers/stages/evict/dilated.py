@@ -24,6 +24,7 @@ class Dilated(Evictor):
 
     name: ClassVar[str] = "dilated"
     summary: ClassVar[str] = "Recent tokens densely, older ones at intervals that double."
+    alike: ClassVar[bool] = True
     recent: int = whole_blocks(256)
     shadow: bool = shadow()
 

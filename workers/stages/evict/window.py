@@ -22,6 +22,7 @@ class Window(Evictor):
 
     name: ClassVar[str] = "window"
     summary: ClassVar[str] = "The first few tokens (attention sinks) and the most recent ones (StreamingLLM)."
+    alike: ClassVar[bool] = True
     sinks: int = parameter(4, Bounds(least=0, most=1024), "tokens")
     recent: int = whole_blocks(512)
     shadow: bool = shadow()
