@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from kernels.api import TokenSource
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.arena import Arena
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
 from workers.cache.prefix import PrefixIndex, PrefixRow
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.stages.registry import build
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -11,8 +11,9 @@ import torch
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kvpilot.v1 import generation_pb2, job_pb2
 from tests.tiny import Drive, prompt, run, tiny_engine
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
 from workers.cache.recalls import Asked
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.stages.registry import build
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

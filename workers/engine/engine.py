@@ -19,7 +19,8 @@ from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
 from workers.cache.disk import DiskCounts, DiskStore
-from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion
 from workers.cache.sessions import ParkedSessions
 from workers.cache.staging import DamagedCacheError
 from workers.engine.api import Event
