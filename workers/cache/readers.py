@@ -27,7 +27,7 @@ class Readers:
         """Readers of a decode step over these requests."""
         coded = {row: seq.coded for row, seq in enumerate(sequences) if seq.coded}
         readers = {
-            row: tuple(reader for reader in (seq.staging, *seq.readers, seq.coded) if reader)
+            row: tuple(reader for reader in (*seq.areas.values(), *seq.readers, seq.coded) if reader)
             for row, seq in enumerate(sequences)
         }
         return StepReading(readers, len(sequences), self._memory.shape, coded)
