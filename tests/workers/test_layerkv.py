@@ -257,7 +257,6 @@ def test_pages_become_free(from_the_start: bool) -> None:
     there = cache.tables.tier[seq.slot, :, :, : -(-seq.seen // BLOCK_TOKENS)] == Tier.DEVICE
     held = int(there.sum()) * cache.shape.block_bytes(Format.RAW) + seq.areas[Tier.HOST].nbytes[0]
     assert cache.device.used_bytes - held < 3 * cache.device.page_bytes  # last pages of two lots and of the area
-    assert cache.device.used_bytes < 0.8 * cache.worst_bytes(seq.seen)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class CacheMemory:
         self.by_tier: dict[Tier, Arena | DiskTier] = {**self.arenas, **({Tier.DISK: self.disk} if self.disk else {})}
         self._movers: dict[Tier, Mover] = {Tier.HOST: HostMover(self.host, self.device)}
         if self.disk:
-            self._movers[Tier.DISK] = DiskMover(self.disk, self.host, device.type != "cpu")
+            self._movers[Tier.DISK] = DiskMover(self.disk, self.host, device)
         self._free_slots = list(range(slots - 1, -1, -1))
         self.row_blocks = shape.layers * shape.kv_heads
         """Blocks of 32 tokens in all tables."""

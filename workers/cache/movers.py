@@ -103,13 +103,12 @@ class GpuEvent:
     """A moment in a GPU's work."""
 
     event: torch.cuda.Event
+    device: torch.device
 
     @classmethod
-    def now(cls) -> GpuEvent:
-        """Behind all that is launched so far on the current stream."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return cls(event)
+    def now(cls, stream: torch.cuda.Stream) -> GpuEvent:
+        """Behind all that is launched so far on a stream."""
+        return cls(stream.record_event(), stream.device)
 
     def done(self) -> bool:
         """Whether it has come."""
@@ -117,7 +116,7 @@ class GpuEvent:
 
     def result(self) -> list[int]:
         """Has the current stream wait for it, and not the caller: see :class:`Move`."""
-        torch.cuda.current_stream().wait_event(self.event)
+        torch.cuda.current_stream(self.device).wait_event(self.event)
         return []
 
     def wait(self) -> None:
@@ -131,16 +130,16 @@ class DiskMover:
     Args:
         disk: the disk tier.
         host: the arena.
-        on_gpu: whether kernels that read the arena run behind the caller's back.
+        device: where kernels that read the arena run.
     """
 
     source = Tier.DISK
 
-    def __init__(self, disk: DiskTier, host: Arena, on_gpu: bool) -> None:
+    def __init__(self, disk: DiskTier, host: Arena, device: torch.device) -> None:
         self.target = host
         self._disk = disk
         self._memory: U8 = host.data.numpy()
-        self._on_gpu = on_gpu
+        self._gpu = None if device.type == "cpu" else device
 
     def move(self, address: I32, kinds: U8, into: I32) -> Move:
         """See :class:`Mover`; an address is a number on disk."""
@@ -148,8 +147,8 @@ class DiskMover:
 
     def mend(self, address: int, kind: int, made: int) -> int:
         """See :class:`Mover`."""
-        if self._on_gpu:
-            torch.cuda.synchronize()  # a kernel has made it
+        if self._gpu:
+            torch.cuda.synchronize(self._gpu)  # a kernel has made it
         (block,) = self._rows(np.array([kind], np.uint8), np.array([made], np.int32))
         return len(block) if self._disk.rewrite(address, block) else 0
 
@@ -161,7 +160,7 @@ class DiskMover:
 
     def readers(self) -> Waitable | None:
         """See :class:`Mover`."""
-        return GpuEvent.now() if self._on_gpu else None
+        return GpuEvent.now(torch.cuda.current_stream(self._gpu)) if self._gpu else None
 
 
 class HostMover:
@@ -190,7 +189,7 @@ class HostMover:
         with torch.cuda.stream(self._stream):
             for start, place, size in runs:
                 self.target.data[place : place + size].copy_(self._host[start : start + size], non_blocking=True)
-            return GpuEvent.now()
+        return GpuEvent.now(self._stream)
 
     def mend(self, address: int, kind: int, made: int) -> int:
         """See :class:`Mover`; memory is taken at its word."""
