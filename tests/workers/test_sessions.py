@@ -13,7 +13,7 @@ import pytest
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kvpilot.v1 import generation_pb2
 from tests.tiny import Drive, prompt, tiny_engine, tiny_loaded
-from workers.cache.sessions import SessionKey
+from workers.cache.parked import SessionKey
 from workers.engine.engine import Engine
 from workers.engine.sequence import Sequence
 
