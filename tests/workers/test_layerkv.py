@@ -254,6 +254,7 @@ def test_pages_become_free(from_the_start: bool) -> None:
     if not from_the_start:
         drive.direct("job", LAYERKV)
     cache, seq = drive.engine.cache, drive.engine._live["job"].cache
+    cache.prefixes.drop(cache.device.budget_bytes)
     there = cache.tables.tier[seq.slot, :, :, : -(-seq.seen // BLOCK_TOKENS)] == Tier.DEVICE
     held = int(there.sum()) * cache.shape.block_bytes(Format.RAW) + seq.areas[Tier.HOST].nbytes[0]
     assert cache.device.used_bytes - held < 3 * cache.device.page_bytes  # last pages of two lots and of the area
@@ -325,6 +326,22 @@ def test_a_turn_is_parked_and_resumed() -> None:
     outcome = drive.finish()["second"]
     assert outcome.finished.usage.reused_prompt_tokens >= len(IDS) // BLOCK_TOKENS * BLOCK_TOKENS
     assert outcome.token_ids == run(engine(), {"job": ids}, 16)["job"].token_ids
+
+
+def test_a_published_prefix_is_used_and_left_to_others() -> None:
+    drive = Drive(engine())
+    drive.submit("first", IDS, 16)
+    expected = drive.finish()["first"].token_ids
+    drive.submit("second", IDS, 16, pipeline=LAYERKV)
+    drive.until(lambda: drive.generated("second") >= 5)
+    cache, seq = drive.engine.cache, drive.engine._live["second"].cache
+    older = (len(IDS) - 64) // BLOCK_TOKENS
+    assert len(seq.prefix) == len(IDS) // BLOCK_TOKENS - older
+    assert cache.prefixes.unused_bytes() == cache.worst_bytes(older * BLOCK_TOKENS)
+    outcome = drive.finish()["second"]
+    assert outcome.finished.usage.reused_prompt_tokens == len(IDS) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert outcome.token_ids == expected
+    assert cache.host.used_bytes == 0
 
 
 # -- movers ----------------------------------------------------------------------------------------------------------

@@ -169,11 +169,9 @@ class Arena:
         keep = np.array([not self._lots[int(lot)].borrowed for lot in lots])
         return np.asarray(addresses[keep[inverse]], np.int32)
 
-    def loose(self, addresses: I32, lot: Lot | None) -> npt.NDArray[np.bool_]:
-        """[N] which of the blocks are neither in this lot nor in a borrowed one."""
-        lots, inverse = np.unique(self._page_lot[addresses // self.page_units], return_inverse=True)
-        found = np.array([self._lots[int(own)] is not lot and not self._lots[int(own)].borrowed for own in lots], bool)
-        return found[inverse]
+    def among(self, addresses: I32, lots: Iterable[Lot]) -> npt.NDArray[np.bool_]:
+        """[N] which of the blocks are in one of these lots."""
+        return np.isin(self._page_lot[addresses // self.page_units], [lot.id for lot in lots])
 
     def lots_of(self, addresses: I32) -> list[Lot]:
         """The lots these blocks belong to."""

@@ -258,7 +258,7 @@ class Transactions:
         """The same tokens in these styles.
 
         A row's blocks share pages. Where some layers' leave the device, those that stay move together with others that
-        do, so that pages become free.
+        do, so that pages become free, or nobody's but the index's if they are published and nobody else reads them.
         """
         now = blocks_of(self._memory.tables, seq.slot)
         if len({style.places for style in styles}) == 1:
@@ -266,8 +266,10 @@ class Transactions:
         _, tier = wanted(styles, now.length, now.address.shape[2])
         here = now.full & (now.tier == Tier.DEVICE)
         stays = here & (tier == Tier.DEVICE) & (here & (tier != Tier.DEVICE)).any(axis=(0, 1))
-        lot = seq.lots.get((Tier.DEVICE, Format.RAW))
-        stays[stays] = (now.format == Format.RAW)[stays] & self._memory.device.loose(now.address[stays], lot)
+        device, address, own = self._memory.device, now.address[stays], seq.lots.get((Tier.DEVICE, Format.RAW))
+        published = [row.lot for row in seq.prefix if row.users == 1]
+        rows = [lot for lot in device.lots_of(address) if not lot.borrowed and lot is not own] + published
+        stays[stays] = (now.format[stays] == Format.RAW) & device.among(address, rows)
         return restyle(now, self._memory.positions(seq), styles, anew=stays)
 
     def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
