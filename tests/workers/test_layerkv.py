@@ -11,10 +11,15 @@ import torch
 
 from kernels.layout import BLOCK_TOKENS, UNIT_BYTES, CacheShape, Format, Tier
 from tests.tiny import Drive, prompt, run, tiny_engine, tiny_loaded
+from tests.workers.test_lending import decoding as lending_decoding
+from tests.workers.test_lending import engine as lending_engine
+from tests.workers.test_lending import keep_lent, lend
 from tests.workers.test_switch import IDS, check_tables, logits_now
 from workers.cache.arena import Arena
-from workers.cache.kvcache import Occasion
+from workers.cache.arrangement import blocks_of
 from workers.cache.movers import HostMover, copies
+from workers.cache.sequence_cache import Occasion
+from workers.cache.staging import needed
 from workers.engine.engine import Engine
 from workers.errors import RESOURCE_EXHAUSTED, ProblemError
 from workers.stages.base import LayerPlace
@@ -258,6 +263,29 @@ def test_pages_become_free(from_the_start: bool) -> None:
     there = cache.tables.tier[seq.slot, :, :, : -(-seq.seen // BLOCK_TOKENS)] == Tier.DEVICE
     held = int(there.sum()) * cache.shape.block_bytes(Format.RAW) + seq.areas[Tier.HOST].nbytes[0]
     assert cache.device.used_bytes - held < 3 * cache.device.page_bytes  # last pages of two lots and of the area
+
+
+def test_the_area_moves_when_a_layer_wants_its_memory_back() -> None:
+    worker = lending_engine(1)
+    expected = run(lending_engine(0), {"job": IDS}, 48, top_logprobs=3)["job"].tokens
+    keep_lent(worker)
+    lend(worker)
+    drive = lending_decoding(worker, LAYERKV)
+    cache, seq, (region,) = worker.cache, worker._live["job"].cache, worker.cache.device.regions
+    area, now = seq.areas[Tier.HOST], blocks_of(cache.tables, seq.slot)
+    cache.device.release(area.surplus({}))
+    area.resize({})
+    filler, own_bytes = cache.device.open_lot(Format.RAW), cache.device.free_bytes - cache.device.region_bytes(region)
+    cache.device.allocate(filler, own_bytes // cache.shape.block_bytes(Format.RAW))
+    area.resize(needed(now, Tier.HOST))  # where there is still room
+    area.follow(now)
+    lent = slice(region.first, region.end)
+    assert (cache.device._page_lot[lent] == area._lots[Format.RAW].id).any()
+    drive.until(lambda: drive.generated("job") >= 20)
+    cache.device.close_lot(filler)
+    assert worker._lending.take_back()
+    assert not cache.device._page_lot[lent].any()
+    assert drive.finish()["job"].tokens == expected
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -44,6 +44,8 @@ class CacheMemory:
         backend: kernel backend, see ``kernels.backends``.
         profile: the model's, for stages that need it.
         disk: files of the disk tier; None: there is no such tier.
+        lendable: bytes of the weights of each layer that may lend its memory to the device tier; they are to lie in the
+            device arena's regions.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class CacheMemory:
         backend: str = "auto",
         profile: ModelProfile | None = None,
         disk: DiskStore | None = None,
+        lendable: Sequence[int] = (),
     ) -> None:
         self.shape = shape
         self.profile = profile
-        self.device = Arena(Tier.DEVICE, device_bytes, shape, device)
+        self.device = Arena(Tier.DEVICE, device_bytes, shape, device, lendable)
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
         self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
@@ -85,6 +88,7 @@ class CacheMemory:
         if self.disk:
             self._movers[Tier.DISK] = DiskMover(self.disk, self.host, device)
         self._free_slots = list(range(slots - 1, -1, -1))
+        self._open: dict[int, SequenceCache] = {}  # by slot
         self.row_blocks = shape.layers * shape.kv_heads
         """Blocks of 32 tokens in all tables."""
 

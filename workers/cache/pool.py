@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -76,6 +78,10 @@ class RecallPool:
         self._arena.close_lot(self._lot)
         self._address, self._holds = self._address[:, :, :0], self._holds[:, :, :0]
         self._used, self._fresh = self._used[:, :, :0], self._fresh[:, :, :0]
+
+    def moved(self, now: Callable[[I32], I32]) -> None:
+        """Blocks of the device have moved; ``now`` says where to."""
+        self._address = now(self._address)
 
     def forget(self, known: I32) -> None:
         """Forgets all but the first ``known`` [L, H] blocks of each table."""

@@ -143,6 +143,10 @@ class Staging:
         for fmt in list(self._area):
             self._area[fmt] = np.sort(self._area[fmt][: SLOTS * need.get(fmt, 0)])
 
+    def moved(self, now: Callable[[I32], I32]) -> None:
+        """Blocks of the area's tier have moved, after :meth:`quiet`; ``now`` says where to."""
+        self._area = {fmt: np.sort(now(area)) for fmt, area in self._area.items()}
+
     def follow(self, blocks: Blocks) -> None:
         """Takes note of the request's tables, which others have just changed."""
         self.quiet()

@@ -440,6 +440,10 @@ class Placer(Stage):
         """Of these formats the one that takes most."""
         return Format.RAW
 
+    def lent_layers(self) -> int:
+        """How many of the model's layers lend their memory to the device tier while it is in force, or more."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Full(Stage):
@@ -516,6 +520,11 @@ class Pipeline:
     def fetches(self) -> bool:
         """Whether blocks on the host come to the device layer by layer."""
         return self.placer is not None and self.placer.fetches
+
+    @property
+    def lent_layers(self) -> int:
+        """How many of the model's layers lend their memory while it is in force, or more."""
+        return self.placer.lent_layers() if self.placer else 0
 
     @property
     def moves_nothing(self) -> bool:
