@@ -24,6 +24,7 @@ from workers.cache.formats import format_of, formats
 from workers.cache.kvcache import KVCache
 from workers.cache.recalls import Recalls
 from workers.cache.sequence_cache import Occasion, SequenceCache
+from workers.cache.staging import SLOTS
 from workers.engine.attention import cache_shape
 from workers.engine.catalyst import catalyst
 from workers.engine.repeating import Repetition, Words, is_missing, refusal
@@ -216,15 +217,16 @@ def _inspect(
 
 @contextlib.contextmanager
 def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> Iterator[KVCache]:
-    """A cache with room for one request, and for what it may have the model repeat: raw on the device, and, unless
-    that is all, twice that on the host, and on disk where it goes there."""
+    """A cache with room for one request, and for what it may have the model repeat: raw on the device, beside what
+    passes through it, and, unless that is all, twice that on the host, and on disk where it goes there."""
     parameter = next(loaded.model.parameters())
     shape = cache_shape(loaded.model.config, parameter.dtype)
     rows = -(-tokens // BLOCK_TOKENS) + _SPARE_ROWS
     page = page_blocks(shape)
     row_bytes = -(-shape.layers * shape.kv_heads // page) * page * shape.block_bytes(Format.RAW)  # in whole pages
     host_rows = 0 if pipeline.is_full else 2 * rows
-    sizes = (rows * row_bytes, host_rows * row_bytes, 2, tokens)
+    through = -(-SLOTS * rows // shape.layers) if pipeline.fetches else 0
+    sizes = ((rows + through) * row_bytes, host_rows * row_bytes, 2, tokens)
     rest = (loaded.name, parameter.device)
     if not (pipeline.placer and pipeline.placer.tier is Tier.DISK):
         yield KVCache(shape, *sizes, *rest, profile=loaded.profile)

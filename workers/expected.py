@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from kernels.api import I32
@@ -22,7 +20,7 @@ from workers.stages.selecting import Reconstructing, Selector
 
 def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: ModelProfile | None = None) -> CacheUse:
     """Bytes when a prompt of so many tokens has just been computed: blocks, their scales and zeros, tables, exact copy,
-    digests and, if the device has room for all of it, the pool of recalled blocks.
+    staging areas, digests and, if the device has room for all of it, the pool of recalled blocks.
 
     ``budgets="ada"`` shares a layer's tokens out to its heads by what the text is; here each head gets the mean, which
     is at most one block a head from what it will be. Of stages whose text alone says how many tokens each head keeps
@@ -60,8 +58,9 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
         places = placer.pool_blocks(older) * length.size
         sizes = (shape.block_bytes(pooled), shape.block_bytes_16bit(pooled))
         use = use.plus_device_bytes(*(more + places * size for more, size in zip(digests, sizes, strict=True)))
-    staged = staging_bytes(shape, needed(Blocks(length, np.zeros(valid.shape, np.int32), format_, tier)))
-    return replace(use, host_bytes=use.host_bytes + staged)
+    found = Blocks(length, np.zeros(valid.shape, np.int32), format_, tier)
+    use = use.plus_area(Tier.HOST, *staging_bytes(shape, needed(found, Tier.DISK)))
+    return use.plus_area(Tier.DEVICE, *staging_bytes(shape, needed(found, Tier.HOST))) if pipeline.fetches else use
 
 
 def kept_tokens(evictor: Evictor | None, shape: CacheShape, tokens: int, profile: ModelProfile | None = None) -> I32:

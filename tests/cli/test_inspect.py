@@ -34,6 +34,7 @@ PIPELINES = [
     "snapkv(keep=0.5) | kivi(bits=4)",
     "host(recent=64)",
     "disk(recent=64)",
+    "layerkv(recent=64)",
     "arkvale(recent=64, share=0.5)",
     "kivi(bits=2)",
     'snapkv(keep=0.4, budgets="ada")',
@@ -98,14 +99,15 @@ def test_document_says_what_the_tables_and_the_accounting_say(
             assert block["positions"] == tables.position[place][:length][32 * index : 32 * (index + 1)].tolist()
     use = cache.use(seq)
     assert found["cache"] == fields(use.to_proto())
-    asked = {"disk(recent=64)": {"disk"}, "arkvale(recent=64, share=0.5)": {"host"}}.get(pipeline, set())
+    askers = {"disk(recent=64)": {"disk"}, "arkvale(recent=64, share=0.5)": {"host"}, "layerkv(recent=64)": {"host"}}
+    asked = askers.get(pipeline, set())
     assert {tier["name"] for tier in found["recalls"]["tiers"]} == asked
     to_disk = sum(pair["bytes"] for pair in found["recalls"]["moved"] if pair["to_tier"] == "disk")
     assert to_disk == use.disk_bytes
-    through = seq.staging.nbytes if seq.staging else 0  # no head's: disk blocks pass through it
-    pooled = seq.selective.nbytes()[0] if seq.selective else 0  # nor this: digests, and copies of host blocks
-    for name, more in (("device_bytes", pooled), ("host_bytes", through), ("disk_bytes", 0), ("shadow_bytes", 0)):
-        assert sum(head[name] for head in found["heads"]) + more == getattr(use, name)
+    beside = Counter({f"{area.tier.name.lower()}_bytes": area.nbytes[0] for area in seq.areas.values()})  # no head's
+    beside["device_bytes"] += seq.selective.nbytes()[0] if seq.selective else 0  # digests, and copies of host blocks
+    for name in ("device_bytes", "host_bytes", "disk_bytes", "shadow_bytes"):
+        assert sum(head[name] for head in found["heads"]) + beside[name] == getattr(use, name)
     assert found["loss_class"] == cache.loss_class(seq, build(pipeline, shape)).name.lower()
     assert found["pipeline"] == build(pipeline, shape).text
     blocks = Counter((block["format"], block["tier"]) for head in found["heads"] for block in head["blocks"])

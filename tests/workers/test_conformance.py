@@ -30,7 +30,7 @@ from workers.cache.accounting import CacheUse
 from workers.cache.arena import TierFullError
 from workers.cache.blocks import Owners
 from workers.cache.disk import DiskStore
-from workers.cache.formats import CodedFormat, format_of
+from workers.cache.formats import CodedFormat, format_of, formats
 from workers.cache.kvcache import KVCache
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.attention import DecodeAttention
@@ -118,6 +118,7 @@ class World:
     seq: SequenceCache
     k: torch.Tensor  # [layers, kv_heads, seen, D] by position
     v: torch.Tensor
+    in_force: Pipeline = dataclasses.field(default_factory=Pipeline)
 
     @property
     def shape(self) -> CacheShape:
@@ -139,7 +140,9 @@ class World:
             raise
 
     def apply(self, text: str, occasion: Occasion = Occasion.SWITCH) -> None:
-        self.cache.apply(self.seq, self.pipeline(text), occasion)
+        pipeline = self.pipeline(text)
+        self.cache.apply(self.seq, pipeline, occasion)
+        self.in_force = pipeline
 
     def append(self, count: int, seed: int = 0) -> None:
         """So many decode steps with random queries, keys and values."""
@@ -361,8 +364,8 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
                 ages = codec.ages(world.place(layer)) if codec else ()
                 aged = [own for tokens, own in ages if behind >= tokens]
                 assert fmt is (aged or [Format.RAW])[-1]
-                stays = placer.device_tokens() if placer else None
-                assert tier is (Tier.DEVICE if placer is None or stays is None or behind < stays else placer.tier)
+                places = placer.places(LayerPlace(layer, world.shape, seen)) if placer else ()
+                assert tier is [Tier.DEVICE, *(own for tokens, own in places if behind >= tokens)][-1]
             at = torch.tensor(kept[rows])
             if (merging := world.seq.merging) is not None and not world.pipeline(text).is_full:
                 # of what took others up only the rest can be compared, and where it was not rounded with them
@@ -423,11 +426,13 @@ def check_bytes(world: World) -> None:
             wide += shape.block_bytes_16bit(fmt) if tier is Tier.DEVICE else 0
             referred += tier is Tier.HOST and address in shadow
             tables += 4 + 1 + 1 + 32 * (4 + 4 + 2)
-    extra, extra_16bit = read_bytes(world)
+    extra, extra_16bit = (
+        read + fetched for read, fetched in zip(read_bytes(world), area_bytes(world, Tier.HOST), strict=True)
+    )
     rows = math.ceil(seq.seen / BLOCK_TOKENS) * len(world.heads)
     raw = shape.block_bytes(Format.RAW)
     assert use.device_bytes == count[Tier.DEVICE] + tables + extra
-    assert use.host_bytes == count[Tier.HOST] + staged(world)
+    assert use.host_bytes == count[Tier.HOST] + area_bytes(world, Tier.DISK)[0]
     assert use.disk_bytes == count[Tier.DISK]
     assert use.shadow_bytes == (len(shadow) - referred) * raw
     assert use.full_bytes == rows * (raw + 4 + 1 + 1 + 32 * 10)
@@ -438,14 +443,19 @@ def check_bytes(world: World) -> None:
     assert cache.host.used_bytes >= use.host_bytes + use.shadow_bytes
 
 
-def staged(world: World) -> int:
-    """Bytes on the host for what passes through it from disk: twice the layer with most."""
-    layers: dict[int, Counter[Format]] = {}
+def area_bytes(world: World, source: Tier) -> tuple[int, int]:
+    """Bytes of what blocks pass through on their way from a tier, and as if raw numbers had 16 bits: twice the layer
+    with most. Blocks on the host pass through nothing where kernels read them there."""
+    if source is Tier.HOST and not world.in_force.fetches:
+        return 0, 0
+    layers: dict[int, Counter[BlockFormat]] = {}
     for layer, head in world.heads:
-        on_disk = [fmt for fmt, tier, _ in world.blocks(layer, head) if tier is Tier.DISK]
-        layers.setdefault(layer, Counter()).update(on_disk)
-    most = {fmt: max(count[fmt] for count in layers.values()) for fmt in Format}
-    return 2 * sum(count * world.shape.block_bytes(fmt) for fmt, count in most.items())
+        away = [fmt for fmt, tier, _ in world.blocks(layer, head) if tier is source]
+        layers.setdefault(layer, Counter()).update(away)
+    most = {fmt: max(count[fmt] for count in layers.values()) for fmt in formats()}
+    of = (world.shape.block_bytes, world.shape.block_bytes_16bit)
+    narrow, wide = (2 * sum(count * size(fmt) for fmt, count in most.items()) for size in of)
+    return narrow, wide
 
 
 def read_bytes(world: World) -> tuple[int, int]:

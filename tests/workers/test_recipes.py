@@ -24,7 +24,8 @@ SHAPES = {
     "gqa": CacheShape(layers=3, kv_heads=2, query_heads=6, head_dim=24, dtype=torch.bfloat16),
 }
 STATICS = sorted({preset.static for preset in PRESETS.values()})
-MORE = ("full", "fp8", "dilated", "rkv(size=128)", "snapkv(keep=0.5) | host(recent=64)", "int8(shadow=false)", "quest")
+ON_HOST = ("snapkv(keep=0.5) | host(recent=64)", "layerkv(recent=64)", "kivi | layerkv(recent=32, resident=0.2)")
+MORE = ("full", "fp8", "dilated", "rkv(size=128)", "int8(shadow=false)", "quest", *ON_HOST)
 ON_DISK = ("disk(recent=64)", "snapkv(keep=0.5) | kivi(bits=4) | disk(recent=64)")
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_recipe = pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())

@@ -60,6 +60,12 @@ class CacheUse:
             device_bytes_16bit=self.device_bytes_16bit + device_bytes_16bit,
         )
 
+    def plus_area(self, tier: Tier, nbytes: int, nbytes_16bit: int) -> CacheUse:
+        """These figures with a staging area on the device or the host."""
+        if tier is Tier.DEVICE:
+            return self.plus_device_bytes(nbytes, nbytes_16bit)
+        return replace(self, host_bytes=self.host_bytes + nbytes)
+
     def plus_built_ahead(self, shape: CacheShape, format_: U8, tier: U8) -> CacheUse:
         """These figures with blocks [N] that no table refers to yet, as a switch is being prepared."""
         sizes, sizes_16bit = _block_sizes(shape, len(formats()))

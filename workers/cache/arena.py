@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.api import I32
@@ -265,6 +266,10 @@ class Arena:
         lots, inverse = np.unique(self._page_lot[addresses // self.page_units], return_inverse=True)
         keep = np.array([not self._lots[int(lot)].borrowed for lot in lots])
         return np.asarray(addresses[keep[inverse]], np.int32)
+
+    def among(self, addresses: I32, lots: Iterable[Lot]) -> npt.NDArray[np.bool_]:
+        """[N] which of the blocks are in one of these lots."""
+        return np.isin(self._page_lot[addresses // self.page_units], [lot.id for lot in lots])
 
     def lots_of(self, addresses: I32) -> list[Lot]:
         """The lots these blocks belong to."""

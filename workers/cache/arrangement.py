@@ -114,6 +114,7 @@ class Arrangement:
     source_position: I32  # [N, 32] original positions of the source's tokens, -1 beyond the end
     moved: Tokens | None = None  # the kept tokens [valid, packed to the left] where they changed; None: the same tokens
     merging: Merging | None = None  # of tokens that moved: what others were merged into; None: nothing ever was
+    fetches: bool = False  # whether blocks on the host are to pass through the device
 
 
 def pick(source: TokenSource, index: npt.NDArray[np.integer]) -> TokenSource:
@@ -128,16 +129,19 @@ def of_blocks(address: I32, fmt: U8, tier: U8) -> TokenSource:
     return TokenSource(address[:, None] * spread, fmt[:, None] * spread, tier[:, None] * spread, rows)
 
 
-def restyle(now: Blocks, position: I32, styles: Sequence[Style]) -> Arrangement:
+def restyle(now: Blocks, position: I32, styles: Sequence[Style], anew: Mask | None = None) -> Arrangement:
     """The same tokens in other formats and tiers.
 
     Args:
         now: the tables.
         position: [L, H, T] original positions of the tokens.
         styles: how they are wanted, by layer.
+        anew: [L, H, B] full blocks to build anew though they may be right; None: no others than have to be.
     """
     wanted_format, wanted_tier = wanted(styles, now.length, now.address.shape[2], position)
     build = now.full & ((wanted_format != now.format) | (wanted_tier != now.tier))
+    if anew is not None:
+        build |= anew
     address = np.where(build, np.int32(BUILD), now.address)
     blocks = Blocks(now.length, address, wanted_format, wanted_tier)
     source = of_blocks(now.address[build], now.format[build], now.tier[build])

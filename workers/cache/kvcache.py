@@ -65,9 +65,8 @@ class KVCache(CacheMemory):
         self.settle(seq)  # nothing of it may reach the slot's next owner
         self.abandon(seq)
         now = blocks_of(self.tables, seq.slot)
-        if seq.staging:
-            seq.staging.close()
-            seq.staging = None
+        while seq.areas:
+            seq.areas.popitem()[1].close()
         for tier, arena in self.by_tier.items():
             arena.release(now.on(tier))
         self.device.release(self.tables.address[seq.slot][self.beyond(seq, now.length)])
@@ -174,16 +173,17 @@ class KVCache(CacheMemory):
         fork = replace(
             seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[], readers=()
         )
-        fork.recalls = Recalls(self.recalls)
-        if seq.staging:
-            fork.staging = self.staging(fork)
-            try:
-                fork.staging.resize(needed(now))
-            except TierFullError:
-                fork.staging.close()
-                self.device.release(addresses)
-                raise
-            fork.staging.follow(now)
+        fork.recalls, fork.areas = Recalls(self.recalls), {}
+        try:
+            for home in seq.areas:
+                area = fork.areas[home] = self.area(fork, home)
+                area.resize(needed(now, home))
+                area.follow(now)
+        except TierFullError:
+            for area in fork.areas.values():
+                area.close()
+            self.device.release(addresses)
+            raise
         self.backend.store(Tier.DEVICE, addresses, self.backend.load(Tier.DEVICE, now.address[tail], Format.RAW))
         tables = self.tables
         self._open[self._free_slots.pop()] = fork
@@ -321,6 +321,9 @@ class KVCache(CacheMemory):
         """
         if any(seq.preparation for seq in self._open.values()):
             return False
+        areas = [area for seq in self._open.values() for area in seq.areas.values() if area.tier is Tier.DEVICE]
+        for area in areas:
+            area.quiet()
         try:
             now = self.device.take_back(region)
         except TierFullError:
@@ -329,6 +332,8 @@ class KVCache(CacheMemory):
         self.tables.address[on_device] = now(self.tables.address[on_device])
         self.prefixes.moved(now)
         self._readers.moved(now)
+        for area in areas:
+            area.moved(now)
         return True
 
     # -- reading -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +18,7 @@ from workers.cache.blocks import BlockStore, Notes, Owners
 from workers.cache.disk import DiskStore
 from workers.cache.disk_tier import DiskTier
 from workers.cache.formats import CodedFormat
+from workers.cache.movers import DiskMover, HostMover, Mover
 from workers.cache.partners import Partners
 from workers.cache.prefix import PrefixIndex
 from workers.cache.preparation import I64
@@ -86,6 +86,9 @@ class CacheMemory:
         """Of all requests since the start, those that are over included."""
         self.arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
         self.by_tier: dict[Tier, Arena | DiskTier] = {**self.arenas, **({Tier.DISK: self.disk} if self.disk else {})}
+        self._movers: dict[Tier, Mover] = {Tier.HOST: HostMover(self.host, self.device)}
+        if self.disk:
+            self._movers[Tier.DISK] = DiskMover(self.disk, self.host, device)
         self._free_slots = list(range(slots - 1, -1, -1))
         self._open: dict[int, SequenceCache] = {}  # by slot
         self.row_blocks = shape.layers * shape.kv_heads
@@ -144,11 +147,9 @@ class CacheMemory:
         columns = (moved.address, moved.format, moved.tier, moved.row)
         return TokenSource(*(column.reshape(position.shape)[place] for column in columns)), owners
 
-    def staging(self, seq: SequenceCache) -> Staging:
-        """An empty staging area for a request, which takes memory as it is resized."""
-        assert self.disk is not None
-        gpu = self.device.data.device.type != "cpu"
-        return Staging(self.disk, self.host, self.tables, seq.slot, seq.recalls, partial(self._recover, seq), gpu)
+    def area(self, seq: SequenceCache, home: Tier) -> Staging:
+        """An empty staging area for a request's blocks on a tier, which takes memory as it is resized."""
+        return Staging(self._movers[home], self.tables, seq.slot, seq.recalls, partial(self._recover, seq))
 
     def _recover(self, seq: SequenceCache, where: tuple[int, int, int], fmt: BlockFormat, address: int) -> bool:
         """Builds a full block anew at a host address, from the exact copy. False: it does not have these tokens."""
@@ -187,8 +188,8 @@ class CacheMemory:
         referred = len(now.on(Tier.HOST)) - own
         shadow_bytes = seq.shadow.nbytes - referred * self.shape.block_bytes(Format.RAW) if seq.shadow else 0
         use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
-        if seq.staging:
-            use = replace(use, host_bytes=use.host_bytes + seq.staging.nbytes)
+        for area in seq.areas.values():
+            use = use.plus_area(area.tier, *area.nbytes)
         if seq.selective:
             use = use.plus_device_bytes(*seq.selective.nbytes())
         ahead = seq.preparation

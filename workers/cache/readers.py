@@ -28,7 +28,7 @@ class Readers:
     def reading(self, sequences: Sequence[SequenceCache]) -> StepReading:
         """Readers of a decode step over these requests."""
         readers = {
-            row: tuple(reader for reader in (seq.staging, *seq.readers, seq.coded) if reader)
+            row: tuple(reader for reader in (*seq.areas.values(), *seq.readers, seq.coded) if reader)
             for row, seq in enumerate(sequences)
         }
         return StepReading(readers, len(sequences), self._memory.shape)

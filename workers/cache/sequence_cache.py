@@ -74,8 +74,8 @@ class SequenceCache:
     """What reads it in decode steps, beside or before the kernels."""
     coded: CodedReader | None = None
     """What reads its blocks that kernels do not know, after the readers."""
-    staging: Staging | None = None
-    """Where its blocks on disk pass through; None: it has none."""
+    areas: dict[Tier, Staging] = field(default_factory=dict)
+    """Where its blocks pass through, by the tier that they live on."""
     recalls: Recalls = field(default_factory=Recalls)
     """What reading its blocks off the device has taken so far."""
 
@@ -83,6 +83,11 @@ class SequenceCache:
     def damaged(self) -> bool:
         """Whether something of it is gone from the disk for good, so that its tokens must be computed again."""
         return self.staging is not None and self.staging.damaged
+
+    @property
+    def staging(self) -> Staging | None:
+        """Where its blocks on disk pass through; None: it has none."""
+        return self.areas.get(Tier.DISK)
 
     def note_surprises(self, position: int, surprises: Sequence[float]) -> None:
         """Notes the surprises of the tokens from ``position`` on, for evictors that go by novelty."""

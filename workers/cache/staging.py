@@ -1,17 +1,18 @@
-"""Where a request's blocks on disk pass through the host tier: layer by layer in decode steps, in pieces elsewhere.
+"""Where a request's blocks of one tier pass through a faster one: layer by layer in decode steps.
 
-A staging area is two slots of the host's arena, each with room for the disk blocks of any one layer. While a layer is
-attended to from one, the next layer's blocks are read into the other, on the store's threads, and after the last layer
-the first one's for the next step. So disk costs the request two layers of host memory, which are taken with its first
-block on disk and given back with its last, and nothing has to be found room for during a step.
+A staging area is two slots of the faster tier's arena, each with room for the slower tier's blocks of any one layer.
+While a layer is attended to from one, the next layer's blocks are brought to the other (``workers.cache.movers``), and
+after the last layer the first one's for the next step. So an area costs the request two layers of the faster tier,
+which are taken with the first block that needs it and given back with the last, and nothing has to be found room for
+during a step. Blocks on disk pass through the host, where all else that reads them has them in pieces; blocks on the
+host pass through the device where the pipeline wants it so, since kernels can read them in place as well.
 
-Block tables name blocks on disk by number, but for the time in which a kernel reads their layer.
+Block tables say where blocks live, but for the time in which a kernel reads their layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,12 +20,12 @@ import numpy.typing as npt
 import torch
 
 from kernels.api import I32, U8, Tables, TokenSource
-from kernels.layout import UNIT_BYTES, BlockFormat, CacheShape, Tier
+from kernels.layout import BlockFormat, CacheShape, Tier
 from kernels.partials import Partial
-from workers.cache.arena import Arena, Lot
+from workers.cache.arena import Lot
 from workers.cache.arrangement import Blocks, pick
-from workers.cache.disk_tier import DiskTier
 from workers.cache.formats import format_of, formats
+from workers.cache.movers import Move, Mover, Waitable
 from workers.cache.recalls import Recalls
 
 SLOTS = 2
@@ -38,12 +39,12 @@ class DamagedCacheError(Exception):
 
 
 @dataclass
-class _DiskBlocks:
-    """The N disk blocks of one layer."""
+class _Away:
+    """The N blocks of one layer that live on the slower tier, in the order of their addresses."""
 
     head: I64
     index: I64
-    number: I32
+    address: I32
     format: U8
 
 
@@ -53,79 +54,78 @@ class _Slot:
 
     layer: int | None = None
     address: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # of the layer's blocks, in their order
-    arriving: Future[list[int]] | None = None
-    reading: torch.cuda.Event | None = None
-    """Comes when a GPU that reads it is done."""
+    arriving: Move | None = None
+    reading: Waitable | None = None
+    """Kernels that read it."""
 
     def quiet(self) -> None:
-        """Waits until neither the disk's threads nor a GPU are at it."""
-        if self.arriving:
-            self.arriving.exception()
-        if self.reading:
-            self.reading.synchronize()
+        """Waits until nobody is at it."""
+        for work in (self.arriving, self.reading):
+            if work:
+                work.wait()
         self.arriving = self.reading = None
 
 
-def needed(blocks: Blocks) -> Need:
-    """What a slot must have room for: of each format as many as the layer with most has on disk."""
-    away = blocks.valid & (blocks.tier == Tier.DISK)
+def needed(blocks: Blocks, source: Tier) -> Need:
+    """What a slot must have room for: of each format as many as the layer with most has on a tier."""
+    away = blocks.valid & (blocks.tier == source)
     counts = {fmt: int((away & (blocks.format == fmt)).sum(axis=(1, 2)).max(initial=0)) for fmt in formats()}
     return {fmt: count for fmt, count in counts.items() if count}
 
 
-def staging_bytes(shape: CacheShape, need: Need) -> int:
-    """Bytes of an area with room for that."""
-    return SLOTS * sum(count * shape.block_bytes(fmt) for fmt, count in need.items())
+def staging_bytes(shape: CacheShape, need: Need) -> tuple[int, int]:
+    """Bytes of an area with room for that, and as if the model's dtype had 16 bits."""
+    sizes = (shape.block_bytes, shape.block_bytes_16bit)
+    return tuple(SLOTS * sum(count * of(fmt) for fmt, count in need.items()) for of in sizes)  # type: ignore[return-value]
 
 
 class Staging:
-    """One request's staging area, and its reader of what is on disk (``workers.cache.reading.Reader``).
+    """One request's staging area, and its reader of what lives on a tier (``workers.cache.reading.Reader``).
 
     Args:
-        disk: the disk tier.
-        host: the arena that the area is in.
+        mover: brings blocks from that tier, to the arena that the area is in.
         tables: block tables.
         slot: the request's.
         recalls: is added to.
-        recover: builds the block of (layer, head, index) in that format at a host address from an exact copy; False:
-            there is none.
-        on_gpu: whether kernels run behind the caller's back.
+        recover: builds the block of (layer, head, index) in that format at an address of the arena from an exact copy;
+            False: there is none.
     """
 
     def __init__(
         self,
-        disk: DiskTier,
-        host: Arena,
+        mover: Mover,
         tables: Tables,
         slot: int,
         recalls: Recalls,
         recover: Callable[[tuple[int, int, int], BlockFormat, int], bool],
-        on_gpu: bool = False,
     ) -> None:
         self.damaged = False
         """Whether something is gone that there is no exact copy of."""
-        self._disk = disk
-        self._host = host
-        self._memory: U8 = host.data.numpy()
-        self._on_gpu = on_gpu
+        self._mover = mover
+        self._arena = mover.target
         self._tables = tables
         self._slot = slot
         self._recalls = recalls
         self._recover = recover
         self._lots: dict[BlockFormat, Lot] = {}
-        self._area: dict[BlockFormat, I32] = {}  # addresses: of slot s every SLOTS-th from s on
-        self._layers: list[_DiskBlocks] = []
+        self._area: dict[BlockFormat, I32] = {}  # addresses: equal parts for the slots
+        self._layers: list[_Away] = []
         self._slots = [_Slot() for _ in range(SLOTS)]
 
     # -- size ----------------------------------------------------------------------------------------------------------
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the area."""
-        return sum(len(area) * self._host.shape.block_bytes(fmt) for fmt, area in self._area.items())
+    def tier(self) -> Tier:
+        """That of the area."""
+        return self._arena.tier
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the area, and as if the model's dtype had 16 bits."""
+        return staging_bytes(self._arena.shape, {fmt: len(area) // SLOTS for fmt, area in self._area.items()})
 
     def missing(self, need: Need) -> list[tuple[Lot | None, BlockFormat, int]]:
-        """What the area lacks of the host's memory."""
+        """What the area lacks of the arena's memory."""
         more = {fmt: SLOTS * count - len(self._area.get(fmt, ())) for fmt, count in need.items()}
         return [(self._lots.get(fmt), fmt, count) for fmt, count in more.items() if count > 0]
 
@@ -138,28 +138,34 @@ class Staging:
         """Takes what is missing. The surplus is given back by whoever asked for it."""
         self.quiet()
         for lot, fmt, count in self.missing(need):
-            lot = self._lots[fmt] = lot or self._host.open_lot(fmt)
-            self._area[fmt] = np.concatenate([self._area.get(fmt, _NONE), self._host.allocate(lot, count)])
+            lot = self._lots[fmt] = lot or self._arena.open_lot(fmt)
+            self._area[fmt] = np.concatenate([self._area.get(fmt, _NONE), self._arena.allocate(lot, count)])
         for fmt in list(self._area):
-            self._area[fmt] = self._area[fmt][: SLOTS * need.get(fmt, 0)]
+            self._area[fmt] = np.sort(self._area[fmt][: SLOTS * need.get(fmt, 0)])
+
+    def moved(self, now: Callable[[I32], I32]) -> None:
+        """Blocks of the area's tier have moved, after :meth:`quiet`; ``now`` says where to."""
+        self._area = {fmt: np.sort(now(area)) for fmt, area in self._area.items()}
 
     def follow(self, blocks: Blocks) -> None:
         """Takes note of the request's tables, which others have just changed."""
         self.quiet()
         self._layers = []
         for layer in range(len(blocks.length)):
-            head, index = np.nonzero(blocks.valid[layer] & (blocks.tier[layer] == Tier.DISK))
-            numbers, kinds = blocks.address[layer, head, index], blocks.format[layer, head, index]
-            self._layers.append(_DiskBlocks(head, index, numbers, kinds))
+            head, index = np.nonzero(blocks.valid[layer] & (blocks.tier[layer] == self._mover.source))
+            order = np.argsort(blocks.address[layer, head, index])  # what lies together comes together
+            head, index = head[order], index[order]
+            address, kinds = blocks.address[layer, head, index], blocks.format[layer, head, index]
+            self._layers.append(_Away(head, index, address, kinds))
 
     def close(self) -> None:
         """Gives the area back."""
         self.quiet()
-        self._host.release(self.surplus({}))
+        self._arena.release(self.surplus({}))
         self.resize({})
 
     def quiet(self) -> None:
-        """Waits for what is being read, and forgets all that was."""
+        """Waits for what is being brought, and forgets all that was."""
         for slot in self._slots:
             slot.quiet()
         self._slots = [_Slot() for _ in range(SLOTS)]
@@ -173,21 +179,19 @@ class Staging:
         not suffer.
         """
         blocks = self._layers[layer]
-        if len(blocks.number) and not self.damaged:
+        if len(blocks.address) and not self.damaged:
             here = self._slot_of(layer) or self._read_ahead(layer, self._slots[0])
             self._arrive(here, layer)
             if not self.damaged:
-                self._show(layer, here.address, Tier.HOST)
+                self._show(layer, here.address, self.tier)
             self._look_ahead(layer, here)
         return None
 
     def after(self, layer: int) -> None:
         """See ``workers.cache.reading.Reader``."""
-        self._show(layer, self._layers[layer].number, Tier.DISK)
-        here = self._slot_of(layer)
-        if here and self._on_gpu:
-            here.reading = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            here.reading.record()
+        self._show(layer, self._layers[layer].address, self._mover.source)
+        if here := self._slot_of(layer):
+            here.reading = self._mover.readers()
 
     def _show(self, layer: int, address: I32, tier: Tier) -> None:
         blocks = self._layers[layer]
@@ -198,45 +202,45 @@ class Staging:
         return next((slot for slot in self._slots if slot.layer == layer), None)
 
     def _look_ahead(self, layer: int, here: _Slot) -> None:
-        """Starts to read the next layer that has blocks on disk, the first one behind the last."""
+        """Starts to bring the next layer that has blocks away, the first one behind the last."""
         count = len(self._layers)
         following = ((layer + step) % count for step in range(1, count))
-        ahead = next((other for other in following if len(self._layers[other].number)), None)
+        ahead = next((other for other in following if len(self._layers[other].address)), None)
         if ahead is not None and not self._slot_of(ahead):
             self._read_ahead(ahead, next(slot for slot in self._slots if slot is not here))
 
     def _read_ahead(self, layer: int, slot: _Slot) -> _Slot:
-        """Starts to read a layer's blocks into a slot that no kernel reads."""
+        """Starts to bring a layer's blocks to a slot that no kernel reads."""
         slot.quiet()
         blocks, first = self._layers[layer], self._slots.index(slot)
-        slot.layer, slot.address = layer, np.zeros(len(blocks.number), np.int32)
+        slot.layer, slot.address = layer, np.zeros(len(blocks.address), np.int32)
         for fmt in np.unique(blocks.format):
             mine = np.flatnonzero(blocks.format == fmt)
-            slot.address[mine] = self._area[format_of(int(fmt))][first::SLOTS][: len(mine)]
-        slot.arriving = self._disk.read(blocks.number, self._rows(slot.address, blocks.format))
+            slot.address[mine] = np.split(self._area[format_of(int(fmt))], SLOTS)[first][: len(mine)]
+        slot.arriving = self._mover.move(blocks.address, blocks.format, slot.address)
         return slot
 
     def _arrive(self, slot: _Slot, layer: int) -> None:
         count = len(slot.address)
         if slot.arriving is None:
-            self._recalls.note_asked(Tier.DISK, there=count)
+            self._recalls.note_asked(self._mover.source, there=count)
             return
         if slot.arriving.done():
-            self._recalls.note_asked(Tier.DISK, ahead=count)
+            self._recalls.note_asked(self._mover.source, ahead=count)
         else:
-            self._recalls.note_asked(Tier.DISK, waited=count)
+            self._recalls.note_asked(self._mover.source, waited=count)
         damaged, slot.arriving = slot.arriving.result(), None
         blocks = self._layers[layer]
         self._count(blocks.format)
         for place in damaged:
             where = (layer, int(blocks.head[place]), int(blocks.index[place]))
-            self._repair(where, int(blocks.number[place]), int(blocks.format[place]), int(slot.address[place]))
+            self._repair(where, int(blocks.address[place]), int(blocks.format[place]), int(slot.address[place]))
 
     # -- anything else that reads --------------------------------------------------------------------------------------
 
     def pieces(self, source: TokenSource) -> Iterator[TokenSource]:
-        """The same tokens piece by piece, N blocks in all, each piece to be used before the next is asked for: what is
-        on disk is named where it has been brought to.
+        """The same tokens piece by piece, N blocks in all, each piece to be used before the next is asked for: what
+        lives on the tier is named where it has been brought to.
 
         Raises:
             DamagedCacheError: something is not what was written, and there is no exact copy of it.
@@ -246,7 +250,7 @@ class Staging:
         while start < len(source.address):
             piece = pick(source, np.arange(start, min(start + count, len(source.address))))
             piece.tier[piece.address < 0] = Tier.DEVICE
-            away = piece.tier == Tier.DISK
+            away = piece.tier == self._mover.source
             number, first = np.unique(piece.address[away], return_index=True)
             kinds = piece.format[away][first]
             if any(int((kinds == fmt).sum()) > len(area) for fmt, area in self._area.items()):
@@ -258,12 +262,12 @@ class Staging:
                 address[mine] = area[: len(mine)]
             self._bring(number, kinds, address)
             piece.address[away] = address[np.searchsorted(number, piece.address[away])]
-            piece.tier[away] = Tier.HOST
+            piece.tier[away] = self.tier
             yield piece
             start += len(piece.address)
 
     def _bring(self, number: I32, kinds: U8, address: I32) -> None:
-        for place in self._disk.read(number, self._rows(address, kinds)).result() if len(number) else ():
+        for place in self._mover.move(number, kinds, address).result() if len(number) else ():
             name = int(number[place])
             self._repair(self._where(name), name, int(kinds[place]), int(address[place]))
         self._count(kinds)
@@ -273,7 +277,7 @@ class Staging:
     def _where(self, number: int) -> tuple[int, int, int]:
         """Layer, head and place in its table of a block."""
         for layer, blocks in enumerate(self._layers):
-            for place in np.flatnonzero(blocks.number == number):
+            for place in np.flatnonzero(blocks.address == number):
                 return layer, int(blocks.head[place]), int(blocks.index[place])
         raise KeyError(number)
 
@@ -284,21 +288,12 @@ class Staging:
         if not self._recover(where, format_of(kind), address):
             self.damaged = True
             return
-        if self._on_gpu:
-            torch.cuda.synchronize()  # a kernel has built it
-        (block,) = self._rows(np.array([address]), np.array([kind]))
-        if self._disk.rewrite(number, block):
-            self._recalls.note_moved(Tier.HOST, Tier.DISK, len(block))
-
-    def _rows(self, address: I32, kinds: U8) -> list[U8]:
-        """The bytes of these blocks in the area."""
-        sizes = [self._host.shape.block_bytes(fmt) for fmt in formats()]
-        starts = (address.astype(np.int64) * UNIT_BYTES).tolist()
-        return [self._memory[start : start + sizes[fmt]] for start, fmt in zip(starts, kinds.tolist(), strict=True)]
+        if nbytes := self._mover.mend(number, kind, address):
+            self._recalls.note_moved(self.tier, self._mover.source, nbytes)
 
     def _count(self, kinds: U8) -> None:
-        sizes = np.array([self._host.shape.block_bytes(fmt) for fmt in formats()])
-        self._recalls.note_moved(Tier.DISK, Tier.HOST, int(sizes[kinds].sum()))
+        sizes = np.array([self._arena.shape.block_bytes(fmt) for fmt in formats()])
+        self._recalls.note_moved(self._mover.source, self.tier, int(sizes[kinds].sum()))
 
 
 _NONE = np.zeros(0, np.int32)

@@ -47,6 +47,12 @@ def tiers_in(styles: Sequence[Style]) -> set[Tier]:
     return {tier for style in styles for _, tier in style.places}
 
 
+def device_tokens(styles: Sequence[Style]) -> int | None:
+    """How many of a table's last tokens may stay on the device in the layer where most do; None: all of them."""
+    stays = [style.places[0][0] if style.places else None for style in styles]
+    return None if None in stays else max(tokens for tokens in stays if tokens is not None)
+
+
 def wanted(styles: Sequence[Style], length: I32, blocks: int, position: I32 | None = None) -> tuple[U8, U8]:
     """Format and tier [L, H, blocks] that each block is wanted in.
 

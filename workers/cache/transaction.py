@@ -37,7 +37,7 @@ from workers.cache.readers import Readers
 from workers.cache.selection import Views, choose
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.cache.staging import DamagedCacheError, needed
-from workers.cache.style import Style, tiers_in
+from workers.cache.style import Style, tiers_in, wanted
 from workers.stages.base import Evictor, LossClass, Pipeline
 
 
@@ -73,7 +73,9 @@ class Transactions:
                 self._copies.bring_up_to_date(seq, pipeline)
             while True:
                 try:
-                    self._commit_and_clear(seq, self._arrange(seq, pipeline, occasion))
+                    target = self._arrange(seq, pipeline, occasion)
+                    target.fetches = pipeline.fetches
+                    self._commit_and_clear(seq, target)
                     break
                 except TierFullError as full:
                     if full.tier is not Tier.DEVICE:
@@ -102,8 +104,7 @@ class Transactions:
             seq.preparation.copied_rows = seq.seen // BLOCK_TOKENS
         if not (pipeline.evictor or (seq.evicted and seq.shadow)):
             styles = self._memory.styles(seq, pipeline)
-            target = restyle(blocks_of(self._memory.tables, seq.slot), self._memory.positions(seq), styles)
-            seq.preparation.plan(target, by_shadow=copied and not seq.evicted)
+            seq.preparation.plan(self._restyle(seq, styles), by_shadow=copied and not seq.evicted)
         return seq.preparation
 
     def left_to_prepare(self, seq: SequenceCache) -> Counter[tuple[Tier, BlockFormat]]:
@@ -211,32 +212,65 @@ class Transactions:
         """Moves a prompt's oldest finished rows to the host tier, as many as it has room for; returns how many.
 
         Without it, the device would hold the whole raw prompt before a pipeline that compresses it takes effect. Where
-        ``pipeline`` will have them on disk and needs no exact copy on the host, they go there at once.
+        ``pipeline`` will have them on disk, or off the device in some layers only, and needs no exact copy on the host,
+        they go to their places at once, and whatever must leave the device after them too.
         """
         if seq.evicted and seq.shadow is None:  # rows are not whole any more
             return 0
         self.abandon(seq)
-        styles = self._memory.styles(seq, pipeline) if pipeline else ()
-        if pipeline and not pipeline.wants_shadow and not seq.shadow and Tier.DISK in tiers_in(styles):
-            try:
-                return self._to_disk(seq, styles)
-            except TierFullError:
-                pass  # as far as the host has room
+        if not (seq.shadow or (pipeline and pipeline.wants_shadow)):
+            styles = self._memory.styles(seq, pipeline) if pipeline else (_TO_HOST,) * self._memory.shape.layers
+            begun = bool(len(blocks_of(self._memory.tables, seq.slot).on(Tier.HOST)))
+            if begun or Tier.DISK in tiers_in(styles) or len({bool(style.places) for style in styles}) == 2:
+                try:
+                    return self._to_places(seq, styles)
+                except TierFullError:
+                    if begun:
+                        return 0
         away = seq.shadow.rows if seq.shadow else 0
         self._copies.extend(seq, at_most=self._memory.host.room_bytes // self._memory.worst_bytes(1))
         assert seq.shadow is not None
-        now = blocks_of(self._memory.tables, seq.slot)
         device_tokens = seq.seen - seq.shadow.rows * BLOCK_TOKENS
         older_to_host = Style(places=((device_tokens, Tier.HOST),))
-        self._commit(seq, restyle(now, self._memory.positions(seq), [older_to_host] * self._memory.shape.layers))
+        self._commit(seq, self._restyle(seq, (older_to_host,) * self._memory.shape.layers))
         return seq.shadow.rows - away
 
-    def _to_disk(self, seq: SequenceCache, styles: Sequence[Style]) -> int:
-        """Moves a prompt's finished rows to where a disk placer will have them, raw; returns how many."""
+    def _to_places(self, seq: SequenceCache, styles: Sequence[Style]) -> int:
+        """Moves a prompt's finished blocks to where these have them, raw, but no more than the host has room for.
+
+        Returns:
+            How many, as whole rows, rounded up.
+        """
+        now, heads = blocks_of(self._memory.tables, seq.slot), self._memory.shape.kv_heads
+        row = heads * sum(Tier.HOST in tiers_in([style]) for style in styles)
+        more = self._memory.host.room_bytes // self._memory.shape.block_bytes(Format.RAW) // max(1, row)
+        there = (now.tier == Tier.HOST).sum(axis=(1, 2)) // heads  # [L] rows
+        raw = []
+        for style, rows in zip(styles, (there + more).tolist(), strict=True):
+            least = {Tier.HOST: seq.seen - rows * BLOCK_TOKENS, Tier.DISK: 0}
+            raw.append(Style(places=tuple((max(age, least[tier]), tier) for age, tier in style.places)))
+        target = self._restyle(seq, raw)
+        moved = int((target.blocks.tier != now.tier).sum())
+        self._commit(seq, target)
+        return -(-moved // self._memory.row_blocks)
+
+    def _restyle(self, seq: SequenceCache, styles: Sequence[Style]) -> Arrangement:
+        """The same tokens in these styles.
+
+        A row's blocks share pages. Where some layers' leave the device, those that stay move together with others that
+        do, so that pages become free, or nobody's but the index's if they are published and nobody else reads them.
+        """
         now = blocks_of(self._memory.tables, seq.slot)
-        self._commit(seq, restyle(now, self._memory.positions(seq), [replace(style, formats=()) for style in styles]))
-        away = blocks_of(self._memory.tables, seq.slot).tier == Tier.DISK
-        return int((away.sum() - (now.tier == Tier.DISK).sum()) // self._memory.row_blocks)
+        if len({style.places for style in styles}) == 1:
+            return restyle(now, self._memory.positions(seq), styles)
+        _, tier = wanted(styles, now.length, now.address.shape[2])
+        here = now.full & (now.tier == Tier.DEVICE)
+        stays = here & (tier == Tier.DEVICE) & (here & (tier != Tier.DEVICE)).any(axis=(0, 1))
+        device, address, own = self._memory.device, now.address[stays], seq.lots.get((Tier.DEVICE, Format.RAW))
+        published = [row.lot for row in seq.prefix if row.users == 1]
+        rows = [lot for lot in device.lots_of(address) if not lot.borrowed and lot is not own] + published
+        stays[stays] = (now.format[stays] == Format.RAW) & device.among(address, rows)
+        return restyle(now, self._memory.positions(seq), styles, anew=stays)
 
     def views(self, seq: SequenceCache, tokens: Tokens) -> Views:
         """What evictors may look at of these tokens of a request."""
@@ -274,7 +308,7 @@ class Transactions:
         elif restore:
             tokens = self._copies.everything(seq)
             return regroup(tokens, tokens.valid, styles)
-        return restyle(blocks_of(self._memory.tables, seq.slot), self._memory.positions(seq), styles)
+        return self._restyle(seq, styles)
 
     def _merge(self, seq: SequenceCache, evictor: Evictor, views: Views, keep: Mask, before: Merging | None) -> Merging:
         """Writes what the kept tokens become to blocks of their own, and has the views' tokens read from there."""
@@ -345,15 +379,17 @@ class Transactions:
             spare = self._memory.tables.address[seq.slot][self._memory.beyond(seq, now.length)]
             released[Tier.DEVICE] = np.concatenate([released[Tier.DEVICE], spare])
             wanted[raw_device] = wanted.get(raw_device, 0) + int(beyond.sum())
-        room = needed(new)
-        staging = seq.staging or (self._memory.staging(seq) if room else None)
-        if staging:
-            released[Tier.HOST] = np.concatenate([released[Tier.HOST], staging.surplus(room)])
+        fetched = [Tier.DISK, *([Tier.HOST] if target.fetches else [])]
+        rooms = {home: room for home in fetched if (room := needed(new, home))}
+        areas = {home: seq.areas.get(home) or self._memory.area(seq, home) for home in {**seq.areas, **rooms}}
+        for home, area in areas.items():
+            surplus = area.surplus(rooms.get(home, {}))
+            released[area.tier] = np.concatenate([released[area.tier], surplus])
         direct = {}
         for tier, arena in self._memory.by_tier.items():
             here = [(seq.lots.get(key), key[1], blocks) for key, blocks in wanted.items() if key[0] is tier]
-            if staging and tier is Tier.HOST:
-                here += staging.missing(room)
+            for home, area in areas.items():
+                here += area.missing(rooms.get(home, {})) if area.tier is tier else []
             arena.require(released[tier], here)
             direct[tier] = tier is Tier.DISK or self._memory.arenas[tier].has_room(here)
 
@@ -378,18 +414,18 @@ class Transactions:
             before = tokens_of(self._memory.tables, seq.slot)
             seq.shadow.remember(before.position, before.valid, before.mass, before.votes)
 
-        if staging:
-            staging.quiet()
+        for area in areas.values():
+            area.quiet()
         for tier, arena in self._memory.by_tier.items():
             arena.release(released[tier])
         for (tier, fmt), blocks in built.items():
             addresses = self._memory.arenas[tier].allocate(self._memory.lot(seq, tier, fmt), len(blocks))
             self._memory.backend.store(tier, addresses, blocks)
             new.address[groups[tier, fmt]] = addresses
-        if staging:
-            staging.resize(room)
-            staging.follow(new)
-            seq.staging = staging if room else None
+        for home, area in areas.items():
+            area.resize(rooms.get(home, {}))
+            area.follow(new)
+        seq.areas = {home: areas[home] for home in rooms}
         self._swap_tables(seq, target)
         if target.moved is not None and beyond.any():
             tables, lot = self._memory.tables, self._memory.lot(seq, *raw_device)
@@ -460,6 +496,7 @@ class Transactions:
 
 
 _NOTHING = np.zeros(0, np.int32)
+_TO_HOST = Style(places=((0, Tier.HOST),))
 
 
 def _without(addresses: I32, others: I32) -> I32:

@@ -27,7 +27,7 @@ from workers.cache.kvcache import KVCache
 from workers.cache.sequence_cache import Occasion
 from workers.cache.sessions import ParkedSessions
 from workers.cache.staging import DamagedCacheError
-from workers.cache.style import largest_format
+from workers.cache.style import device_tokens, largest_format
 from workers.engine.lending import Lending
 from workers.engine.sequence import Phase, Sequence
 from workers.stages.base import Pipeline, Placer
@@ -139,11 +139,12 @@ class EngineMemory:
             self._cache.close(seq.cache)
             seq.cache = None
 
-    def evacuate(self, seq: Sequence) -> bool:
-        """Moves what is computed of a prompt off the device, as far as there is room. False: not at all."""
+    def evacuate(self, seq: Sequence, every_layer: bool = False) -> bool:
+        """Moves what is computed of a prompt off the device, as far as there is room, or only those layers that its
+        pipeline will have elsewhere. False: nothing was moved."""
         assert seq.cache is not None
         try:
-            return self._cache.evacuate(seq.cache, seq.pipeline) > 0
+            return self._cache.evacuate(seq.cache, None if every_layer else seq.pipeline) > 0
         except DamagedCacheError:
             return False  # it is about to begin again
 
@@ -220,13 +221,12 @@ class EngineMemory:
 
     def _move_to_host(self, seq: Sequence) -> bool:
         if seq.phase in (Phase.PREFILL, Phase.REPEAT):
-            return self.evacuate(seq)
+            return self.evacuate(seq) or self.evacuate(seq, every_layer=True)
         if seq.phase is not Phase.DECODE or not seq.cache:
             return False
-        placer = seq.pipeline.placer
         least = self._cache.device_tokens_at_least(seq.cache, largest_format(seq.pipeline, self._cache.shape))
         recent = max(PRESSURE_RECENT_TOKENS, least)
-        stays = placer.device_tokens() if placer else None
+        stays = device_tokens(self._cache.styles(seq.cache, seq.pipeline))
         if recent >= (len(seq.token_ids) if stays is None else stays):
             return False
         return self._switch(seq, with_less_on_device(seq.pipeline, recent), "device tier is full")

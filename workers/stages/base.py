@@ -432,6 +432,9 @@ class Placer(Stage):
     """Whether the processor beside the tier attends to what is there."""
     selects: ClassVar[bool] = False
     """Whether queries read only some blocks."""
+    fetches: ClassVar[bool] = False
+    """Whether blocks on the host come to the device for their layer's part of each step, instead of being read there:
+    two layers' worth of them, one read and one on its way (``workers.cache.staging``)."""
 
     @property
     def loss_class(self) -> LossClass:
@@ -531,6 +534,11 @@ class Pipeline:
     def selects(self) -> bool:
         """Whether queries read only some blocks."""
         return self.placer is not None and self.placer.selects
+
+    @property
+    def fetches(self) -> bool:
+        """Whether blocks on the host come to the device layer by layer."""
+        return self.placer is not None and self.placer.fetches
 
     @property
     def lent_layers(self) -> int:

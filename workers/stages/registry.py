@@ -57,6 +57,7 @@ from workers.stages.offload.conversation import Conversation
 from workers.stages.offload.disk import Disk
 from workers.stages.offload.host import Host
 from workers.stages.offload.infinigen import InfiniGen
+from workers.stages.offload.layerkv import LayerKV
 from workers.stages.offload.neardata import NearData
 from workers.stages.offload.oneiros import Oneiros
 from workers.stages.offload.quest import Quest
@@ -97,6 +98,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     MiniCache,
     Host,
     Disk,
+    LayerKV,
     NearData,
     Quest,
     ArkVale,
