@@ -34,7 +34,18 @@ from workers.cache.formats import CodedFormat, format_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import DecodeAttention
 from workers.profile.profile import names_of
-from workers.stages.base import Codec, Coded, Evictor, Kind, LossClass, Lossy, Pipeline, Placer, Stage
+from workers.stages.base import (
+    Codec,
+    Coded,
+    Evictor,
+    Kind,
+    LayerPlace,
+    LossClass,
+    Lossy,
+    Pipeline,
+    Placer,
+    Stage,
+)
 from workers.stages.budgets import PER_HEAD, RULES
 from workers.stages.registry import build, stages
 from workers.stages.selecting import Digest
@@ -355,7 +366,9 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
             if behind < BLOCK_TOKENS:
                 assert (fmt, tier) == (Format.RAW, Tier.DEVICE) or (behind >= 0 and placer and fmt is Format.RAW)
             elif settled:
-                aged = [own for tokens, own in (codec.by_age() if codec else ()) if behind >= tokens]
+                place = LayerPlace(layer, world.shape, seen, world.cache.profile.layer(layer))
+                ages = codec.ages(place) if codec else placer.ages(place) if placer else ()
+                aged = [own for tokens, own in ages if behind >= tokens]
                 assert fmt is (aged or [Format.RAW])[-1]
                 stays = placer.device_tokens() if placer else None
                 assert tier is (Tier.DEVICE if placer is None or stays is None or behind < stays else placer.tier)
@@ -411,20 +424,21 @@ def check_bytes(world: World) -> None:
     """The reported bytes, counted again from the tables block by block."""
     shape, cache, seq = world.shape, world.cache, world.seq
     use, count = cache.use(seq), dict.fromkeys(Tier, 0)
-    wide, tables, referred = 0, 0, 0
+    wide, tables, referred, packed = 0, 0, 0, False
     shadow = set(seq.shadow.address[: seq.shadow.rows].ravel().tolist()) if seq.shadow else set()
     for layer, head in world.heads:
         for fmt, tier, address in world.blocks(layer, head):
             count[tier] += shape.block_bytes(fmt)
             wide += shape.block_bytes_16bit(fmt) if tier is Tier.DEVICE else 0
             referred += tier is Tier.HOST and address in shadow
+            packed |= isinstance(fmt, CodedFormat) and fmt.codec.plain is not None
             tables += 4 + 1 + 1 + 32 * (4 + 4 + 2)
     extra, extra_16bit = read_bytes(world)
     rows = math.ceil(seq.seen / BLOCK_TOKENS) * len(world.heads)
     raw = shape.block_bytes(Format.RAW)
     assert use.device_bytes == count[Tier.DEVICE] + tables + extra
     assert use.host_bytes == count[Tier.HOST] + staged(world)
-    assert use.disk_bytes == count[Tier.DISK]
+    assert (use.disk_bytes < count[Tier.DISK]) if packed else (use.disk_bytes == count[Tier.DISK])
     assert use.shadow_bytes == (len(shadow) - referred) * raw
     assert use.full_bytes == rows * (raw + 4 + 1 + 1 + 32 * 10)
     assert use.device_bytes_16bit == wide + tables + extra_16bit
@@ -440,7 +454,7 @@ def staged(world: World) -> int:
     for layer, head in world.heads:
         on_disk = [fmt for fmt, tier, _ in world.blocks(layer, head) if tier is Tier.DISK]
         layers.setdefault(layer, Counter()).update(on_disk)
-    most = {fmt: max(count[fmt] for count in layers.values()) for fmt in Format}
+    most = {fmt: max(count[fmt] for count in layers.values()) for fmt in set().union(*layers.values())}
     return 2 * sum(count * world.shape.block_bytes(fmt) for fmt, count in most.items())
 
 

@@ -39,7 +39,7 @@ from workers.cache.blocks import BlockStore, Notes, Owners, whole_blocks
 from workers.cache.coded import CodedReader
 from workers.cache.disk import DiskStore
 from workers.cache.disk_tier import WRITE_BYTES, DiskTier
-from workers.cache.formats import MOST_FORMATS, format_of
+from workers.cache.formats import MOST_FORMATS, as_read, format_of
 from workers.cache.merging import merge
 from workers.cache.near import NearReader
 from workers.cache.pool import RecallCounts
@@ -917,7 +917,7 @@ class KVCache:
 
     def _read_coded(self, seq: SequenceCache) -> None:
         """Gives a request whose tables have coded blocks their reader, and no other."""
-        coded = (self.tables.format[seq.slot] >= len(Format)) & self._valid(seq)
+        coded = (as_read(self.tables.format[seq.slot]) >= len(Format)) & self._valid(seq)
         seq.coded = CodedReader(self.blocks, self.tables, seq.slot) if coded.any() else None
 
     def _after(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
@@ -1139,15 +1139,20 @@ class KVCache:
         own = len(self.host.owned(now.on(Tier.HOST)))
         referred = len(now.on(Tier.HOST)) - own
         shadow_bytes = seq.shadow.nbytes - referred * self.shape.block_bytes(Format.RAW) if seq.shadow else 0
-        use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
+        stored = self._stored_bytes(now.on(Tier.DISK))
+        use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes, stored)
         if seq.staging:
             use = replace(use, host_bytes=use.host_bytes + seq.staging.nbytes)
         if seq.selective:
             use = use.plus_device_bytes(*seq.selective.nbytes())
-        ahead = seq.preparation
-        return (
-            use.plus_built_ahead(self.shape, ahead.format[: ahead.built], ahead.tier[: ahead.built]) if ahead else use
-        )
+        if ahead := seq.preparation:
+            built, stored = slice(ahead.built), self._stored_bytes(ahead.on(Tier.DISK))
+            use = use.plus_built_ahead(self.shape, ahead.format[built], ahead.tier[built], stored)
+        return use
+
+    def _stored_bytes(self, numbers: I32) -> int:
+        """What blocks on disk take there."""
+        return self.disk.stored_bytes(numbers) if self.disk else 0
 
     def note_scratch(self, seq: SequenceCache, scratch: SequenceCache) -> None:
         """Counts the raw device blocks of another cache, which works for this request, in its peak."""

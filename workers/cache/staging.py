@@ -26,7 +26,7 @@ from workers.cache.arena import Arena, Lot
 from workers.cache.arrangement import Blocks, pick
 from workers.cache.blocks import BlockStore, Notes, Owners
 from workers.cache.disk_tier import DiskTier
-from workers.cache.formats import format_of, formats
+from workers.cache.formats import as_read, format_of, formats
 
 SLOTS = 2
 I64 = npt.NDArray[np.int64]
@@ -203,22 +203,24 @@ class Staging:
             here = self._slot_of(layer) or self._read_ahead(layer, self._slots[0])
             self._arrive(here, layer)
             if not self.damaged:
-                self._show(layer, here.address, Tier.HOST)
+                self._show(layer, here.address, Tier.HOST, as_read(blocks.format))
             self._look_ahead(layer, here)
         return None
 
     def after(self, layer: int) -> None:
         """See ``workers.cache.reading.Reader``."""
-        self._show(layer, self._layers[layer].number, Tier.DISK)
+        blocks = self._layers[layer]
+        self._show(layer, blocks.number, Tier.DISK, blocks.format)
         here = self._slot_of(layer)
         if here and self._on_gpu:
             here.reading = torch.cuda.Event()  # type: ignore[no-untyped-call]
             here.reading.record()
 
-    def _show(self, layer: int, address: I32, tier: Tier) -> None:
+    def _show(self, layer: int, address: I32, tier: Tier, fmt: U8) -> None:
         blocks = self._layers[layer]
         self._tables.address[self._slot, layer, blocks.head, blocks.index] = address
         self._tables.tier[self._slot, layer, blocks.head, blocks.index] = tier
+        self._tables.format[self._slot, layer, blocks.head, blocks.index] = fmt
 
     def _slot_of(self, layer: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.layer == layer), None)
