@@ -16,7 +16,8 @@ class Swap(Lossy, Placer):
     """Blocks older than the last ``recent`` tokens live on the disk tier, quantised and entropy-coded on the way out.
 
     They go as ``disk``'s do, but as codes (``workers.stages.compress.coarse``) that take about ``bits`` bits each in
-    the files, and about 0.7 more with their constants; with 8 as ``int8``, in which an entropy coder finds nothing.
+    the files, and two thirds of a bit more with constants and the coder's tables, a whole one at 2; with 8 they go as
+    ``int8``, in which an entropy coder finds nothing.
     What reads the files decodes them, so that attention finds blocks of int8 in the staging area, at int8's size.
     Where the pipeline has a codec, blocks keep its format, and this is ``disk``.
 
