@@ -13,7 +13,8 @@ from kvpilot.recipes import Recipe, recipes
 from models.scenarios import PRESETS
 from workers.cache.accounting import TABLE_BYTES_PER_BLOCK, CacheUse
 from workers.cache.disk import DiskStore
-from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion
 from workers.expected import expected_use
 from workers.stages.base import LossClass, Pipeline
 from workers.stages.registry import build, stages
