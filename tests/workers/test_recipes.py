@@ -71,10 +71,11 @@ def test_no_recipe_has_the_name_of_a_stage() -> None:
 @pytest.mark.parametrize("tokens", [1, 33, 320, 1500])
 @every_shape
 @pytest.mark.parametrize("text", [*recipes(), *STATICS, *MORE])
-def test_expected_bytes_are_those_of_a_real_cache(text: str, shape: CacheShape, tokens: int) -> None:
+def test_expected_bytes_are_those_of_a_real_cache(text: str, shape: CacheShape, tokens: int, tmp_path: Path) -> None:
     """To the byte; where heads share what a layer keeps, the heads' last blocks differ: by a block for each."""
-    pipeline = build(text, shape)
-    expected, found = expected_use(pipeline, shape, tokens), measured(pipeline, shape, tokens)
+    pipeline, disk = build(text, shape), DiskStore(tmp_path, 16 << 20)
+    expected, found = expected_use(pipeline, shape, tokens), measured(pipeline, shape, tokens, disk)
+    disk.close()
     shares_by_head = pipeline.evictor is not None and pipeline.evictor.rule == "ada"
     block = shape.block_bytes(Format.RAW) + TABLE_BYTES_PER_BLOCK
     slack = shape.layers * shape.kv_heads * block if shares_by_head else 0
