@@ -24,8 +24,8 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
 
     ``budgets="ada"`` shares a layer's tokens out to its heads by what the text is; here each head gets the mean, which
     is at most one block a head from what it will be. Of stages whose text alone says how many tokens each head keeps
-    (``fastgen``), the most they can take is told. While decoding, evictors that evict again hold up to 31 tokens
-    more; those that do not, all that are generated. Peaks are not told.
+    (``fastgen``), and of blocks that are packed in files (``swap``), the most they can take is told. While decoding,
+    evictors that evict again hold up to 31 tokens more; those that do not, all that are generated. Peaks are not told.
 
     Args:
         pipeline: what the cache is brought to.

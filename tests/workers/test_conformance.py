@@ -30,12 +30,22 @@ from workers.cache.accounting import CacheUse
 from workers.cache.arena import TierFullError
 from workers.cache.blocks import Owners
 from workers.cache.disk import DiskStore
-from workers.cache.formats import CodedFormat, format_of, formats
+from workers.cache.formats import CodedFormat, format_of
 from workers.cache.kvcache import KVCache
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.attention import DecodeAttention
 from workers.profile.profile import names_of
-from workers.stages.base import Codec, Evictor, Kind, LayerPlace, LossClass, Lossy, Pipeline, Placer, Stage
+from workers.stages.base import (
+    Codec,
+    Evictor,
+    Kind,
+    LayerPlace,
+    LossClass,
+    Lossy,
+    Pipeline,
+    Placer,
+    Stage,
+)
 from workers.stages.budgets import PER_HEAD, RULES
 from workers.stages.registry import build, stages
 from workers.stages.selecting import Digest, Reconstructing
@@ -361,10 +371,10 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
             if behind < BLOCK_TOKENS:
                 assert (fmt, tier) == (Format.RAW, Tier.DEVICE) or (behind >= 0 and placer and fmt is Format.RAW)
             elif settled:
-                ages = codec.ages(world.place(layer)) if codec else ()
+                ages = codec.ages(world.place(layer)) if codec else placer.ages(world.place(layer)) if placer else ()
                 aged = [own for tokens, own in ages if behind >= tokens]
                 assert fmt is (aged or [Format.RAW])[-1]
-                places = placer.places(LayerPlace(layer, world.shape, seen)) if placer else ()
+                places = placer.places(world.place(layer)) if placer else ()
                 assert tier is [Tier.DEVICE, *(own for tokens, own in places if behind >= tokens)][-1]
             at = torch.tensor(kept[rows])
             if (merging := world.seq.merging) is not None and not world.pipeline(text).is_full:
@@ -418,13 +428,14 @@ def check_bytes(world: World) -> None:
     """The reported bytes, counted again from the tables block by block."""
     shape, cache, seq = world.shape, world.cache, world.seq
     use, count = cache.use(seq), dict.fromkeys(Tier, 0)
-    wide, tables, referred = 0, 0, 0
+    wide, tables, referred, packed = 0, 0, 0, False
     shadow = set(seq.shadow.address[: seq.shadow.rows].ravel().tolist()) if seq.shadow else set()
     for layer, head in world.heads:
         for fmt, tier, address in world.blocks(layer, head):
             count[tier] += shape.block_bytes(fmt)
             wide += shape.block_bytes_16bit(fmt) if tier is Tier.DEVICE else 0
             referred += tier is Tier.HOST and address in shadow
+            packed |= isinstance(fmt, CodedFormat) and fmt.codec.plain is not None
             tables += 4 + 1 + 1 + 32 * (4 + 4 + 2)
     extra, extra_16bit = (
         read + fetched for read, fetched in zip(read_bytes(world), area_bytes(world, Tier.HOST), strict=True)
@@ -433,7 +444,7 @@ def check_bytes(world: World) -> None:
     raw = shape.block_bytes(Format.RAW)
     assert use.device_bytes == count[Tier.DEVICE] + tables + extra
     assert use.host_bytes == count[Tier.HOST] + area_bytes(world, Tier.DISK)[0]
-    assert use.disk_bytes == count[Tier.DISK]
+    assert (use.disk_bytes < count[Tier.DISK]) if packed else (use.disk_bytes == count[Tier.DISK])
     assert use.shadow_bytes == (len(shadow) - referred) * raw
     assert use.full_bytes == rows * (raw + 4 + 1 + 1 + 32 * 10)
     assert use.device_bytes_16bit == wide + tables + extra_16bit
@@ -452,7 +463,7 @@ def area_bytes(world: World, source: Tier) -> tuple[int, int]:
     for layer, head in world.heads:
         away = [fmt for fmt, tier, _ in world.blocks(layer, head) if tier is source]
         layers.setdefault(layer, Counter()).update(away)
-    most = {fmt: max(count[fmt] for count in layers.values()) for fmt in formats()}
+    most = {fmt: max(count[fmt] for count in layers.values()) for fmt in set().union(*layers.values())}
     of = (world.shape.block_bytes, world.shape.block_bytes_16bit)
     narrow, wide = (2 * sum(count * size(fmt) for fmt, count in most.items()) for size in of)
     return narrow, wide

@@ -14,7 +14,7 @@ from hypothesis.stateful import initialize, invariant, rule, run_state_machine_a
 
 from kernels.layout import UNIT_BYTES, CacheShape, Format, Tier
 from kvpilot.v1 import generation_pb2
-from tests.tiny import Drive, prompt, random_profile, reference, run, tiny_engine, tiny_loaded, tiny_model
+from tests.tiny import Drive, prompt, reference, run, tiny_engine, tiny_loaded, tiny_model, tiny_profile
 from tests.workers.test_arena import SHAPES, ArenaMachine
 from tests.workers.test_switch import check_tables, logits_now
 from workers.cache.arena import Arena, Lot, Region, TierFullError, page_blocks
@@ -31,7 +31,7 @@ IDS = prompt(301, 3)
 def loaded(**changes: object):
     found = tiny_loaded(num_hidden_layers=LAYERS, **changes)
     shape = cache_shape(found.model.config, next(found.model.parameters()).dtype)
-    return replace(found, profile=random_profile(shape))
+    return replace(found, profile=tiny_profile(shape))
 
 
 def engine(lendable: int = LENDABLE, **more: object) -> Engine:

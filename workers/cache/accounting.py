@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.api import U8
-from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
+from kernels.layout import BLOCK_TOKENS, MEMORY_TIERS, CacheShape, Format, Tier
 from kvpilot.v1 import common_pb2
 from workers.cache.formats import formats
 
@@ -66,15 +66,16 @@ class CacheUse:
             return self.plus_device_bytes(nbytes, nbytes_16bit)
         return replace(self, host_bytes=self.host_bytes + nbytes)
 
-    def plus_built_ahead(self, shape: CacheShape, format_: U8, tier: U8) -> CacheUse:
-        """These figures with blocks [N] that no table refers to yet, as a switch is being prepared."""
+    def plus_built_ahead(self, shape: CacheShape, format_: U8, tier: U8, disk_bytes: int) -> CacheUse:
+        """These figures with blocks [N] that no table refers to yet, as a switch is being prepared; those on disk take
+        ``disk_bytes``."""
         sizes, sizes_16bit = _block_sizes(shape, len(formats()))
-        device, host, disk = (np.bincount(format_[tier == which], minlength=len(sizes)) for which in Tier)
+        device, host = (np.bincount(format_[tier == which], minlength=len(sizes)) for which in MEMORY_TIERS)
         return replace(
             self,
             device_bytes=self.device_bytes + int(device @ sizes),
             host_bytes=self.host_bytes + int(host @ sizes),
-            disk_bytes=self.disk_bytes + int(disk @ sizes),
+            disk_bytes=self.disk_bytes + disk_bytes,
             device_bytes_16bit=self.device_bytes_16bit + int(device @ sizes_16bit),
         )
 
@@ -103,9 +104,18 @@ def _block_sizes(shape: CacheShape, known: int) -> tuple[npt.NDArray[np.int64], 
 
 
 def measure(
-    shape: CacheShape, valid: npt.NDArray[np.bool_], format_: U8, tier: U8, seen: int, shadow_bytes: int
+    shape: CacheShape,
+    valid: npt.NDArray[np.bool_],
+    format_: U8,
+    tier: U8,
+    seen: int,
+    shadow_bytes: int,
+    disk_bytes: int | None = None,
 ) -> CacheUse:
-    """Counts the blocks [L, H, B] that ``valid`` marks; tables are charged to the device, where kernels read them."""
+    """Counts the blocks [L, H, B] that ``valid`` marks; tables are charged to the device, where kernels read them.
+
+    ``disk_bytes`` is what those on disk take there. None: what they take in memory, the most that it can be.
+    """
     sizes, sizes_16bit = _block_sizes(shape, len(formats()))
     kinds = tier[valid].astype(int) * len(sizes) + format_[valid]
     blocks = np.bincount(kinds, minlength=len(Tier) * len(sizes)).reshape(len(Tier), len(sizes))
@@ -115,7 +125,7 @@ def measure(
     return CacheUse(
         device_bytes=int(on_device @ sizes) + tables,
         host_bytes=int(on_host @ sizes),
-        disk_bytes=int(on_disk @ sizes),
+        disk_bytes=int(on_disk @ sizes) if disk_bytes is None else disk_bytes,
         shadow_bytes=shadow_bytes,
         full_bytes=rows * (int(sizes[Format.RAW]) + TABLE_BYTES_PER_BLOCK),
         device_bytes_16bit=int(on_device @ sizes_16bit) + tables,

@@ -12,7 +12,7 @@ from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kernels.partials import Partial, merge
 from workers.cache.arrangement import Mask
 from workers.cache.blocks import I64, BlockStore
-from workers.cache.formats import CodedFormat, format_of
+from workers.cache.formats import CodedFormat, as_read, format_of
 from workers.stages.base import CodedBlocks
 
 
@@ -51,7 +51,7 @@ class CodedReader:
     def _kinds(self, layer: int) -> list[_Kind]:
         length = self._tables.length[self._slot, layer]
         numbers = self._tables.format[self._slot, layer]
-        numbers = np.where(np.arange(numbers.shape[1]) < length[:, None] // BLOCK_TOKENS, numbers, 0)
+        numbers = np.where(np.arange(numbers.shape[1]) < length[:, None] // BLOCK_TOKENS, as_read(numbers), 0)
         found = []
         for number in np.unique(numbers[numbers >= len(Format)]).tolist():
             fmt = format_of(number)

@@ -4,8 +4,11 @@ Blocks come in batches, and a batch is one file, so that copies are large: a hea
 one after the other. Nothing is synced: a cache may be lost, it must not lie. Files belong to the process that wrote
 them; what a killed one left behind is removed by the next that opens the folder.
 
+Blocks may be packed (``Packing``): the store then packs them as it writes and unpacks them as it reads, on its threads.
+
 File: 8 bytes of magic, then little-endian uint32 version, block_bytes, blocks, 0; ``blocks`` uint64 checksums (XXH3-64
-of each block); one more of all before it; the blocks.
+of each block as it is in the file); ``blocks`` uint32 sizes there; one more checksum, of all before it; the blocks. One
+whose size is block_bytes is not packed: that would have made it no smaller.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +34,10 @@ import structlog
 import xxhash
 
 U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 
-MAGIC, VERSION = b"kvpilot\0", 1
+MAGIC, VERSION = b"kvpilot\0", 2
 _HEAD = struct.Struct("<8s4I")
 LOCK_NAME, SUB_FOLDER = "in-use", "worker-"
 THREADS = 2
@@ -63,19 +67,38 @@ class CorruptBlockError(Exception):
         self.blocks = blocks
 
 
+class Packing(Protocol):
+    """Makes blocks smaller for their time in files, and gives them back bit for bit. Several threads use it at once."""
+
+    def pack(self, blocks: U8) -> list[bytes]:
+        """Each of the blocks [N, block_bytes] by itself."""
+        ...
+
+    def unpack(self, packed: Sequence[U8]) -> U8:
+        """Blocks [N, block_bytes] back from what :meth:`pack` made of them; N > 0."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """Blocks that were written together. ``written`` is done when they are on disk, or fails with DiskFullError."""
 
     path: Path
-    blocks: int
+    sizes: U32
+    """[blocks] bytes of each in the file; until they are written, the most that it can be."""
     block_bytes: int
+    packing: Packing | None
     written: Future[None]
 
     @property
+    def blocks(self) -> int:
+        """How many."""
+        return len(self.sizes)
+
+    @property
     def nbytes(self) -> int:
-        """Of its file."""
-        return _file_bytes(self.blocks, self.block_bytes)
+        """Of its file; until it is written, the most that it can be."""
+        return _data_at(self.blocks) + int(self.sizes.sum())
 
 
 @dataclass(frozen=True)
@@ -137,14 +160,18 @@ class DiskStore:
         """What is left of the budget."""
         return self.budget_bytes - self._used_bytes
 
-    def write(self, blocks: U8) -> Batch:
+    def write(self, blocks: U8, packing: Packing | None = None) -> Batch:
         """Starts to store blocks uint8 [N, block_bytes], which must not change until ``written`` is done. N > 0.
+
+        Packed blocks take what they do without packing out of the budget until they are written, and then what they
+        take in the file.
 
         Raises:
             DiskFullError: the budget is too small.
         """
         count, block_bytes = blocks.shape
-        needed = _file_bytes(count, block_bytes)
+        sizes = np.full(count, block_bytes, np.uint32)
+        needed = _data_at(count) + blocks.size
         with self._lock:
             if needed > self.free_bytes:
                 free = f"{self.free_bytes} of {self.budget_bytes} free"
@@ -152,7 +179,8 @@ class DiskStore:
             self._used_bytes += needed
             path = self._folder / f"{self._next_number:08}.blocks"
             self._next_number += 1
-        return Batch(path, count, block_bytes, self._threads.submit(self._write, path, blocks, needed))
+        written = self._threads.submit(self._write, path, blocks, sizes, packing)
+        return Batch(path, sizes, block_bytes, packing, written)
 
     def read(self, batch: Batch, blocks: npt.NDArray[np.integer] | None = None) -> Future[U8]:
         """Starts to read blocks of a batch, by number; None: all.
@@ -236,20 +264,33 @@ class DiskStore:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock_file.close()
 
-    def _write(self, path: Path, blocks: U8, needed: int) -> None:
+    def _write(self, path: Path, blocks: U8, sizes: U32, packing: Packing | None) -> None:
+        """Writes a file and notes the sizes of its blocks in ``sizes``."""
         began = time.monotonic()
         blocks = np.ascontiguousarray(blocks)
-        sums = np.array([xxhash.xxh3_64_intdigest(block.data) for block in blocks], "<u8")
-        head = _HEAD.pack(MAGIC, VERSION, blocks.shape[1], len(blocks), 0) + sums.tobytes()
+        reserved = _data_at(len(blocks)) + blocks.size
         try:
+            stored = [block.data for block in blocks]
+            if packing:
+                packed = [memoryview(block) for block in packing.pack(blocks)]
+                stored = [min(pair, key=len) for pair in zip(stored, packed, strict=True)]
+            sums = np.array([xxhash.xxh3_64_intdigest(block) for block in stored], "<u8")
+            in_file = np.array([len(block) for block in stored], "<u4")
+            head = _HEAD.pack(MAGIC, VERSION, blocks.shape[1], len(blocks), 0) + sums.tobytes() + in_file.tobytes()
             with path.open("xb", buffering=0) as file:
                 _write_all(file, head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head)))
-                _write_all(file, blocks.reshape(-1).data)
-        except OSError as error:
+                _write_all(file, b"".join(stored) if packing else blocks.reshape(-1).data)
+        except BaseException as error:
             path.unlink(missing_ok=True)
-            self._give_back(needed)
-            raise DiskFullError(f"{path}: {error.strerror or error}", needed) from error
-        self._count(written_bytes=needed, write_s=time.monotonic() - began)
+            self._give_back(reserved)
+            if isinstance(error, OSError):
+                raise DiskFullError(f"{path}: {error.strerror or error}", reserved) from error
+            raise
+        nbytes = _data_at(len(blocks)) + int(in_file.sum())
+        with self._lock:
+            sizes[:] = in_file
+            self._used_bytes -= reserved - nbytes
+        self._count(written_bytes=nbytes, write_s=time.monotonic() - began)
 
     def _read(self, batch: Batch, wanted: npt.NDArray[np.integer]) -> U8:
         batch.written.result()
@@ -279,23 +320,28 @@ class DiskStore:
         began, batch = time.monotonic(), part.batch
         try:
             with batch.path.open("rb", buffering=0) as file:
-                sums = self._checksums(file, batch)
+                sums, sizes = self._header(file, batch)
+                starts = _data_at(batch.blocks) + np.cumsum(sizes, dtype=np.int64) - sizes
+                stored = part.into if batch.packing is None else [np.empty(n, np.uint8) for n in sizes[part.blocks]]
                 for start, end, number in _runs(part.blocks):
-                    offset = _data_at(batch.blocks) + number * batch.block_bytes
-                    _read_all(file, offset, [row.data for row in part.into[start:end]])
+                    _read_all(file, int(starts[number]), [block.data for block in stored[start:end]])
         except (OSError, EOFError):
             self._count(corrupt_blocks=batch.blocks)
             raise
         damaged = [
             place
-            for place, (number, row) in enumerate(zip(part.blocks, part.into, strict=True))
-            if xxhash.xxh3_64_intdigest(row.data) != sums[number]
+            for place, (number, block) in enumerate(zip(part.blocks, stored, strict=True))
+            if xxhash.xxh3_64_intdigest(block.data) != sums[number]
         ]
-        nbytes = (len(part.blocks) - len(damaged)) * batch.block_bytes
+        whole = sorted(set(range(len(stored))) - set(damaged))
+        if batch.packing:
+            _unpack(batch.packing, batch.block_bytes, [stored[place] for place in whole], [part.into[p] for p in whole])
+        nbytes = int(sizes[part.blocks[whole]].sum())
         self._count(read_bytes=nbytes, read_s=time.monotonic() - began, corrupt_blocks=len(damaged))
         return damaged
 
-    def _checksums(self, file: IO[bytes], batch: Batch) -> U64:
+    def _header(self, file: IO[bytes], batch: Batch) -> tuple[U64, U32]:
+        """The checksums of a file's blocks, and their sizes."""
         head = np.empty(_data_at(batch.blocks), np.uint8)
         _read_all(file, 0, [head.data])
         raw = head.tobytes()
@@ -303,7 +349,8 @@ class DiskStore:
         stated = struct.unpack("<Q", raw[-8:])[0]
         if raw[: _HEAD.size] != expected or xxhash.xxh3_64_intdigest(raw[:-8]) != stated:
             raise EOFError("the header is damaged")
-        return np.frombuffer(raw, "<u8", batch.blocks, _HEAD.size)
+        sums = np.frombuffer(raw, "<u8", batch.blocks, _HEAD.size)
+        return sums, np.frombuffer(raw, "<u4", batch.blocks, _HEAD.size + sums.nbytes)
 
     def _give_back(self, nbytes: int) -> None:
         with self._lock:
@@ -337,11 +384,17 @@ def _claim(folder: Path) -> tuple[Path, IO[bytes]]:
 
 def _data_at(blocks: int) -> int:
     """Where the blocks begin."""
-    return _HEAD.size + 8 * blocks + 8
+    return _HEAD.size + (8 + 4) * blocks + 8
 
 
-def _file_bytes(blocks: int, block_bytes: int) -> int:
-    return _data_at(blocks) + blocks * block_bytes
+def _unpack(packing: Packing, block_bytes: int, stored: Sequence[U8], into: Sequence[U8]) -> None:
+    """Brings blocks as they are in a file to where they are wanted."""
+    packed = [place for place, block in enumerate(stored) if len(block) < block_bytes]
+    plain = dict(enumerate(stored))
+    if packed:
+        plain |= zip(packed, packing.unpack([stored[place] for place in packed]), strict=True)
+    for place, row in enumerate(into):
+        row[:] = plain[place]
 
 
 def _runs(wanted: npt.NDArray[np.integer]) -> list[tuple[int, int, int]]:

@@ -2,7 +2,8 @@
 
 A batch of blocks (``workers.cache.disk``) is what a page is in an arena: one lot, one format, and it goes when its last
 block is released. A full block never changes, so it is written once, for as long as its table wants it there; one that
-turns out to be damaged, and was made anew elsewhere, is written again.
+turns out to be damaged, and was made anew elsewhere, is written again. Blocks of formats made for it are packed in
+files: what each of them takes there is known once it is written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 from kernels.api import I32, U8
 from kernels.layout import BlockFormat, CacheShape, Tier
 from workers.cache.arena import Lot, TierFullError
-from workers.cache.disk import Batch, DiskFullError, DiskStore, Part
+from workers.cache.disk import Batch, DiskFullError, DiskStore, Packing, Part
+from workers.cache.formats import CodedFormat
+from workers.cache.packed import CodePacking
 
 WRITE_BYTES = 4 << 20
 """Most bytes of a batch: long enough for the disk, and short enough to wait for in memory."""
@@ -54,6 +57,7 @@ class DiskTier:
         self._next_lot = 1
         self._lot_of: I32 = np.zeros(0, np.int32)  # of each number; _NONE: it is free
         self._place: I32 = np.zeros(0, np.int32)  # within the batch
+        self._stored: I32 = np.zeros(0, np.int32)  # bytes in the batch's file
         self._free: list[int] = []
         self._rewritten: dict[int, Batch] = {}  # of blocks that were damaged, each a batch of its own
 
@@ -73,7 +77,8 @@ class DiskTier:
         return self.store.free_bytes
 
     def require(self, released: I32, wanted: Iterable[tuple[Lot | None, BlockFormat, int]]) -> None:
-        """Checks that the ``wanted`` (lot, format, blocks) fit beside what is ``released`` only when they are written.
+        """Checks that the ``wanted`` (lot, format, blocks) fit beside what is ``released`` only when they are written,
+        at the most that they can take.
 
         Raises:
             TierFullError: they do not.
@@ -98,7 +103,7 @@ class DiskTier:
             for piece in pieces:
                 if len(batches) >= WRITES_AT_ONCE:
                     batches[-WRITES_AT_ONCE].written.result()
-                batches.append(self._write(piece.cpu().numpy()))
+                batches.append(self._write(piece.cpu().numpy(), self._packing(fmt)))
             for batch in batches:
                 batch.written.result()
         except BaseException as error:
@@ -110,13 +115,21 @@ class DiskTier:
         numbers = [self._enter(batch, fmt) for batch in batches]
         return np.concatenate(numbers) if numbers else np.zeros(0, np.int32)
 
-    def _write(self, blocks: U8) -> Batch:
+    def _write(self, blocks: U8, packing: Packing | None) -> Batch:
         try:
-            return self.store.write(blocks)
+            return self.store.write(blocks, packing)
         except DiskFullError as full:
             if not self.make_room(full.needed_bytes):
                 raise
-        return self.store.write(blocks)
+        return self.store.write(blocks, packing)
+
+    def _packing(self, fmt: BlockFormat) -> Packing | None:
+        """How blocks of a format are packed in files: those made for it are, others would hardly become smaller."""
+        return CodePacking(self.shape) if isinstance(fmt, CodedFormat) and fmt.codec.plain else None
+
+    def stored_bytes(self, numbers: I32 | int) -> I32:
+        """What each of these blocks takes in its file."""
+        return np.asarray(self._stored[numbers], np.int32)
 
     def read(self, numbers: I32, into: list[U8]) -> Future[list[int]]:
         """Starts to read blocks into rows [block_bytes] of memory, which nobody else may touch until it is done.
@@ -141,12 +154,12 @@ class DiskTier:
         for it. The number stays. False: there is no room; the damaged one stays.
         """
         try:
-            batch = self._write(block[None])
+            batch = self._write(block[None], self._packing(self._files[int(self._lot_of[number])].lot.format))
             batch.written.result()
         except DiskFullError:
             return False
         self._drop_rewritten(number)
-        self._rewritten[number] = batch
+        self._rewritten[number], self._stored[number] = batch, batch.sizes[0]
         return True
 
     def _drop_rewritten(self, number: int) -> None:
@@ -182,11 +195,12 @@ class DiskTier:
             known = len(self._lot_of)
             more = max(batch.blocks, known)
             self._lot_of = np.concatenate([self._lot_of, np.full(more, _NONE, np.int32)])
-            self._place = np.concatenate([self._place, np.zeros(more, np.int32)])
+            self._place, self._stored = (np.pad(of_number, (0, more)) for of_number in (self._place, self._stored))
             self._free = [*range(known + more - 1, known - 1, -1), *self._free]
         numbers = np.array([self._free.pop() for _ in range(batch.blocks)], np.int32)
         lot = Lot(self._next_lot, fmt)
         self._next_lot += 1
         self._files[lot.id] = _File(batch, lot, numbers, batch.blocks)
         self._lot_of[numbers], self._place[numbers] = lot.id, np.arange(batch.blocks)
+        self._stored[numbers] = batch.sizes
         return numbers

@@ -9,6 +9,9 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from kernels.layout import BlockFormat, CacheShape, ForeignFormat, Format
 from kvpilot.pipeline import StageSpec, format_pipeline
 
@@ -65,6 +68,12 @@ def coded_format(codec: Coded) -> CodedFormat:
 def format_of(number: int) -> BlockFormat:
     """The format that a block table means by a number."""
     return _formats[number]
+
+
+def as_read(numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Formats by which blocks of these formats are read: the kernels' own for those that are laid out like them."""
+    plain = [fmt.codec.plain if isinstance(fmt, CodedFormat) else None for fmt in _formats]
+    return np.array([fmt if own is None else own for fmt, own in zip(_formats, plain, strict=True)], np.uint8)[numbers]
 
 
 def formats() -> tuple[BlockFormat, ...]:

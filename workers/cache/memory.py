@@ -169,12 +169,17 @@ class CacheMemory:
         self.blocks.transcode(source, fmt, Tier.HOST, np.array([address], np.int32), owners, notes)
         return True
 
-    def count_moves(self, seq: SequenceCache, source: TokenSource, tier: Tier, fmt: BlockFormat) -> None:
+    def count_moves(
+        self, seq: SequenceCache, source: TokenSource, tier: Tier, fmt: BlockFormat, numbers: I32 | None = None
+    ) -> None:
         """Counts blocks that were built, each as coming from where its first token was; from disk all come through the
-        host, which has been counted."""
+        host, which has been counted. ``numbers`` are those of blocks that are on disk now."""
         origins = np.minimum(source.tier[:, 0], Tier.HOST)
-        for origin, blocks in zip(*np.unique(origins, return_counts=True), strict=True):
-            seq.recalls.note_moved(Tier(origin), tier, int(blocks) * self.shape.block_bytes(fmt))
+        sizes = np.full(len(origins), self.shape.block_bytes(fmt))
+        if numbers is not None and self.disk:
+            sizes = self.disk.stored_bytes(numbers)
+        for origin in np.unique(origins):
+            seq.recalls.note_moved(Tier(origin), tier, int(sizes[origins == origin].sum()))
 
     def worst_bytes(self, tokens: int) -> int:
         """Device bytes that so many raw tokens take, in whole pages."""
@@ -187,15 +192,20 @@ class CacheMemory:
         own = len(self.host.owned(now.on(Tier.HOST)))
         referred = len(now.on(Tier.HOST)) - own
         shadow_bytes = seq.shadow.nbytes - referred * self.shape.block_bytes(Format.RAW) if seq.shadow else 0
-        use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
+        stored = self._stored_bytes(now.on(Tier.DISK))
+        use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes, stored)
         for area in seq.areas.values():
             use = use.plus_area(area.tier, *area.nbytes)
         if seq.selective:
             use = use.plus_device_bytes(*seq.selective.nbytes())
-        ahead = seq.preparation
-        return (
-            use.plus_built_ahead(self.shape, ahead.format[: ahead.built], ahead.tier[: ahead.built]) if ahead else use
-        )
+        if ahead := seq.preparation:
+            built, stored = slice(ahead.built), self._stored_bytes(ahead.on(Tier.DISK))
+            use = use.plus_built_ahead(self.shape, ahead.format[built], ahead.tier[built], stored)
+        return use
+
+    def _stored_bytes(self, numbers: I32) -> int:
+        """What blocks on disk take there."""
+        return int(self.disk.stored_bytes(numbers).sum()) if self.disk else 0
 
     def note_peak(self, seq: SequenceCache, extra_rows: I32 | None = None) -> None:
         """Counts in the peak what a request takes now, and blocks [L, H] that are reserved behind its tables."""

@@ -150,7 +150,7 @@ class DiskMover:
         if self._gpu:
             torch.cuda.synchronize(self._gpu)  # a kernel has made it
         (block,) = self._rows(np.array([kind], np.uint8), np.array([made], np.int32))
-        return len(block) if self._disk.rewrite(address, block) else 0
+        return int(self._disk.stored_bytes(address)) if self._disk.rewrite(address, block) else 0
 
     def _rows(self, kinds: U8, places: I32) -> list[U8]:
         """The bytes of blocks in the arena."""

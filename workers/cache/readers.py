@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from kernels.api import I32
 from kernels.layout import BlockFormat, Format
 from workers.cache.coded import CodedReader
+from workers.cache.formats import as_read
 from workers.cache.memory import CacheMemory
 from workers.cache.near import NearReader
 from workers.cache.reading import StepReading
@@ -35,7 +36,7 @@ class Readers:
 
     def read_coded(self, seq: SequenceCache) -> None:
         """Gives a request whose tables have coded blocks their reader, and no other."""
-        coded = (self._memory.tables.format[seq.slot] >= len(Format)) & self._memory.valid(seq)
+        coded = (as_read(self._memory.tables.format[seq.slot]) >= len(Format)) & self._memory.valid(seq)
         seq.coded = CodedReader(self._memory.blocks, self._memory.tables, seq.slot) if coded.any() else None
 
     def select(self, seq: SequenceCache, stage: Selector, fmt: BlockFormat, anew: bool) -> None:

@@ -24,7 +24,7 @@ from kernels.layout import BlockFormat, CacheShape, Tier
 from kernels.partials import Partial
 from workers.cache.arena import Lot
 from workers.cache.arrangement import Blocks, pick
-from workers.cache.formats import format_of, formats
+from workers.cache.formats import as_read, format_of, formats
 from workers.cache.movers import Move, Mover, Waitable
 from workers.cache.recalls import Recalls
 
@@ -183,20 +183,22 @@ class Staging:
             here = self._slot_of(layer) or self._read_ahead(layer, self._slots[0])
             self._arrive(here, layer)
             if not self.damaged:
-                self._show(layer, here.address, self.tier)
+                self._show(layer, here.address, self.tier, as_read(blocks.format))
             self._look_ahead(layer, here)
         return None
 
     def after(self, layer: int) -> None:
         """See ``workers.cache.reading.Reader``."""
-        self._show(layer, self._layers[layer].address, self._mover.source)
+        blocks = self._layers[layer]
+        self._show(layer, blocks.address, self._mover.source, blocks.format)
         if here := self._slot_of(layer):
             here.reading = self._mover.readers()
 
-    def _show(self, layer: int, address: I32, tier: Tier) -> None:
+    def _show(self, layer: int, address: I32, tier: Tier, fmt: U8) -> None:
         blocks = self._layers[layer]
         self._tables.address[self._slot, layer, blocks.head, blocks.index] = address
         self._tables.tier[self._slot, layer, blocks.head, blocks.index] = tier
+        self._tables.format[self._slot, layer, blocks.head, blocks.index] = fmt
 
     def _slot_of(self, layer: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.layer == layer), None)

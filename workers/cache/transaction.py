@@ -187,7 +187,7 @@ class Transactions:
         if tier is Tier.DISK:
             assert self._memory.disk is not None
             addresses = self._memory.disk.write(self._pieces(seq, source, fmt, owners, notes), fmt)
-            self._memory.count_moves(seq, source, tier, fmt)
+            self._memory.count_moves(seq, source, tier, fmt, addresses)
             return addresses
         lot, blocks = self._memory.lot(seq, tier, fmt), len(source.address)
         addresses = allocate(lot, tier, blocks) if allocate else self._memory.arenas[tier].allocate(lot, blocks)

@@ -393,6 +393,9 @@ class Coded(Codec):
     partner: ClassVar[int] = 0
     """How many layers on the one is whose block in the same place its blocks are made with, by the codec that has the
     opposite partner: both are of the same tokens, are built together, and go together. 0: none."""
+    plain: ClassVar[Format | None] = None
+    """The kernels' format that its blocks are laid out in, if any. Kernels read them by it where they pass through the
+    host from disk, and in files they are packed."""
 
     @property
     def format(self) -> CodedFormat:
@@ -492,7 +495,13 @@ class Pipeline:
     @property
     def loss_class(self) -> LossClass:
         """The weakest class of the stages."""
-        return max((stage.loss_class for stage in self.stages), key=lambda loss: loss.value)
+        return max((stage.loss_class for stage in self._inexact), key=lambda loss: loss.value, default=LossClass.EXACT)
+
+    @property
+    def _inexact(self) -> tuple[Stage, ...]:
+        """The stages that make a difference to logits: a placer that would round does not where a codec has."""
+        idle = self.placer if self.codec and isinstance(self.placer, Lossy) else None
+        return tuple(stage for stage in self.stages if stage.loss_class is not LossClass.EXACT and stage is not idle)
 
     @property
     def evictor(self) -> Evictor | None:
@@ -517,13 +526,12 @@ class Pipeline:
     @property
     def logits_key(self) -> Pipeline:
         """Equal for pipelines with the same logits: it leaves out exact stages, and whether there is a shadow."""
-        lossy = tuple(stage.without_shadow() for stage in self.stages if stage.loss_class is not LossClass.EXACT)
-        return Pipeline(lossy or (Full(),))
+        return Pipeline(tuple(stage.without_shadow() for stage in self._inexact) or (Full(),))
 
     @property
     def wants_shadow(self) -> bool:
         """Whether what it loses is to be kept exactly on the host tier. What is only read otherwise is not lost."""
-        return self.loss_class is LossClass.RECOVERABLE and any(isinstance(stage, Lossy) for stage in self.stages)
+        return self.loss_class is LossClass.RECOVERABLE and any(isinstance(stage, Lossy) for stage in self._inexact)
 
     @property
     def near(self) -> bool:

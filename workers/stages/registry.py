@@ -62,6 +62,7 @@ from workers.stages.offload.neardata import NearData
 from workers.stages.offload.oneiros import Oneiros
 from workers.stages.offload.quest import Quest
 from workers.stages.offload.shadowkv import ShadowKV
+from workers.stages.offload.swap import Swap
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
@@ -99,6 +100,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Host,
     Disk,
     LayerKV,
+    Swap,
     NearData,
     Quest,
     ArkVale,
