@@ -17,7 +17,7 @@ from kernels.layout import CacheShape, Format
 from kvpilot.pipeline import PipelineError, format_value
 from kvpilot.v1 import common_pb2
 from tests.tiny import tiny_profile
-from workers.profile.profile import KINDS
+from workers.profile.profile import KINDS, ROPE
 from workers.stages.base import Kind, LossClass, Pipeline, Stage
 from workers.stages.registry import build, catalog, describe, loss_class_proto, stages
 
@@ -207,8 +207,8 @@ def test_clients_are_told_which_stages_lack_a_profile() -> None:
     assert not any(info.unfit for info in describe(SHAPE, PROFILE.names))
 
 
-def test_stages_need_only_tensors_that_profiles_have() -> None:
-    assert {needed for stage in stages().values() for needed in stage.needs} <= set(KINDS)
+def test_stages_need_only_what_profiles_have() -> None:
+    assert {needed for stage in stages().values() for needed in stage.needs} <= {*KINDS, ROPE}
 
 
 # -- what clients are told -------------------------------------------------------------------------------------------
