@@ -22,6 +22,7 @@ from workers.cache.arrangement import Mask, blocks_of, tokens_of
 from workers.cache.disk import DiskStore
 from workers.cache.formats import format_of, formats
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.style import styles_of, tiers_in
 from workers.engine.attention import cache_shape
 from workers.engine.catalyst import catalyst
 from workers.engine.repeating import Repetition, Words, is_missing, refusal
@@ -222,7 +223,7 @@ def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> Iterator
     host_rows = 0 if pipeline.is_full else 2 * rows
     sizes = (rows * row_bytes, host_rows * row_bytes, 2, tokens)
     rest = (loaded.name, parameter.device)
-    if not (pipeline.placer and pipeline.placer.tier is Tier.DISK):
+    if Tier.DISK not in tiers_in(styles_of(pipeline, shape, tokens, loaded.profile)):
         yield KVCache(shape, *sizes, *rest, profile=loaded.profile)
         return
     with tempfile.TemporaryDirectory(prefix="kvpilot-") as folder:

@@ -34,7 +34,7 @@ from workers.cache.formats import CodedFormat, format_of
 from workers.cache.kvcache import KVCache, Occasion, SequenceCache
 from workers.engine.attention import DecodeAttention
 from workers.profile.profile import names_of
-from workers.stages.base import Codec, Coded, Evictor, Kind, LossClass, Lossy, Pipeline, Placer, Stage
+from workers.stages.base import Codec, Coded, Evictor, Kind, LayerPlace, LossClass, Lossy, Pipeline, Placer, Stage
 from workers.stages.budgets import PER_HEAD, RULES
 from workers.stages.registry import build, stages
 from workers.stages.selecting import Digest
@@ -355,10 +355,11 @@ def check(world: World, text: str, grown: int = 0, settled: bool = True) -> None
             if behind < BLOCK_TOKENS:
                 assert (fmt, tier) == (Format.RAW, Tier.DEVICE) or (behind >= 0 and placer and fmt is Format.RAW)
             elif settled:
-                aged = [own for tokens, own in (codec.by_age() if codec else ()) if behind >= tokens]
-                assert fmt is (aged or [Format.RAW])[-1]
-                stays = placer.device_tokens() if placer else None
-                assert tier is (Tier.DEVICE if placer is None or stays is None or behind < stays else placer.tier)
+                place = LayerPlace(layer, world.shape, seen, world.cache.profile.layer(layer))
+                ages = codec.ages(place) if codec else placer.ages(place) if placer else ()
+                assert fmt is [Format.RAW, *(own for tokens, own in ages if behind >= tokens)][-1]
+                places = placer.places(place) if placer else ()
+                assert tier is [Tier.DEVICE, *(own for tokens, own in places if behind >= tokens)][-1]
             at = torch.tensor(kept[rows])
             if (merging := world.seq.merging) is not None and not world.pipeline(text).is_full:
                 # of what took others up only the rest can be compared, and where it was not rounded with them

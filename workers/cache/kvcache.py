@@ -51,7 +51,7 @@ from workers.cache.recent import RecentQueries
 from workers.cache.selection import Queries, Views, choose
 from workers.cache.shadow import Shadow
 from workers.cache.staging import DamagedCacheError, Recalls, Sources, Staging, needed
-from workers.cache.style import Style, largest_format, styles_of, tiers_in
+from workers.cache.style import Style, largest_format, off_device, styles_of, tiers_in
 from workers.profile.profile import ModelProfile
 from workers.stages.base import Evictor, LossClass, Pipeline
 from workers.stages.selecting import Selector
@@ -519,10 +519,11 @@ class KVCache:
         self.abandon(seq)
         styles = self.styles(seq, pipeline) if pipeline else ()
         if pipeline and not pipeline.wants_shadow and not seq.shadow and Tier.DISK in tiers_in(styles):
-            try:
-                return self._to_disk(seq, styles)
-            except TierFullError:
-                pass  # as far as the host has room
+            for away in off_device(styles):
+                try:
+                    return self._to_disk(seq, away)
+                except TierFullError:
+                    continue  # in the end, as far as the host has room
         away = seq.shadow.rows if seq.shadow else 0
         self._extend_shadow(seq, at_most=self.host.room_bytes // self.worst_bytes(1))
         assert seq.shadow is not None
@@ -533,11 +534,11 @@ class KVCache:
         return seq.shadow.rows - away
 
     def _to_disk(self, seq: SequenceCache, styles: Sequence[Style]) -> int:
-        """Moves a prompt's finished rows to where a disk placer will have them, raw; returns how many."""
+        """Moves a prompt's finished rows off the device, some of them to disk; returns how many."""
         now = blocks_of(self.tables, seq.slot)
-        self._commit(seq, restyle(now, self._positions(seq), [replace(style, formats=()) for style in styles]))
-        away = blocks_of(self.tables, seq.slot).tier == Tier.DISK
-        return int((away.sum() - (now.tier == Tier.DISK).sum()) // self._row_blocks)
+        self._commit(seq, restyle(now, self._positions(seq), styles))
+        left = (now.tier == Tier.DEVICE) & (blocks_of(self.tables, seq.slot).tier != Tier.DEVICE)
+        return int(left.sum()) // self._row_blocks
 
     # -- pipelines -----------------------------------------------------------------------------------------------------
 

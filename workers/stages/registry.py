@@ -57,6 +57,7 @@ from workers.stages.offload.host import Host
 from workers.stages.offload.infinigen import InfiniGen
 from workers.stages.offload.neardata import NearData
 from workers.stages.offload.quest import Quest
+from workers.stages.offload.spread import Spread
 
 BUILT_IN: tuple[type[Stage], ...] = (
     Full,
@@ -92,6 +93,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     KVQuant,
     Host,
     Disk,
+    Spread,
     NearData,
     Quest,
     ArkVale,
