@@ -17,6 +17,7 @@ from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
+from workers.bandwidth import copy_rate
 from workers.cache.arena import TierFullError
 from workers.cache.disk import DiskCounts, DiskStore
 from workers.cache.kvcache import KVCache, Occasion
@@ -673,22 +674,9 @@ def _measure_bandwidths(cache: KVCache) -> dict[Tier, float]:
     """Copy bandwidth in bytes per second: within the device tier, from the host tier to it, and from disk to memory."""
     device, host = cache.device.data, cache.host.data
     size = min(len(device) // 2, 16 << 20)
-    bandwidths = {Tier.DEVICE: _copy_rate(device[:size], device[size : 2 * size])}
+    bandwidths = {Tier.DEVICE: copy_rate(device[:size], device[size : 2 * size])}
     size = min(size, len(host))
-    bandwidths[Tier.HOST] = _copy_rate(host[:size], device[:size]) if size else 0.0
+    bandwidths[Tier.HOST] = copy_rate(host[:size], device[:size]) if size else 0.0
     if cache.disk:
         bandwidths[Tier.DISK] = cache.disk.store.measure()
     return bandwidths
-
-
-def _copy_rate(source: torch.Tensor, target: torch.Tensor) -> float:
-    best = float("inf")
-    for _ in range(3):
-        if target.is_cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        target.copy_(source)
-        if target.is_cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return len(source) / best
