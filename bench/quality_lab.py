@@ -18,7 +18,8 @@ from workers.cache.accounting import TABLE_BYTES_PER_BLOCK, measure
 from workers.cache.arena import page_blocks
 from workers.cache.arrangement import blocks_of
 from workers.cache.disk import DiskStore
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.catalyst import catalyst
 from workers.engine.repeating import Repetition, Words, is_missing

@@ -15,7 +15,7 @@ from bench.quality_rows import Row, Table, Tally, tallies
 from bench.quality_subjects import Subject
 from bench.quality_tasks import Question, Recall, Text
 from kernels.layout import BLOCK_TOKENS
-from workers.cache.kvcache import SequenceCache
+from workers.cache.sequence_cache import SequenceCache
 from workers.engine.runner import LoadedModel
 from workers.stages.base import Pipeline
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW

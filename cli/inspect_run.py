@@ -21,7 +21,8 @@ from workers.cache.arena import page_blocks
 from workers.cache.arrangement import Mask, blocks_of, tokens_of
 from workers.cache.disk import DiskStore
 from workers.cache.formats import format_of, formats
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.cache.style import styles_of, tiers_in
 from workers.engine.attention import cache_shape
 from workers.engine.catalyst import catalyst

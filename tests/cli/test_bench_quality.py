@@ -29,7 +29,7 @@ from cli.main import app
 from kernels.layout import CacheShape
 from kvpilot.recipes import recipes
 from tests.tiny import prompt, random_profile, tiny_loaded
-from workers.cache.kvcache import Occasion
+from workers.cache.sequence_cache import Occasion
 from workers.engine.attention import cache_shape
 from workers.engine.runner import LoadedModel, load_model
 from workers.stages.base import Codec, Evictor, LayerView, Pipeline, Placer, Stage, parameter

@@ -23,7 +23,8 @@ from cli.inspect_run import Inspection, inspect_request
 from cli.main import app
 from kernels.layout import MEMORY_TIERS, Format, Tier
 from tests.tiny import Drive, tiny_engine, tiny_loaded, tiny_model, tiny_tokenizer
-from workers.cache.kvcache import KVCache, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import SequenceCache
 from workers.engine.runner import LoadedModel
 from workers.stages.registry import build
 

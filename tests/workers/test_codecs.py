@@ -17,7 +17,7 @@ from tests.workers.plain_codecs import PLAIN, PlainBlock
 from tests.workers.test_conformance import SHAPES, World, make_cache, make_world
 from tests.workers.test_switch import check_tables, decoding, logits_now
 from workers.cache.formats import CodedFormat, coded_format, format_of, formats
-from workers.cache.kvcache import Occasion
+from workers.cache.sequence_cache import Occasion
 from workers.engine.attention import DecodeAttention
 from workers.engine.runner import LoadedModel
 from workers.profile.measure import measure

@@ -31,7 +31,8 @@ from workers.cache.arena import TierFullError
 from workers.cache.blocks import Owners
 from workers.cache.disk import DiskStore
 from workers.cache.formats import CodedFormat, format_of
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.attention import DecodeAttention
 from workers.profile.profile import names_of
 from workers.stages.base import Codec, Coded, Evictor, Kind, LayerPlace, LossClass, Lossy, Pipeline, Placer, Stage

@@ -21,7 +21,7 @@ from tests.workers.test_switch import IDS, check_tables, logits_now
 from workers.cache.arena import TierFullError
 from workers.cache.disk import DiskStore
 from workers.cache.disk_tier import DiskTier
-from workers.cache.kvcache import Occasion
+from workers.cache.sequence_cache import Occasion
 from workers.engine.engine import Engine
 from workers.errors import ABORTED, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, ProblemError
 from workers.stages.registry import build

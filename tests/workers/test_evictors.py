@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from kernels.layout import BLOCK_TOKENS
 from tests.tiny import prompt, tiny_loaded, tiny_model
 from workers.cache.arrangement import tokens_of
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.runner import ModelRunner
 from workers.stages.base import LayerView

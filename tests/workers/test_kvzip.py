@@ -13,7 +13,8 @@ from transformers import AttentionInterface
 from kvpilot.v1 import generation_pb2, job_pb2
 from tests.tiny import Drive, prompt, run, tiny_engine, tiny_loaded, tiny_model
 from workers.cache.arena import TierFullError
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine import repeating
 from workers.engine.attention import cache_shape
 from workers.engine.repeating import Repetition, Words

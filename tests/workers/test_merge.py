@@ -12,7 +12,8 @@ import torch
 from kernels.layout import Format
 from tests.tiny import Drive, prompt, tiny_engine, tiny_loaded
 from workers.cache.arena import TierFullError
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.runner import ModelRunner
 from workers.stages.base import LossClass

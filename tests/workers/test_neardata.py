@@ -37,7 +37,7 @@ def test_the_host_s_part_is_the_near_backend_s(monkeypatch: pytest.MonkeyPatch) 
     drive = decoding()
     drive.direct("job", NEAR)
     cache, expected = drive.engine.cache, logits_now(drive, "job")
-    attend, asked = cache._near.attend, []
+    attend, asked = cache.near.attend, []
 
     def nothing(plan, layer, q, scaling):
         found = attend(plan, layer, q, scaling)
@@ -45,7 +45,7 @@ def test_the_host_s_part_is_the_near_backend_s(monkeypatch: pytest.MonkeyPatch) 
         found.output.zero_(), found.lse.fill_(-torch.inf)
         return found
 
-    monkeypatch.setattr(cache._near, "attend", nothing)
+    monkeypatch.setattr(cache.near, "attend", nothing)
     assert (logits_now(drive, "job") - expected).abs().max() > 0.01
     assert asked == list(range(cache.shape.layers))
 

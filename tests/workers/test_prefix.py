@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from kernels.api import TokenSource
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.arena import Arena
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
 from workers.cache.prefix import PrefixIndex, PrefixRow
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.stages.registry import build
 
 SHAPE = CacheShape(layers=2, kv_heads=2, query_heads=4, head_dim=16, dtype=torch.float32)

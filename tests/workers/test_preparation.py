@@ -13,7 +13,7 @@ from kvpilot.v1 import policy_pb2
 from tests.tiny import Drive, prompt, reference, tiny_engine, tiny_model
 from tests.workers.test_switch import IDS, check_tables, decoding, logits_now
 from workers.cache.arena import TierFullError
-from workers.cache.kvcache import Occasion
+from workers.cache.sequence_cache import Occasion
 from workers.errors import (
     DEADLINE_EXCEEDED,
     FAILED_PRECONDITION,

@@ -13,7 +13,8 @@ from tests.tiny import prompt
 from tests.workers.test_evictors import GROUP, HEADS, LAYERS, LOADED, PROMPT, Reference, reference_of, serve, view
 from tests.workers.test_evictors import asked as asked  # a fixture
 from workers.cache.accounting import CacheUse
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.runner import ModelRunner
 from workers.expected import expected_use

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from kernels.layout import BLOCK_TOKENS, Format
 from tests.tiny import Drive, prompt, tiny_engine, tiny_loaded
 from tests.workers.test_selecting import SHAPE, Steps, numbers, step_numbers
-from workers.cache.kvcache import Occasion
+from workers.cache.sequence_cache import Occasion
 from workers.engine.guessing import QueryGuesser
 from workers.stages.registry import build
 

@@ -14,7 +14,7 @@ from kvpilot.v1 import generation_pb2, job_pb2
 from models.features import NAMES, SCHEMA_HASH
 from tests.tiny import Drive, Outcome, prompt, run, tiny_engine, tiny_model
 from tests.workers.backtest import Look
-from workers.cache.kvcache import Occasion
+from workers.cache.sequence_cache import Occasion
 from workers.engine.scoring import divergences
 from workers.errors import ProblemError
 from workers.signals import prompt_statistics

@@ -12,7 +12,8 @@ import torch
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kvpilot.v1 import generation_pb2, job_pb2
 from tests.tiny import Drive, prompt, run, tiny_engine
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.stages.registry import build
 
 SHAPE = CacheShape(layers=3, kv_heads=2, query_heads=6, head_dim=16, dtype=torch.float32)

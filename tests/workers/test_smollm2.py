@@ -13,7 +13,7 @@ from kernels.layout import BLOCK_TOKENS, Format
 from tests.tiny import Drive, reference, run
 from tests.workers.test_switch import logits_now
 from workers.cache.accounting import TABLE_BYTES_PER_BLOCK
-from workers.cache.kvcache import Occasion
+from workers.cache.sequence_cache import Occasion
 from workers.engine.engine import Engine
 from workers.engine.runner import LoadedModel, load_model
 from workers.settings import WorkerSettings

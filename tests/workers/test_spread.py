@@ -12,7 +12,8 @@ import torch
 from kernels.layout import BLOCK_TOKENS, CacheShape, Tier
 from tests.tiny import Drive, prompt, run, tiny_engine, tiny_loaded
 from workers.cache.disk import DiskStore
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.engine import Engine
 from workers.engine.memory import with_less_on_device
 from workers.errors import ProblemError

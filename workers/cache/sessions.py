@@ -26,7 +26,8 @@ from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kvpilot.v1 import policy_pb2
 from workers.cache.arena import Lot, TierFullError
 from workers.cache.disk import Batch, CorruptBlockError, DiskFullError, DiskStore
-from workers.cache.kvcache import KVCache, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import SequenceCache
 from workers.cache.shadow import Shadow
 
 PIECE_BYTES = 8 << 20

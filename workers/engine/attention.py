@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 
 from kernels.api import F32, DecodePlan
 from kernels.layout import CacheShape
-from workers.cache.kvcache import CacheContext, KVCache
+from workers.cache.context import CacheContext
+from workers.cache.kvcache import KVCache
 from workers.cache.reading import StepReading
 from workers.cache.recent import RECENT_QUERIES
 from workers.stages.evict.snapkv import OBSERVATION_WINDOW

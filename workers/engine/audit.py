@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 import torch
 
 from kvpilot.v1 import policy_pb2
-from workers.cache.kvcache import KVCache, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import SequenceCache
 from workers.cache.staging import DamagedCacheError
 from workers.engine.reports import Reporter
 from workers.engine.runner import ModelRunner

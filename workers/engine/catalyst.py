@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from workers.cache.kvcache import SequenceCache
 from workers.cache.selection import Queries
+from workers.cache.sequence_cache import SequenceCache
 from workers.engine.repeating import turn
 from workers.engine.runner import LoadedModel, ModelRunner
 

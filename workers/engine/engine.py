@@ -20,7 +20,8 @@ from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.bandwidth import copy_rate
 from workers.cache.arena import TierFullError
 from workers.cache.disk import DiskCounts, DiskStore
-from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion
 from workers.cache.sessions import ParkedSessions
 from workers.cache.staging import DamagedCacheError
 from workers.engine.api import Event

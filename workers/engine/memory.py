@@ -19,7 +19,8 @@ import structlog
 
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arena import TierFullError
-from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion
 from workers.cache.sessions import ParkedSessions
 from workers.cache.staging import DamagedCacheError
 from workers.cache.style import largest_format

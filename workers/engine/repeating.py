@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arena import TierFullError
-from workers.cache.kvcache import KVCache, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import SequenceCache
 from workers.engine.attention import causal
 from workers.engine.runner import LoadedModel, ModelRunner
 from workers.engine.scoring import Context

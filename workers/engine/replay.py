@@ -26,7 +26,8 @@ from kernels.layout import BLOCK_TOKENS
 from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
 from models.features import SCHEMA_HASH, FeatureBuilder
 from workers.cache.arena import TierFullError
-from workers.cache.kvcache import KVCache, Occasion, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.cache.staging import DamagedCacheError
 from workers.engine.repeating import Repetition, Words, is_missing
 from workers.engine.runner import ModelRunner

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kernels.api import DecodePlan
-from workers.cache.kvcache import KVCache, SequenceCache
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import SequenceCache
 from workers.engine.attention import (
     ATTENTION_NAME,
     STEP_ARGUMENT,

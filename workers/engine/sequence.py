@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
-from workers.cache.kvcache import SequenceCache
+from workers.cache.sequence_cache import SequenceCache
 from workers.cache.sessions import SessionKey
 from workers.engine.sampler import SamplingParameters
 from workers.engine.text import TextStream

@@ -29,7 +29,8 @@ import structlog
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, policy_pb2
 from workers.cache.arena import TierFullError
-from workers.cache.kvcache import KVCache, Occasion
+from workers.cache.kvcache import KVCache
+from workers.cache.sequence_cache import Occasion
 from workers.cache.staging import DamagedCacheError
 from workers.engine.pace import Pace
 from workers.engine.repeating import Repeater, is_behind, is_missing

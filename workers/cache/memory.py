@@ -1,0 +1,195 @@
+"""What the cache of a worker lives in, and what all that work on it need to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from kernels.api import I32, Backend, Tables, TokenSource
+from kernels.backends import make_backend
+from kernels.layout import BLOCK_TOKENS, BlockFormat, CacheShape, Format, Tier
+from workers.cache.accounting import CacheUse, measure
+from workers.cache.arena import Arena, Lot
+from workers.cache.arrangement import Mask, Tokens, block_count, blocks_of
+from workers.cache.blocks import BlockStore, Notes, Owners
+from workers.cache.disk import DiskStore
+from workers.cache.disk_tier import DiskTier
+from workers.cache.pool import RecallCounts
+from workers.cache.prefix import PrefixIndex
+from workers.cache.preparation import I64
+from workers.cache.recent import RecentQueries
+from workers.cache.selection import Queries
+from workers.cache.sequence_cache import SequenceCache
+from workers.cache.staging import Recalls, Sources, Staging
+from workers.cache.style import Style, styles_of
+from workers.profile.profile import ModelProfile
+from workers.stages.base import Pipeline
+
+
+class CacheMemory:
+    """Tiers, tables, kernels, and what is kept beside them; where a request's blocks are in it.
+
+    Args:
+        shape: the model's cache dimensions.
+        device_bytes, host_bytes: tier budgets, rounded down to whole pages.
+        slots: most requests at once.
+        max_tokens: longest request.
+        model: name that prefixes are hashed with.
+        device: where the device tier lives.
+        backend: kernel backend, see ``kernels.backends``.
+        profile: the model's, for stages that need it.
+        disk: files of the disk tier; None: there is no such tier.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        device_bytes: int,
+        host_bytes: int,
+        slots: int,
+        max_tokens: int,
+        model: str,
+        device: torch.device,
+        backend: str = "auto",
+        profile: ModelProfile | None = None,
+        disk: DiskStore | None = None,
+    ) -> None:
+        self.shape = shape
+        self.profile = profile
+        self.device = Arena(Tier.DEVICE, device_bytes, shape, device)
+        self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
+        self.tables = Tables.allocate(slots, shape, max_tokens)
+        self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self.near = make_backend("cpu", shape, (nothing, self.host.data), self.tables)
+        """Kernels beside the host tier, which read nothing else."""
+        self.blocks = BlockStore(backend, self.backend, profile)
+        self.prefixes = PrefixIndex(self.device, model)
+        self.recent = RecentQueries(shape, device)
+        self.recalled = RecallCounts()
+        self.scaling = shape.head_dim**-0.5
+        """The model's factor on attention scores; its attention says if it is another one."""
+        self.catalyse: Callable[[SequenceCache], Queries] | None = None
+        """Runs a catalyst prompt behind a request, without a trace, and gives its queries; None: no model, or none
+        that has words. The last queries then stand in."""
+        self.disk = DiskTier(disk, shape) if disk else None
+        self.recalls = Recalls()
+        self.arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
+        self.by_tier: dict[Tier, Arena | DiskTier] = {**self.arenas, **({Tier.DISK: self.disk} if self.disk else {})}
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self.row_blocks = shape.layers * shape.kv_heads
+        """Blocks of 32 tokens in all tables."""
+
+    @property
+    def tiers(self) -> tuple[Arena | DiskTier, ...]:
+        """What blocks live on, the fastest first."""
+        return tuple(self.by_tier.values())
+
+    def settle(self, seq: SequenceCache) -> None:
+        """Brings the request's masses and votes in the tables up to date with the steps it has taken part in."""
+        self.backend.settle(np.array([seq.slot], np.int32))
+        if seq.coded:
+            seq.coded.settle()
+
+    def sources(self, seq: SequenceCache) -> Sources:
+        """Reads and rebuilds a request's tokens wherever they are."""
+        return Sources(self.blocks, seq.staging)
+
+    def styles(self, seq: SequenceCache, pipeline: Pipeline) -> tuple[Style, ...]:
+        """How a pipeline wants a request's blocks, by layer."""
+        return styles_of(pipeline, self.shape, seq.seen, self.profile)
+
+    def notes(
+        self, seq: SequenceCache, fmt: BlockFormat, layer: I64, head: I64, index: I64, moved: Tokens | None = None
+    ) -> Notes | None:
+        """What a codec may know of blocks to build, which will be in these places [N]; None for kernels' formats."""
+        if isinstance(fmt, Format):
+            return None
+        tables = self.tables
+        mass, votes = (moved.mass, moved.votes) if moved else (tables.mass[seq.slot], tables.votes[seq.slot])
+        by_block = (*mass.shape[:2], -1, BLOCK_TOKENS)
+        return Notes(
+            mass.reshape(by_block)[layer, head, index],
+            votes.reshape(by_block)[layer, head, index].astype(np.float32),
+            seq.seen,
+            partial(self.recent.read, seq.slot),
+        )
+
+    def staging(self, seq: SequenceCache) -> Staging:
+        """An empty staging area for a request, which takes memory as it is resized."""
+        assert self.disk is not None
+        gpu = self.device.data.device.type != "cpu"
+        return Staging(self.disk, self.host, self.tables, seq.slot, self.recalls, partial(self._recover, seq), gpu)
+
+    def _recover(self, seq: SequenceCache, where: tuple[int, int, int], fmt: BlockFormat, address: int) -> bool:
+        """Builds a full block anew at a host address, from the exact copy. False: it does not have these tokens."""
+        shadow = seq.shadow
+        layer, head, index = where
+        position = self.tables.position[seq.slot, layer, head, index * BLOCK_TOKENS :][:BLOCK_TOKENS]
+        if shadow is None or position[-1] >= shadow.rows * BLOCK_TOKENS:
+            return False
+        source = TokenSource(
+            shadow.address[position // BLOCK_TOKENS, layer, head][None],
+            np.full((1, BLOCK_TOKENS), Format.RAW, np.uint8),
+            np.full((1, BLOCK_TOKENS), Tier.HOST, np.uint8),
+            (position % BLOCK_TOKENS).astype(np.uint8)[None],
+        )
+        of_layer, of_head, place = (np.array([number]) for number in where)
+        owners, notes = Owners(of_layer, of_head, position[None]), self.notes(seq, fmt, of_layer, of_head, place)
+        self.blocks.transcode(source, fmt, Tier.HOST, np.array([address], np.int32), owners, notes)
+        return True
+
+    def count_moves(self, source: TokenSource, tier: Tier, fmt: BlockFormat) -> None:
+        """Blocks by where they come from and where they go, in bytes of what is stored there."""
+        for origin, blocks in zip(*np.unique(source.tier[:, 0], return_counts=True), strict=True):
+            self.recalls.moved_bytes[Tier(origin), tier] += int(blocks) * self.shape.block_bytes(fmt)
+
+    def worst_bytes(self, tokens: int) -> int:
+        """Device bytes that so many raw tokens take, in whole pages."""
+        pages = self.device.pages_needed(None, Format.RAW, self.row_blocks)
+        return -(-tokens // BLOCK_TOKENS) * pages * self.device.page_bytes
+
+    def measure(self, seq: SequenceCache) -> CacheUse:
+        """Bytes a request takes now, without its peak."""
+        now = blocks_of(self.tables, seq.slot)
+        own = len(self.host.owned(now.on(Tier.HOST)))
+        referred = len(now.on(Tier.HOST)) - own
+        shadow_bytes = seq.shadow.nbytes - referred * self.shape.block_bytes(Format.RAW) if seq.shadow else 0
+        use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes)
+        if seq.staging:
+            use = replace(use, host_bytes=use.host_bytes + seq.staging.nbytes)
+        if seq.selective:
+            use = use.plus_device_bytes(*seq.selective.nbytes())
+        ahead = seq.preparation
+        return (
+            use.plus_built_ahead(self.shape, ahead.format[: ahead.built], ahead.tier[: ahead.built]) if ahead else use
+        )
+
+    def note_peak(self, seq: SequenceCache, extra_rows: I32 | None = None) -> None:
+        """Counts in the peak what a request takes now, and blocks [L, H] that are reserved behind its tables."""
+        now = self.measure(seq)
+        if extra_rows is not None:  # reserved, but not yet counted by the tables' lengths
+            now = now.plus_raw_device_blocks(self.shape, int(extra_rows.sum()))
+        seq.peak = seq.peak.peak_with(now)
+
+    def lot(self, seq: SequenceCache, tier: Tier, fmt: BlockFormat) -> Lot:
+        """A request's own lot of a format on a tier."""
+        return seq.lots.setdefault((tier, fmt), self.arenas[tier].open_lot(fmt))
+
+    def valid(self, seq: SequenceCache) -> Mask:
+        """[L, H, B] which entries of a request's tables are blocks."""
+        return np.arange(self.tables.address.shape[3]) < block_count(self.tables.length[seq.slot])[..., None]
+
+    def beyond(self, seq: SequenceCache, length: I32) -> Mask:
+        """[L, H, B] which blocks are reserved behind tables of that length."""
+        index = np.arange(self.tables.address.shape[3])
+        return (index >= block_count(length)[..., None]) & (index < block_count(length + seq.reserved)[..., None])
+
+    def positions(self, seq: SequenceCache) -> I32:
+        """[L, H, T] original positions of the tokens in a request's tables."""
+        count = int(self.tables.length[seq.slot].max(initial=0))
+        return self.tables.position[seq.slot, :, :, :count]
