@@ -11,6 +11,7 @@ from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arrangement import Blocks
 from workers.cache.digests import digest_bytes
+from workers.cache.recall import layers_of
 from workers.cache.staging import needed, staging_bytes
 from workers.cache.style import largest_format, styles_of, wanted
 from workers.profile.profile import ModelProfile, names_of
@@ -52,8 +53,9 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
     if isinstance(placer, Selector):
         pooled = largest_format(pipeline, shape)
         older = max(0, int(length.max(initial=0)) - placer.always()) // BLOCK_TOKENS
-        digests = digest_bytes(placer.digests, shape, older)
-        places = placer.pool_blocks(older) * length.size
+        layers = int(layers_of(placer, shape, profile).sum())
+        digests = digest_bytes(placer.digests, shape, layers, older)
+        places = placer.pool_blocks(older) * layers * shape.kv_heads
         sizes = (shape.block_bytes(pooled), shape.block_bytes_16bit(pooled))
         use = use.plus_device_bytes(*(more + places * size for more, size in zip(digests, sizes, strict=True)))
     staged = staging_bytes(shape, needed(Blocks(length, np.zeros(valid.shape, np.int32), format_, tier)))

@@ -205,7 +205,9 @@ STORES: list[DiskStore] = []
 
 def make_cache(shape: CacheShape = SHAPE, backend: str = "cpu", host_bytes: int = 4 << 20) -> KVCache:
     STORES.append(DiskStore(Path(FOLDER.name), 4 << 20))
-    sizes, profile = (4 << 20, host_bytes, 2, 512), tiny_profile(shape)
+    sizes, found = (4 << 20, host_bytes, 2, 512), tiny_profile(shape)
+    differing = {"concentration": torch.linspace(0.5, 1, shape.layers)}  # of random weights all are about the same
+    profile = dataclasses.replace(found, tensors={**found.tensors, **differing})
     return KVCache(shape, *sizes, "m", torch.device("cpu"), backend, profile, STORES[-1])
 
 
@@ -451,7 +453,9 @@ def read_bytes(world: World) -> tuple[int, int]:
     shape, reader = world.shape, world.seq.selective
     if reader is None:
         return 0, 0
-    heads, places = len(world.heads), reader.pool.places
+    profile, places = world.cache.profile, reader.pool.places
+    choosing = [reader.stage.selects_in(LayerPlace(n, shape, 0, profile.layer(n))) for n in range(shape.layers)]
+    heads = sum(choosing) * shape.kv_heads
     lengths = world.cache.tables.length[world.seq.slot]
     blocks = max(0, int(lengths.max()) - reader.stage.always()) // BLOCK_TOKENS
     room = math.ceil(blocks / 16) * 16 * heads
@@ -478,7 +482,8 @@ def test_applying_twice_is_applying_once(text: str) -> None:
     codec, evictor = world.pipeline(text).codec, world.pipeline(text).evictor
     # blocks nearly as large as raw ones fill pages less evenly; tables of different lengths leave holes until the same
     # number again of their few pages is taken, and then no more
-    spare_pages = 6 if evictor and evictor.rule == PER_HEAD else 3 if isinstance(codec, Coded) else 1
+    by_layer = codec is not None and type(codec).ages is not Codec.ages  # raw blocks beside others: more pages' ends
+    spare_pages = 6 if evictor and evictor.rule == PER_HEAD else 3 if isinstance(codec, Coded) or by_layer else 1
     for _ in range(16):
         world.apply(text)
         for arena, before in zip(arenas, used, strict=True):  # new blocks are built beside the old: other pages' ends

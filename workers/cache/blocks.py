@@ -58,7 +58,7 @@ class BlockStore:
     """
 
     def __init__(self, name: str, backend: Backend, profile: ModelProfile | None = None) -> None:
-        self._profile = profile
+        self.profile = profile
         self.backend = backend
         self.shape = backend.shape
         self._name = name
@@ -146,7 +146,7 @@ class BlockStore:
             bases = np.array([arena.data_ptr() for arena in backend.arenas], np.int64)
             memory = torch.from_numpy(bases[tier] + address.astype(np.int64) * UNIT_BYTES)
         places = self._places(Owners(np.full(len(head), layer), head, position[head, index]), device)
-        return CodedBlocks(self.shape, places.layer, places.head, places.position, codes, memory, profile=self._profile)
+        return CodedBlocks(self.shape, places.layer, places.head, places.position, codes, memory, profile=self.profile)
 
     def _encode(
         self, k: torch.Tensor, v: torch.Tensor, fmt: BlockFormat, owners: Owners, notes: Notes | None, index: I64
@@ -168,7 +168,7 @@ class BlockStore:
                     votes,
                     notes.seen,
                     notes.queries,
-                    profile=self._profile,
+                    profile=self.profile,
                 )
             )
         raw = torch.cat([part.contiguous().flatten(1).view(torch.uint8) for part in (k, v)], 1)
@@ -191,7 +191,7 @@ class BlockStore:
             torch.from_numpy(np.asarray(part, np.int64)).to(device)
             for part in (owners.layer, owners.head, np.maximum(owners.position, 0))
         )
-        return BlockPlaces(self.shape, layer, head, position, profile=self._profile)
+        return BlockPlaces(self.shape, layer, head, position, profile=self.profile)
 
 
 def whole_blocks(source: TokenSource) -> Mask:

@@ -16,6 +16,8 @@ from workers.cache.arrangement import ROWS, Mask
 from workers.cache.blocks import BlockStore, Owners
 from workers.cache.digests import Digests, digest
 from workers.cache.pool import RecallCounts, RecallPool
+from workers.profile.profile import ModelProfile
+from workers.stages.base import LayerPlace
 from workers.stages.selecting import BlockView, Digest, Selector
 
 
@@ -34,6 +36,12 @@ class _Asked:
 
     q: torch.Tensor  # [query_heads, D]
     read: torch.Tensor  # bool [H, B]
+
+
+def layers_of(stage: Selector, shape: CacheShape, profile: ModelProfile | None) -> Mask:
+    """Bool [L] in which layers queries choose what they read."""
+    places = (LayerPlace(index, shape, 0, profile.layer(index) if profile else None) for index in range(shape.layers))
+    return np.array([stage.selects_in(place) for place in places])
 
 
 class SelectiveReader:
@@ -60,8 +68,9 @@ class SelectiveReader:
         self._shape: CacheShape = backend.shape
         self._device = device.data.device
         self._counts = counts
-        self.digests = Digests(stage.digests, self._shape, self._device)
-        self.pool = RecallPool(device, backend, self._shape, fmt, counts)
+        self._layers = layers_of(stage, self._shape, blocks.profile)
+        self.digests = Digests(stage.digests, self._shape, self._layers, self._device)
+        self.pool = RecallPool(device, backend, self._shape, self._layers, fmt, counts)
         self._asked: dict[int, _Asked] = {}
         self._guessed: dict[int, _Asked] = {}
         self._saved: _Saved | None = None
@@ -82,7 +91,8 @@ class SelectiveReader:
         for layer in range(self._shape.layers):
             if anew or others[layer]:
                 self._asked.pop(layer, None)
-            self._digest(layer)
+            if self._layers[layer]:
+                self._digest(layer)
         self.pool.resize(self.stage.pool_blocks(int(self._older(tables.length[slot]).max())))
 
     def nbytes(self) -> tuple[int, int]:
@@ -100,6 +110,8 @@ class SelectiveReader:
 
     def foresee(self, layer: int, q: torch.Tensor, scaling: float) -> None:
         """Takes a guess [1, query_heads, D] of a layer's query before it comes, and fetches what that would read."""
+        if not self._layers[layer]:
+            return
         length = self._tables.length[self._slot, layer]
         self._digest(layer)
         read = self._choose(layer, q[0], length, scaling, self._asked.get(layer))
@@ -109,6 +121,8 @@ class SelectiveReader:
 
     def before(self, layer: int, q: torch.Tensor, scaling: float) -> None:
         """See ``workers.cache.reading.Reader.before``."""
+        if not self._layers[layer]:
+            return
         tables, slot = self._tables, self._slot
         length = tables.length[slot, layer]
         self._digest(layer)
@@ -240,7 +254,7 @@ class SelectiveReader:
         Returns:
             bool [H, S, T + S], of which later tokens are not taken out. None: everything.
         """
-        if q is None:
+        if q is None or not self._layers[layer]:
             return None
         length = self._tables.length[self._slot, layer]
         steps = q.shape[1]

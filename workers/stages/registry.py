@@ -26,6 +26,7 @@ from workers.stages.compress.int8 import Int8
 from workers.stages.compress.kivi import Kivi
 from workers.stages.compress.kvquant import KVQuant
 from workers.stages.compress.lowrank import LowRank
+from workers.stages.compress.quantdense import QuantDense
 from workers.stages.compress.think import ThinK
 from workers.stages.compress.turboquant import TurboQuant
 from workers.stages.compress.zipcache import ZipCache
@@ -57,6 +58,7 @@ from workers.stages.offload.host import Host
 from workers.stages.offload.infinigen import InfiniGen
 from workers.stages.offload.neardata import NearData
 from workers.stages.offload.quest import Quest
+from workers.stages.offload.recallsparse import RecallSparse
 from workers.stages.offload.spread import Spread
 
 BUILT_IN: tuple[type[Stage], ...] = (
@@ -91,6 +93,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     ZipCache,
     LowRank,
     KVQuant,
+    QuantDense,
     Host,
     Disk,
     Spread,
@@ -100,6 +103,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     InfiniGen,
     CLO,
     Conversation,
+    RecallSparse,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
