@@ -14,6 +14,7 @@ from kvpilot.v1 import generation_pb2, job_pb2
 from tests.tiny import Drive, prompt, run, tiny_engine
 from workers.cache.kvcache import KVCache
 from workers.cache.sequence_cache import Occasion, SequenceCache
+from workers.profile.profile import ModelProfile, names_of
 from workers.stages.registry import build
 
 SHAPE = CacheShape(layers=3, kv_heads=2, query_heads=6, head_dim=16, dtype=torch.float32)
@@ -32,9 +33,17 @@ def _one_torch_thread() -> Iterator[None]:
 class Steps:
     """A cache with one request in it, of given keys and values [layers, kv_heads, tokens, D], and its decode steps."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, text: str, backend: str = "cpu", **cache: int) -> None:
+    def __init__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        text: str,
+        backend: str = "cpu",
+        profile: ModelProfile | None = None,
+        **cache: int,
+    ) -> None:
         sizes = {"device_bytes": 8 << 20, "host_bytes": 8 << 20} | cache
-        self.cache = KVCache(SHAPE, *sizes.values(), 2, 2048, "m", torch.device("cpu"), backend)
+        self.cache = KVCache(SHAPE, *sizes.values(), 2, 2048, "m", torch.device("cpu"), backend, profile)
         self.k, self.v = k, v
         self.copies = 0
         self.seq: SequenceCache = self.cache.open(2048)
@@ -42,7 +51,7 @@ class Steps:
         self.cache.advance(self.seq, k.shape[2])
         for layer in range(SHAPE.layers):
             self.cache.backend.write(self.seq.slot, layer, 0, k[layer], v[layer])
-        self.pipeline = build(text, SHAPE)
+        self.pipeline = build(text, SHAPE, names_of(profile))
         self.cache.apply(self.seq, self.pipeline, Occasion.PROMPT)
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, list[np.ndarray]]:
