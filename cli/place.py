@@ -18,8 +18,8 @@ from cli.errors import BadInputError
 from cli.recipes import Setting
 from kernels.layout import Tier
 from kvpilot.pipeline import PipelineError
-from workers.bandwidth import copy_rate
 from workers.cache.disk import DiskStore
+from workers.engine.bandwidth import copy_rate
 from workers.placement import DoesNotFitError, Placement, demand_of, pipeline_of, solve
 from workers.stages.base import Codec
 from workers.stages.registry import build

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from concurrent.futures import wait
 
 import numpy as np
 import structlog
 import torch
 
-from kernels.api import F32, I32, U8
+from kernels.api import F32, U8
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kvpilot.v1 import policy_pb2
-from workers.cache.arena import Lot, TierFullError
+from workers.cache.arena import TierFullError
 from workers.cache.disk import Batch, CorruptBlockError, DiskFullError, DiskStore
 from workers.cache.kvcache import KVCache
+from workers.cache.parked import Leaving, Parked, Piece, SessionCounts, SessionKey
 from workers.cache.sequence_cache import SequenceCache
 from workers.cache.shadow import Shadow
 
@@ -50,83 +49,6 @@ READ_AHEAD = 2
 """Pieces read from disk at a time."""
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class SessionKey:
-    """Whose session it is, and its name: callers never meet each other's."""
-
-    caller: str
-    session_id: str
-
-
-@dataclass
-class SessionCounts:
-    """What became of sessions so far."""
-
-    parked: int = 0
-    """Turns whose rows were kept."""
-    restored: int = 0
-    """Turns that began with rows of the one before."""
-    restored_tokens: int = 0
-    dropped: int = 0
-    """Pieces that were given up for want of room."""
-    expired: int = 0
-    corrupt: int = 0
-    """Pieces that a disk did not give back as they were; what they held was computed again."""
-
-
-@dataclass(eq=False)
-class _Piece:
-    """Adjacent rows, on the host, on disk, or both while they move."""
-
-    rows: int
-    address: I32 | None  # [rows, L, H] on the host
-    batch: Batch | None = None
-    leaving: bool = False
-    """Whether it is to leave the host as soon as it is written."""
-
-
-@dataclass(eq=False)
-class _Parked:
-    """One session."""
-
-    token_ids: I32  # those of its rows
-    lot: Lot
-    pieces: list[_Piece]
-    row_mass: F32 | None
-    """[L, H, T] what the queries of its first T tokens pay to each; evictors that go by the whole prompt's attention
-    start from there, or they would decide otherwise than in a cold run."""
-    since_s: float
-    """When it was parked, or last asked for."""
-    wanted_rows: int = 0
-    """What a request waits for; 0: none does. It keeps its place on the host meanwhile."""
-    reads: deque[tuple[_Piece, Future[U8]]] = field(default_factory=deque)
-
-    def usable(self, rows: int, with_mass: bool) -> int:
-        """How many of its first rows a request can start from: where masses are needed, as many as they are of."""
-        if not with_mass:
-            return rows
-        whole = self.row_mass.shape[2] // BLOCK_TOKENS if self.row_mass is not None else 0
-        return whole if whole <= rows else 0
-
-    def host_rows(self) -> int:
-        """Rows from the first on that are on the host."""
-        rows = 0
-        for piece in self.pieces:
-            if piece.address is None:
-                break
-            rows += piece.rows
-        return rows
-
-
-@dataclass(eq=False)
-class _Leaving:
-    """A turn that has ended, whose rows are being copied to the host."""
-
-    key: SessionKey
-    token_ids: list[int]
-    cache: SequenceCache
 
 
 class ParkedSessions:
@@ -158,10 +80,10 @@ class ParkedSessions:
         self._disk = disk
         self._host_s, self._keep_s = host_s, keep_s
         self._wake, self._clock = wake, clock
-        self._entries: dict[SessionKey, _Parked] = {}  # the longest unused one first
-        self._leaving: _Leaving | None = None
+        self._entries: dict[SessionKey, Parked] = {}  # the longest unused one first
+        self._leaving: Leaving | None = None
         self._told, self._told_s = policy_pb2.ParkedSessions(), -math.inf
-        self._writing: list[tuple[_Parked, _Piece, Batch]] = []
+        self._writing: list[tuple[Parked, Piece, Batch]] = []
         self._next_scan_s = self._disk_rests_s = -math.inf
         shape = cache.shape
         self._row_blocks = shape.layers * shape.kv_heads
@@ -223,7 +145,7 @@ class ParkedSessions:
         turn that leaves none (its tokens were rounded or evicted for good) leaves that as it is.
         """
         self.conclude()
-        self._leaving = _Leaving(key, list(token_ids), cache)
+        self._leaving = Leaving(key, list(token_ids), cache)
 
     @property
     def parking(self) -> bool:
@@ -244,11 +166,11 @@ class ParkedSessions:
             self._cut(key, 0)
         shadow.lot.borrowed = False
         rows = shadow.address[: shadow.rows]
-        self._entries[key] = _Parked(
+        self._entries[key] = Parked(
             np.array(token_ids[: shadow.rows * BLOCK_TOKENS], np.int32),
             shadow.lot,
             [
-                _Piece(len(piece), piece)
+                Piece(len(piece), piece)
                 for piece in (rows[at : at + self._piece_rows].copy() for at in range(0, shadow.rows, self._piece_rows))
             ],
             row_mass,
@@ -257,7 +179,7 @@ class ParkedSessions:
         self.counts.parked += 1
         return True
 
-    def _find(self, key: SessionKey) -> _Parked | None:
+    def _find(self, key: SessionKey) -> Parked | None:
         if self._leaving and self._leaving.key == key:
             self.conclude()
         return self._entries.get(key)
@@ -265,7 +187,7 @@ class ParkedSessions:
     def ready_rows(self, key: SessionKey, token_ids: Sequence[int], with_mass: bool = False) -> int:
         """Rows that :meth:`take` would give now."""
         entry = self._find(key)
-        return entry.usable(min(_common_rows(entry, token_ids), entry.host_rows()), with_mass) if entry else 0
+        return entry.usable(min(entry.common_rows(token_ids), entry.host_rows()), with_mass) if entry else 0
 
     def take(
         self, key: SessionKey, token_ids: Sequence[int], max_tokens: int, with_mass: bool = False
@@ -306,7 +228,7 @@ class ParkedSessions:
             beyond_rows: rows that it can have from elsewhere; the session is left alone if it has no more.
         """
         entry = self._find(key)
-        rows = entry.usable(_common_rows(entry, token_ids), with_mass) if entry else 0
+        rows = entry.usable(entry.common_rows(token_ids), with_mass) if entry else 0
         if entry is None or rows <= beyond_rows:
             return False
         self._entries[key] = self._entries.pop(key)  # the last to give way
@@ -401,7 +323,7 @@ class ParkedSessions:
 
     # -- to disk -------------------------------------------------------------------------------------------------------
 
-    def _move_on(self, key: SessionKey, entry: _Parked) -> None:
+    def _move_on(self, key: SessionKey, entry: Parked) -> None:
         """Starts to write a session's next piece, the last first. What is written leaves the host."""
         for piece in reversed(entry.pieces):
             if piece.address is None:
@@ -420,7 +342,7 @@ class ParkedSessions:
     def _staged_bytes(self) -> int:
         return sum(batch.nbytes for _, _, batch in self._writing)
 
-    def _stage(self, key: SessionKey, entry: _Parked, piece: _Piece, deadline: float | None = None) -> bool:
+    def _stage(self, key: SessionKey, entry: Parked, piece: Piece, deadline: float | None = None) -> bool:
         """Copies a piece and starts to write the copy. False: the disk is full, has failed or does not keep up."""
         if self._disk is None or self._clock() < self._disk_rests_s:
             return False
@@ -464,14 +386,14 @@ class ParkedSessions:
                 self._drop(key, entry.pieces.index(piece))
         return bool(ended)
 
-    def _leave_host(self, piece: _Piece) -> None:
+    def _leave_host(self, piece: Piece) -> None:
         if piece.address is not None:
             self._arena.release(piece.address.reshape(-1))
             piece.address, piece.leaving = None, False
 
     # -- from disk -----------------------------------------------------------------------------------------------------
 
-    def _read_on(self, key: SessionKey, entry: _Parked) -> None:
+    def _read_on(self, key: SessionKey, entry: Parked) -> None:
         """Brings pieces that have been read to the host, and starts to read the next."""
         while entry.reads and entry.reads[0][1].done():
             piece, found = entry.reads.popleft()
@@ -504,7 +426,7 @@ class ParkedSessions:
         if not missing:
             self._stop_reading(entry)
 
-    def _bring(self, entry: _Parked, piece: _Piece, rows: U8) -> None:
+    def _bring(self, entry: Parked, piece: Piece, rows: U8) -> None:
         address = self._arena.allocate(entry.lot, piece.rows * self._row_blocks)
         blocks = torch.from_numpy(rows.reshape(len(address), -1))
         self._cache.backend.store(Tier.HOST, address, blocks)
@@ -512,7 +434,7 @@ class ParkedSessions:
         piece.address = address.reshape(piece.rows, shape.layers, shape.kv_heads)
         self._free_batch(piece)
 
-    def _stop_reading(self, entry: _Parked) -> None:
+    def _stop_reading(self, entry: Parked) -> None:
         entry.reads.clear()
         entry.wanted_rows = 0
 
@@ -534,15 +456,8 @@ class ParkedSessions:
         if not entry.pieces:
             del self._entries[key]
 
-    def _free_batch(self, piece: _Piece) -> None:
+    def _free_batch(self, piece: Piece) -> None:
         if piece.batch is not None:
             assert self._disk is not None
             self._disk.free(piece.batch)
             piece.batch = None
-
-
-def _common_rows(entry: _Parked, token_ids: Sequence[int]) -> int:
-    """Whole rows that both begin with; at least the last token is left to compute, for its logits."""
-    most = min(len(entry.token_ids), max(0, len(token_ids) - 1)) // BLOCK_TOKENS * BLOCK_TOKENS
-    same = entry.token_ids[:most] == np.asarray(token_ids[:most], np.int32)
-    return (most if same.all() else int(same.argmin())) // BLOCK_TOKENS

@@ -13,22 +13,26 @@ import numba
 import structlog
 import torch
 
-from kernels.layout import BLOCK_TOKENS, Format, Tier
+from kernels.layout import BLOCK_TOKENS, Format
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
-from models.features import SCHEMA_HASH, FeatureBuilder
-from workers.bandwidth import copy_rate
-from workers.cache.arena import TierFullError
+from models.features import FeatureBuilder
 from workers.cache.disk import DiskCounts, DiskStore
 from workers.cache.kvcache import KVCache
 from workers.cache.sequence_cache import Occasion
 from workers.cache.sessions import ParkedSessions
 from workers.cache.staging import DamagedCacheError
+from workers.engine import events
 from workers.engine.api import Event
 from workers.engine.attention import cache_shape
 from workers.engine.audit import Auditor
+from workers.engine.bandwidth import measure_bandwidths
 from workers.engine.catalyst import catalyst
+from workers.engine.description import describe_worker
 from workers.engine.intake import Intake, Limits
+from workers.engine.keeping import Keeper
+from workers.engine.lending import SLOTS as LENDING_SLOTS
+from workers.engine.lending import Lending, weights_to_lend
 from workers.engine.memory import EngineMemory
 from workers.engine.pace import Pace
 from workers.engine.repeating import Repeater, Words, is_missing
@@ -47,12 +51,10 @@ from workers.errors import (
 )
 from workers.profile.profile import names_of
 from workers.settings import ModelDtype, WorkerSettings
-from workers.signals import FAR_HORIZONS_TOKENS
 from workers.signals import warm_up as warm_up_signals
-from workers.stages.base import Evictor, Pipeline
-from workers.stages.registry import build, coded_stages, describe
+from workers.stages.base import Pipeline
+from workers.stages.registry import build
 
-VERSION = "0.1.0"
 IDLE_POLL_S = 0.5
 PARKING_SLOTS = 1
 
@@ -83,6 +85,7 @@ class Engine:
             self._loaded.context_tokens, settings.max_context_tokens or self._loaded.context_tokens
         )
         self._disk = _open_disk(settings)
+        weights = weights_to_lend(self._loaded.model, settings.lendable_layers)
         self.cache = KVCache(
             self.shape,
             settings.device_budget_bytes,
@@ -94,7 +97,9 @@ class Engine:
             settings.kernel_backend.value,
             self._loaded.profile,
             self._disk,
+            [layer.nbytes for layer in weights[LENDING_SLOTS:]],
         )
+        self._lending = Lending(weights, self.cache)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.sessions = ParkedSessions(
             self.cache,
@@ -124,9 +129,10 @@ class Engine:
             lambda seq, pipeline, reason: self._switching.for_pressure(seq, pipeline, reason),
             lambda: self._replayer.give_way() or self._switching.hurry() or self._repeater.give_way(),
             self.sessions,
+            self._lending,
         )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
-        self._bandwidths = _measure_bandwidths(self.cache)
+        self._bandwidths = measure_bandwidths(self.cache)
         self._reporter = Reporter(self.cache, settings.report_interval_tokens)
         self._reporter.sessions = self.sessions
         self._pace = Pace(settings.switch_step_share, settings.switch_least_blocks, self.shape.block_bytes(Format.RAW))
@@ -137,6 +143,7 @@ class Engine:
             self._repeater,
             lambda seq, switch: self._emit(seq, switch=switch),
         )
+        self._keeper = Keeper(self.cache, self._memory, self._switching, self._repeater)
         self._auditor = Auditor(
             self.cache,
             self._runner,
@@ -201,6 +208,8 @@ class Engine:
             self._thread.join(timeout_s)
         if self._disk and not (self._thread and self._thread.is_alive()):
             self._disk.close()
+        if not (self._thread and self._thread.is_alive()):
+            self._lending.close()
         log.info("blocks moved", **self.cache.recalls.summary())
 
     def submit(self, job: job_pb2.Job, emitted: Ids[int] = (), measured: int = 0) -> None:
@@ -260,47 +269,8 @@ class Engine:
         return hello
 
     def _description(self) -> policy_pb2.Hello:
-        shape, limits = self.shape, self._limits()
-        return policy_pb2.Hello(
-            worker=self._settings.name,
-            version=VERSION,
-            model=generation_pb2.Model(
-                name=self._loaded.name,
-                context_tokens=self._context_tokens,
-                vocabulary_size=self._loaded.vocabulary_size,
-                chat=self._loaded.chat,
-                workers=1,
-                stages=self._stages(),
-                default_pipeline=self._intake.default_pipeline.text,
-                capacity_bytes=limits.capacity_bytes,
-                raw_bytes_per_token=limits.bytes_per_token,
-            ),
-            layers=shape.layers,
-            kv_heads=shape.kv_heads,
-            query_heads=shape.query_heads,
-            head_dim=shape.head_dim,
-            raw_dtype=str(shape.dtype).removeprefix("torch."),
-            formats=[*(fmt.name.lower() for fmt in Format), *coded_stages()],
-            tiers=[
-                policy_pb2.Tier(
-                    name=arena.tier.name.lower(),
-                    budget_bytes=arena.budget_bytes,
-                    bandwidth_bytes_per_s=self._bandwidths[arena.tier],
-                )
-                for arena in self.cache.tiers
-            ],
-            far_horizons_tokens=FAR_HORIZONS_TOKENS,
-            feature_schema_hash=SCHEMA_HASH,
-        )
-
-    def _stages(self) -> list[generation_pb2.StageInfo]:
-        """All stages; those that need a disk tier are unfit where there is none."""
-        profiled = names_of(self._loaded.profile)
-        described = describe(self.shape, profiled)
-        for info in described:
-            if not info.unfit and (reason := self.cache.refuses(build(info.name, self.shape, profiled))):
-                info.unfit = reason
-        return described
+        default, limits = self._intake.default_pipeline, self._limits()
+        return describe_worker(self._settings.name, self._loaded, self.cache, limits, default, self._bandwidths)
 
     @property
     def disk_counts(self) -> DiskCounts | None:
@@ -348,6 +318,7 @@ class Engine:
         self._restore()
         self._switching.advance()
         self._drop_damaged()
+        self._memory.balance(self._scheduler.waiting_for_memory)
         began = time.monotonic()
         step = self._scheduler.schedule()
         for seq in step.preempted:
@@ -424,7 +395,7 @@ class Engine:
             self._take_token(seq, choice)
         for seq in sequences:
             if seq.cache and seq.cache.seen % BLOCK_TOKENS == 0 and not self._switching.prepares(seq):
-                self._settle(seq)
+                self._keeper.settle(seq)
         self._drop_damaged()
 
     def _prefill(self, seq: Sequence, count: int) -> None:
@@ -446,7 +417,7 @@ class Engine:
                 logits = self._runner.prefill(seq.cache, chunk, len(seq.token_ids), all_queries, following)
                 seq.computed = end
             if full:
-                self._boil_down(seq)
+                self._keeper.boil_down(seq)
         except DamagedCacheError:
             self._drop_damaged()
             return
@@ -463,16 +434,6 @@ class Engine:
             self._begin_decoding(seq)
         self._take_token(seq, self._sample(logits, [seq])[0])
 
-    def _boil_down(self, seq: Sequence) -> None:
-        """Has an evictor work while the prompt is computed; formats and tiers follow when it is complete."""
-        assert seq.cache is not None
-        stages = Pipeline(tuple(stage for stage in seq.pipeline.stages if isinstance(stage, Evictor)))
-        wanted = stages if seq.pipeline.wants_shadow else stages.without_shadow()
-        try:
-            self.cache.apply(seq.cache, wanted, Occasion.SETTLE)
-        except TierFullError as full:  # it takes more memory until it can be done
-            log.warning("eviction waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
-
     def _repeat(self, seq: Sequence, count: int) -> None:
         """Feeds the next tokens of a text that the model repeats; behind a prompt's last ones its pipeline follows."""
         waits = seq.phase is Phase.REPEAT
@@ -486,7 +447,7 @@ class Engine:
 
     def _begin_decoding(self, seq: Sequence) -> None:
         seq.phase = Phase.DECODE
-        seq.settled = self._try_apply(seq, Occasion.PROMPT)
+        seq.settled = self._keeper.apply(seq, Occasion.PROMPT)
         self._reporter.changed(seq)
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
@@ -505,15 +466,10 @@ class Engine:
         text = ""
         if seq.text and choice.token_id not in seq.stop_token_ids:
             text = seq.text.add(choice.token_id)
-        token = generation_pb2.Token(
-            id=choice.token_id,
-            logprob=choice.logprob,
-            top=[generation_pb2.TopLogprob(id=token_id, logprob=value) for token_id, value in choice.top],
-        )
         reason = self._finish_reason(seq)
         if reason and seq.text:
             text += seq.text.finish()
-        self._emit(seq, tokens=generation_pb2.Tokens(first_index=index, tokens=[token], text=text))
+        self._emit(seq, tokens=generation_pb2.Tokens(first_index=index, tokens=[events.token(choice)], text=text))
         if reason:
             self._finish(seq, reason)
 
@@ -525,43 +481,6 @@ class Engine:
         if seq.generated >= seq.max_tokens:
             return generation_pb2.FINISH_REASON_LENGTH
         return generation_pb2.FINISH_REASON_UNSPECIFIED
-
-    # -- pipelines -----------------------------------------------------------------------------------------------------
-
-    def _settle(self, seq: Sequence) -> None:
-        """Keeps a request's blocks where its pipeline wants them, as tokens come."""
-        assert seq.cache is not None
-        home = seq.pinned.without_shadow() if seq.pinned and seq.cache.lost else seq.pinned
-        if home and seq.pipeline != home and self._roomy(seq):
-            self._switching.for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
-        elif not seq.settled and is_missing(seq.cache, seq.pipeline):
-            if not seq.to_repeat:
-                self._repeater.begin(seq, seq.pipeline)
-        elif not seq.settled:
-            seq.settled = self._try_apply(seq, Occasion.SWITCH)
-        elif not seq.pipeline.is_full:
-            seq.settled = self._try_apply(seq, Occasion.SETTLE)
-
-    def _roomy(self, seq: Sequence) -> bool:
-        """Whether a request could hold everything on the device and leave twice the watermark free."""
-        needed = self.cache.worst_bytes(len(seq.token_ids)) + 2 * self._memory.watermark_bytes()
-        return self._memory.free_bytes() >= needed
-
-    def _try_apply(self, seq: Sequence, occasion: Occasion) -> bool:
-        assert seq.cache is not None
-        if occasion is not Occasion.SETTLE and is_missing(seq.cache, seq.pipeline):
-            write = log.warning if seq.settled else log.debug
-            write("pipeline waits for room to repeat the text", job=seq.job_id, pipeline=seq.pipeline.text)
-            return False
-        try:
-            self.cache.apply(seq.cache, seq.pipeline, occasion)
-            return True
-        except TierFullError as full:
-            write = log.warning if seq.settled else log.debug  # once, not at every attempt
-            write("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
-            return False
-        except DamagedCacheError:
-            return False  # it is about to begin again
 
     # -- life of a request ---------------------------------------------------------------------------------------------
 
@@ -614,28 +533,7 @@ class Engine:
         self._reporter.ended(seq)
         if seq.text and (rest := seq.text.finish()):
             self._emit(seq, tokens=generation_pb2.Tokens(first_index=seq.generated, text=rest))
-        decoded_s = seq.last_token_time_s - seq.first_token_time_s
-        self._emit(
-            seq,
-            finished=generation_pb2.Finished(
-                reason=reason,
-                problem=seq.problem,
-                usage=generation_pb2.Usage(
-                    prompt_tokens=seq.prompt_tokens,
-                    reused_prompt_tokens=seq.reused_prompt_tokens,
-                    generated_tokens=seq.generated,
-                    preemptions=seq.preemptions,
-                ),
-                cache=cache_bytes,
-                timings=generation_pb2.Timings(
-                    queued_ms=max(0.0, seq.admit_time_s - seq.accept_time_s) * 1e3 if seq.accept_time_s else 0.0,
-                    prefill_ms=max(0.0, seq.first_token_time_s - seq.admit_time_s) * 1e3,
-                    decode_ms=decoded_s * 1e3,
-                ),
-                switches=seq.switches,
-                pipeline=seq.pipeline.text,
-            ),
-        )
+        self._emit(seq, finished=events.finished(seq, reason, cache_bytes))
         with self._lock:
             del self._live[seq.job_id]
 
@@ -669,15 +567,3 @@ def _dtype(settings: WorkerSettings) -> torch.dtype:
     if settings.dtype is not ModelDtype.AUTO:
         return getattr(torch, settings.dtype.value)  # type: ignore[no-any-return]
     return torch.float32 if settings.device == "cpu" else torch.bfloat16
-
-
-def _measure_bandwidths(cache: KVCache) -> dict[Tier, float]:
-    """Copy bandwidth in bytes per second: within the device tier, from the host tier to it, and from disk to memory."""
-    device, host = cache.device.data, cache.host.data
-    size = min(len(device) // 2, 16 << 20)
-    bandwidths = {Tier.DEVICE: copy_rate(device[:size], device[size : 2 * size])}
-    size = min(size, len(host))
-    bandwidths[Tier.HOST] = copy_rate(host[:size], device[:size]) if size else 0.0
-    if cache.disk:
-        bandwidths[Tier.DISK] = cache.disk.store.measure()
-    return bandwidths

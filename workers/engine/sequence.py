@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
+from workers.cache.parked import SessionKey
 from workers.cache.sequence_cache import SequenceCache
-from workers.cache.sessions import SessionKey
 from workers.engine.sampler import SamplingParameters
 from workers.engine.text import TextStream
 from workers.stages.base import Pipeline
@@ -73,6 +73,11 @@ class Sequence:
     def session(self) -> SessionKey | None:
         """The session it is a turn of."""
         return SessionKey(self.caller, self.session_id) if self.session_id else None
+
+    @property
+    def home(self) -> Pipeline | None:
+        """The pipeline it goes back to when there is room; None: it stays where it is."""
+        return self.pinned.without_shadow() if self.pinned and self.cache and self.cache.lost else self.pinned
 
     @property
     def generated(self) -> int:

@@ -57,6 +57,7 @@ from workers.stages.offload.disk import Disk
 from workers.stages.offload.host import Host
 from workers.stages.offload.infinigen import InfiniGen
 from workers.stages.offload.neardata import NearData
+from workers.stages.offload.oneiros import Oneiros
 from workers.stages.offload.quest import Quest
 from workers.stages.offload.recallsparse import RecallSparse
 from workers.stages.offload.spread import Spread
@@ -104,6 +105,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     CLO,
     Conversation,
     RecallSparse,
+    Oneiros,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 
