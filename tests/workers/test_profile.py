@@ -437,7 +437,7 @@ def test_a_model_is_loaded_with_its_profile_and_the_log_says_so(folder: Path, pr
     assert with_it.profile.tokens == profile.tokens
     engine = tiny_engine(with_it)
     assert engine.cache.profile is with_it.profile
-    assert [stage.name for stage in engine.hello().model.stages if stage.unfit] == ["disk"]  # it has none
+    assert [stage.name for stage in engine.hello().model.stages if stage.unfit] == ["disk", "oneiros"]  # it has neither
     rewritten(path, {"schema": "1"}, concentration=None)
     assert profiles.find_profile(folder) is None
     spoilt, said = loaded()

@@ -180,7 +180,7 @@ def test_scoring_many_tokens_at_once_reads_what_their_decode_steps_read() -> Non
     for token in TEXT[301:400]:
         cache.reserve(seq, 1)
         decoded.append(runner.decode([seq], [token])[0])
-    torch.testing.assert_close(scored, torch.cat(decoded), rtol=0, atol=2e-4)
+    torch.testing.assert_close(scored, torch.cat(decoded), rtol=0, atol=1e-3)  # of five layers
 
 
 def test_neighbours_and_batches_do_not_matter() -> None:
