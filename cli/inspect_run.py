@@ -25,6 +25,7 @@ from workers.cache.kvcache import KVCache
 from workers.cache.recalls import Recalls
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.cache.staging import SLOTS
+from workers.cache.style import styles_of, tiers_in
 from workers.engine.attention import cache_shape
 from workers.engine.catalyst import catalyst
 from workers.engine.repeating import Repetition, Words, is_missing, refusal
@@ -228,7 +229,7 @@ def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> Iterator
     through = -(-SLOTS * rows // shape.layers) if pipeline.fetches else 0
     sizes = ((rows + through) * row_bytes, host_rows * row_bytes, 2, tokens)
     rest = (loaded.name, parameter.device)
-    if not (pipeline.placer and pipeline.placer.tier is Tier.DISK):
+    if Tier.DISK not in tiers_in(styles_of(pipeline, shape, tokens, loaded.profile)):
         yield KVCache(shape, *sizes, *rest, profile=loaded.profile)
         return
     with tempfile.TemporaryDirectory(prefix="kvpilot-") as folder:

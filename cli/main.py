@@ -112,6 +112,7 @@ DeviceBudget = Annotated[
 HostBudget = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Cache on the host tier, shared out to the workers.")
 ]
+RATE_HELP = "Bytes read from the {} a second, in units of 1e9. Default: measured here."
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads of all workers. Default: one per core.")]
 
 
@@ -442,6 +443,48 @@ def recipes(
         from cli import recipes as command
 
         command.show(settings.model, context_tokens, dtype.value, scenarios, json)
+
+
+@app.command(rich_help_panel=OPERATE)
+def place(
+    context: typer.Context,
+    device_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Room for caches on the device, e.g. 512MiB.")],
+    host_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Room for caches on the host.")],
+    disk_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Room for caches on disk.")] = "0",
+    model: ModelOption = None,
+    context_tokens: Annotated[
+        int, typer.Option("--context", min=1, metavar="TOKENS", help="Tokens of each request.")
+    ] = 4096,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at once.")] = 1,
+    codec: Annotated[
+        str, typer.Option(metavar="STAGE", help="How older blocks are stored; an empty text: raw.")
+    ] = "kivi(bits=4, shadow=false)",
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Of raw blocks: a CPU worker has float32, others bfloat16.")
+    ] = DtypeName.FLOAT32,
+    device_rate: Annotated[float | None, typer.Option(metavar="GB/S", help=RATE_HELP.format("device"))] = None,
+    host_rate: Annotated[float | None, typer.Option(metavar="GB/S", help=RATE_HELP.format("host"))] = None,
+    disk_rate: Annotated[float | None, typer.Option(metavar="GB/S", help=RATE_HELP.format("disk"))] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Find the shares of device, host and disk at which a batch's caches are read soonest, as a pipeline.
+
+    A linear program over where the caches are, FlexGen's; weights and activations stay where they are. The pipeline is
+    on stdout. Without --codec's shadow=false the exact copy counts on the host. While a prompt is computed its rows are
+    raw, and need the room that they need with any pipeline.
+
+      kvpilot place --context 8192 --device-bytes 16MiB --host-bytes 32MiB --disk-bytes 1GiB
+    """
+    with reported():
+        settings = _settings(context, model=model)
+        from cli import place as command
+        from cli.recipes import Setting
+        from kernels.layout import Tier
+
+        sizes = {Tier.DEVICE: device_bytes, Tier.HOST: host_bytes, Tier.DISK: disk_bytes}
+        rates = {Tier.DEVICE: device_rate, Tier.HOST: host_rate, Tier.DISK: disk_rate}
+        setting = Setting.of(settings.model, context_tokens, dtype.value)
+        command.place(setting, codec, batch, sizes, rates, json)
 
 
 @model_app.command("fetch")

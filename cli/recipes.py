@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from cli.errors import BadInputError
 from kernels.layout import CacheShape
 from kvpilot.pipeline import PipelineError
 from kvpilot.recipes import recipes
-from models import store
+from models import profiles, store
 from models.scenarios import PRESETS, scenario_word
 from workers.cache.accounting import CacheUse
 from workers.engine.attention import cache_shape, check_servable
 from workers.expected import expected_use
+from workers.profile import files
+from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Pipeline
 from workers.stages.registry import build
 
@@ -33,10 +36,11 @@ class Setting:
     model: str
     shape: CacheShape
     context_tokens: int
+    profile: ModelProfile | None = None
 
     @classmethod
     def of(cls, model: str, context_tokens: int, dtype: str) -> Setting:
-        """Reads the configuration in the model's folder; its weights are not read.
+        """Reads the configuration in the model's folder, and its profile if there is one; its weights are not read.
 
         Raises:
             ModelNotFoundError: there is no such model here.
@@ -55,7 +59,7 @@ class Setting:
             raise BadInputError(
                 f"--context {context_tokens}: {store.model_name(folder)} takes 1 to {config.max_position_embeddings}"
             )
-        return cls(store.model_name(folder), shape, context_tokens)
+        return cls(store.model_name(folder), shape, context_tokens, _profile(folder, shape))
 
     def document(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -81,10 +85,11 @@ class Taken:
     def by(cls, pipeline: str, setting: Setting) -> Taken:
         """Of a pipeline's text."""
         try:
-            built = build(pipeline, setting.shape)
+            built = build(pipeline, setting.shape, names_of(setting.profile))
         except PipelineError as error:
             return cls(unfit=str(error))
-        return cls(built.loss_class.name.lower(), expected_use(built, setting.shape, setting.context_tokens))
+        use = expected_use(built, setting.shape, setting.context_tokens, setting.profile)
+        return cls(built.loss_class.name.lower(), use)
 
     def cells(self) -> list[str]:
         """Loss, device, its shares of full as stored and in a 16-bit reckoning, host, disk, exact copy."""
@@ -115,6 +120,14 @@ class Taken:
             "disk_bytes": use and use.disk_bytes,
             "shadow_bytes": use and use.shadow_bytes,
         }
+
+
+def _profile(folder: Path, shape: CacheShape) -> ModelProfile | None:
+    try:
+        found = profiles.find_profile(folder)
+        return files.load(found, profiles.hash_model(folder), None, shape) if found else None
+    except (profiles.ProfileError, OSError):  # a worker's log says more
+        return None
 
 
 def show(model: str, context_tokens: int, dtype: str, scenarios: bool, as_json: bool) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from models.store import cache_folder
 
-SCHEMA_VERSION = 1
-"""Of the tensors in a profile; raised when one of them comes to mean something else."""
+SCHEMA_VERSION = 2
+"""Of the tensors in a profile; raised when one of them comes to mean something else, or another comes in."""
 HEAD_BYTES = 4096
 """Of each tensor's data, as many enter the hash of a model."""
 _MOST_HEADER_BYTES = 100_000_000

@@ -9,6 +9,7 @@ from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arrangement import Blocks
 from workers.cache.digests import digest_bytes
+from workers.cache.recall import layers_of
 from workers.cache.reconstructing import kept_bytes
 from workers.cache.staging import needed, staging_bytes
 from workers.cache.style import largest_format, styles_of, wanted
@@ -54,8 +55,9 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
     elif isinstance(placer, Selector):
         pooled = largest_format(pipeline, shape)
         older = max(0, int(length.max(initial=0)) - placer.always()) // BLOCK_TOKENS
-        digests = digest_bytes(placer.digests, shape, older)
-        places = placer.pool_blocks(older) * length.size
+        layers = int(layers_of(placer, shape, profile).sum())
+        digests = digest_bytes(placer.digests, shape, layers, older)
+        places = placer.pool_blocks(older) * layers * shape.kv_heads
         sizes = (shape.block_bytes(pooled), shape.block_bytes_16bit(pooled))
         use = use.plus_device_bytes(*(more + places * size for more, size in zip(digests, sizes, strict=True)))
     found = Blocks(length, np.zeros(valid.shape, np.int32), format_, tier)

@@ -39,7 +39,12 @@ def test_a_profile_is_found_once_and_listed(folder: Path) -> None:
     first = json.loads(run("profile", "tiny", "--tokens", "2048", "--json"))
     path = Path(first["file"])
     assert path == profiles.find_profile(folder)
-    assert (first["model"], first["tokens"], first["schema"], first["was_there"]) == ("tiny", 2048, 1, False)
+    assert (first["model"], first["tokens"], first["schema"], first["was_there"]) == (
+        "tiny",
+        2048,
+        profiles.SCHEMA_VERSION,
+        False,
+    )
     assert first["hash"] == profiles.hash_model(folder) == path.stem
     assert set(first["tensors"]) == set(KINDS)
     assert first["tensors"]["query_cov"] == [2, 4, 16, 16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from kernels.layout import CacheShape
 from kvpilot import recipes as module
 from kvpilot.recipes import RecipesError, recipes
 from kvpilot.request import SCENARIOS
+from models.profiles import hash_model
 from models.scenarios import PRESETS
-from tests.tiny import CONTEXT, tiny_config
+from tests.tiny import CONTEXT, tiny_config, tiny_model, tiny_profile
 from workers.expected import expected_use
+from workers.profile.files import save
 from workers.stages.registry import build
 
 SHAPE = CacheShape(layers=2, kv_heads=2, query_heads=4, head_dim=16, dtype=torch.float32)
@@ -58,7 +61,12 @@ def test_json_has_the_same_to_the_byte(tmp_path: Path) -> None:
     shape = CacheShape(2, 2, 4, 16, torch.float16)
     assert (said["model"], said["context_tokens"], said["dtype"]) == (tmp_path.name, 1500, "float16")
     assert [entry["name"] for entry in said["recipes"]] == list(recipes())
+    unfit = {entry["name"]: entry["unfit"] for entry in said["recipes"] if entry["unfit"]}
+    assert list(unfit) == ["tailorkv"]
+    assert "needs the model's concentration of attention; `kvpilot model profile NAME` finds them" in unfit["tailorkv"]
     for entry in said["recipes"]:
+        if entry["unfit"]:
+            continue
         recipe, use = recipes()[entry["name"]], expected_use(build(entry["pipeline"], shape), shape, 1500)
         assert (entry["device_bytes"], entry["host_bytes"]) == (use.device_bytes, use.host_bytes)
         assert entry["shadow_bytes"] == use.shadow_bytes
@@ -66,7 +74,6 @@ def test_json_has_the_same_to_the_byte(tmp_path: Path) -> None:
         assert entry["device_share_16bit"] == use.device_bytes_16bit / said["full_bytes_16bit"]
         assert entry["loss_class"] == "recoverable"
         assert (entry["source"], entry["scenarios"]) == (recipe.source, list(recipe.scenarios))
-        assert entry["unfit"] == ""
 
 
 def test_scenarios_have_a_static_pipeline_each(tmp_path: Path) -> None:
@@ -89,6 +96,18 @@ def test_a_stage_that_cannot_serve_the_model_says_so_in_its_row(tmp_path: Path) 
     assert shown.exit_code == 0
     assert "cannot serve this model" in shown.output
     assert "cannot serve this model" in run("--model", model, "--scenarios").output
+
+
+def test_a_profile_lets_its_recipes_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPILOT_CACHE", str(tmp_path / "cache"))
+    tiny_model(attention="sdpa").save_pretrained(tmp_path / "tiny")
+    profile = replace(tiny_profile(SHAPE), hash=hash_model(tmp_path / "tiny"))
+    save(profile)
+    said = json.loads(run("--model", f"{tmp_path / 'tiny'}/", "--context", "1500", "--json").output)
+    entry = next(entry for entry in said["recipes"] if entry["name"] == "tailorkv")
+    use = expected_use(build("tailorkv", SHAPE, profile.names), SHAPE, 1500, profile)
+    assert entry["unfit"] == ""
+    assert (entry["device_bytes"], entry["host_bytes"]) == (use.device_bytes, use.host_bytes)
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:

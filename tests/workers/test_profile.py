@@ -285,6 +285,22 @@ def test_retrieval_is_what_the_models_own_attention_pays() -> None:
         np.testing.assert_allclose(found.tensor("retrieval")[layer].numpy(), wanted, atol=1e-5)
 
 
+def test_concentration_is_what_the_models_own_attention_pays() -> None:
+    even = WIDE | {"initializer_range": 0.15}  # larger weights make all attention pay to single tokens
+    found = measure(tiny_loaded(**even), TEXTS, HASH)
+    model = tiny_model(attention="eager", **even)
+    shares: dict[int, list[float]] = {layer: [] for layer in range(LAYERS)}
+    for text in TEXTS:
+        with torch.inference_mode():
+            paid = model(input_ids=torch.tensor([text]), output_attentions=True).attentions
+        for layer, head, place in np.ndindex(LAYERS, ASKING, 64):
+            row = paid[layer][0, head, len(text) - 1 - place].double().tolist()
+            shares[layer].append(sum(sorted(row, reverse=True)[: -(-len(text) // 16)]))
+    wanted = [np.mean(shares[layer]) for layer in range(LAYERS)]
+    np.testing.assert_allclose(found.tensor("concentration").numpy(), wanted, atol=1e-5)
+    assert all(0.1 < share < 0.999 for share in wanted)
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +368,7 @@ def rewritten(path: Path, metadata: dict[str, str], **tensors: torch.Tensor | No
     ("metadata", "tensors", "why"),
     [
         ({"model_hash": "f" * 64}, {}, r"model_hash 'f{64}'; expected '"),
-        ({"schema": "0"}, {}, "schema '0'; expected '1'"),
+        ({"schema": "1"}, {"concentration": None}, "schema '1'; expected '2'"),  # from before there was one
         ({"tokens": "many"}, {}, "tokens 'many'; expected a number"),
         ({}, {"query_cov": None}, "no tensor 'query_cov'"),
         ({}, {"retrieval": torch.zeros(2, 3)}, r"'retrieval' is torch.float32 \[2, 3\]; expected torch.float32 \[2, 2"),
@@ -421,8 +437,9 @@ def test_a_model_is_loaded_with_its_profile_and_the_log_says_so(folder: Path, pr
     assert with_it.profile.tokens == profile.tokens
     engine = tiny_engine(with_it)
     assert engine.cache.profile is with_it.profile
-    assert [stage.name for stage in engine.hello().model.stages if stage.unfit] == ["disk"]  # it has none
-    rewritten(path, {"schema": "0"})
+    assert [stage.name for stage in engine.hello().model.stages if stage.unfit] == ["disk", "oneiros"]  # it has neither
+    rewritten(path, {"schema": "1"}, concentration=None)
+    assert profiles.find_profile(folder) is None
     spoilt, said = loaded()
     assert spoilt.profile is None
     assert said == [("error", "profile left out: stages that need it are refused")]

@@ -9,6 +9,7 @@ import torch
 
 from kernels.api import I32, U8, Tables
 from kernels.layout import BLOCK_TOKENS, CacheShape
+from workers.cache.arrangement import Mask
 from workers.stages.selecting import Digest
 
 GROWTH_BLOCKS = 16
@@ -31,9 +32,9 @@ def digest(keys: torch.Tensor, kinds: Sequence[Digest]) -> dict[Digest, torch.Te
     return found
 
 
-def digest_bytes(kinds: Sequence[Digest], shape: CacheShape, blocks: int) -> tuple[int, int]:
-    """Bytes of the digests of so many blocks a head, and as if the model's dtype had 16 bits."""
-    room = -(-blocks // GROWTH_BLOCKS) * GROWTH_BLOCKS * shape.layers * shape.kv_heads
+def digest_bytes(kinds: Sequence[Digest], shape: CacheShape, layers: int, blocks: int) -> tuple[int, int]:
+    """Bytes of the digests of so many blocks a head of so many layers, and as if the model's dtype had 16 bits."""
+    room = -(-blocks // GROWTH_BLOCKS) * GROWTH_BLOCKS * layers * shape.kv_heads
     numbers = shape.head_dim * sum(kind is not Digest.RADIUS for kind in kinds)
     radius = 4 * (Digest.RADIUS in kinds)
     return room * (numbers * shape.dtype.itemsize + radius), room * (numbers * 2 + radius)
@@ -47,18 +48,21 @@ class Digests:
     Args:
         kinds: what is kept.
         shape: the cache's dimensions.
+        layers: bool [L] of which layers; of others there is nothing.
         device: where it is kept.
     """
 
-    def __init__(self, kinds: Sequence[Digest], shape: CacheShape, device: torch.device) -> None:
+    def __init__(self, kinds: Sequence[Digest], shape: CacheShape, layers: Mask, device: torch.device) -> None:
         self.kinds = tuple(kinds)
         self._shape = shape
+        self._row = np.cumsum(layers) - 1
+        self._rows = int(layers.sum())
         heads = (shape.layers, shape.kv_heads)
         self.count: I32 = np.zeros(heads, np.int32)
         """[L, H] blocks that have one."""
         self._values = {
             kind: torch.zeros(
-                (*heads, 0) if kind is Digest.RADIUS else (*heads, 0, shape.head_dim),
+                (self._rows, shape.kv_heads, 0, *(() if kind is Digest.RADIUS else (shape.head_dim,))),
                 dtype=torch.float32 if kind is Digest.RADIUS else shape.dtype,
                 device=device,
             )
@@ -69,11 +73,11 @@ class Digests:
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes on the device, and as if the model's dtype had 16 bits."""
-        return digest_bytes(self.kinds, self._shape, self._format.shape[2])
+        return digest_bytes(self.kinds, self._shape, self._rows, self._format.shape[2])
 
     def of(self, layer: int, blocks: int) -> dict[Digest, torch.Tensor]:
         """Those of a layer's first blocks: [H, blocks, D], radius [H, blocks]; without meaning beyond ``count``."""
-        return {kind: values[layer, :, :blocks] for kind, values in self._values.items()}
+        return {kind: values[self._row[layer], :, :blocks] for kind, values in self._values.items()}
 
     def check(self, tables: Tables, slot: int) -> None:
         """Forgets blocks that are no longer what they were, and all behind them; gives room back."""
@@ -107,7 +111,7 @@ class Digests:
             axis.astype(np.int32) for axis in np.nonzero((index >= count[:, None]) & (index < blocks[:, None]))
         )
         for kind, values in digest(read(layer, head, block), self.kinds).items():
-            self._values[kind][layer, head, block] = values
+            self._values[kind][self._row[layer], head, block] = values
         by_block = tables.position[slot, layer].reshape(len(count), -1, BLOCK_TOKENS)
         self._position[layer, head, block] = by_block[head, block]
         self._format[layer, head, block] = tables.format[slot, layer, head, block]

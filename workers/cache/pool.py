@@ -20,19 +20,31 @@ SHARE_OF_FREE = 2
 
 
 class RecallPool:
-    """As many places for each head of each layer; the block in one that was not read for longest makes way first.
+    """As many places for each head of each layer that has any; the block in one that was not read for longest makes way
+    first.
 
     Args:
         arena, backend: of the device, and what copies.
         shape: the cache's dimensions.
+        layers: bool [L] which layers have places.
         fmt: the largest format a place can hold.
         recalls: is added to.
     """
 
-    def __init__(self, arena: Arena, backend: Backend, shape: CacheShape, fmt: BlockFormat, recalls: Recalls) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        backend: Backend,
+        shape: CacheShape,
+        layers: Mask,
+        fmt: BlockFormat,
+        recalls: Recalls,
+    ) -> None:
         self._arena = arena
         self._backend = backend
         self._shape = shape
+        self._layers = layers
+        self._row_blocks = int(layers.sum()) * shape.kv_heads
         self._recalls = recalls
         self.format = fmt
         self._lot = arena.open_lot(fmt)
@@ -52,7 +64,7 @@ class RecallPool:
     @property
     def blocks(self) -> int:
         """Places of all heads."""
-        return int(self._address.size)
+        return self.places * self._row_blocks
 
     @property
     def nbytes(self) -> int:
@@ -62,12 +74,13 @@ class RecallPool:
     def resize(self, places: int) -> None:
         """Makes room for so many blocks a head, or as many as the device can spare; it never shrinks."""
         heads, budget_pages = self._address.shape[:2], self._arena.free_bytes // self._arena.page_bytes // SHARE_OF_FREE
-        more, row = places - self.places, self._shape.layers * self._shape.kv_heads
+        more, row = places - self.places, self._row_blocks
         while more > 0 and self._arena.pages_needed(self._lot, self.format, more * row) > budget_pages:
             more -= 1
-        if more <= 0:
+        if more <= 0 or not row:
             return
-        address = self._arena.allocate(self._lot, more * row).reshape(*heads, more)
+        address = np.full((*heads, more), -1, np.int32)
+        address[self._layers] = self._arena.allocate(self._lot, more * row).reshape(-1, heads[1], more)
         self._address = np.concatenate([self._address, address], axis=2)
         self._holds = np.concatenate([self._holds, np.full(address.shape, -1, np.int32)], axis=2)
         self._used = np.concatenate([self._used, np.full(address.shape, -1, np.int64)], axis=2)

@@ -19,6 +19,8 @@ from workers.cache.blocks import BlockStore, Owners
 from workers.cache.digests import Digests, digest
 from workers.cache.pool import RecallPool
 from workers.cache.recalls import Recalls
+from workers.profile.profile import ModelProfile
+from workers.stages.base import LayerPlace
 from workers.stages.selecting import BlockView, Digest, Selector
 
 
@@ -37,6 +39,12 @@ class _Asked:
 
     q: torch.Tensor  # [query_heads, D]
     read: torch.Tensor  # bool [H, B]
+
+
+def layers_of(stage: Selector, shape: CacheShape, profile: ModelProfile | None) -> Mask:
+    """Bool [L] in which layers queries choose what they read."""
+    places = (LayerPlace(index, shape, 0, profile.layer(index) if profile else None) for index in range(shape.layers))
+    return np.array([stage.selects_in(place) for place in places])
 
 
 class SelectiveReader:
@@ -64,8 +72,9 @@ class SelectiveReader:
         self._shape: CacheShape = backend.shape
         self._device = device.data.device
         self._recalls = recalls
-        self.digests = Digests(stage.digests, self._shape, self._device)
-        self.pool = RecallPool(device, backend, self._shape, fmt, recalls)
+        self._layers = layers_of(stage, self._shape, blocks.profile)
+        self.digests = Digests(stage.digests, self._shape, self._layers, self._device)
+        self.pool = RecallPool(device, backend, self._shape, self._layers, fmt, recalls)
         self._asked: dict[int, _Asked] = {}
         self._guessed: dict[int, _Asked] = {}
         self._saved: _Saved | None = None
@@ -89,7 +98,8 @@ class SelectiveReader:
         for layer in range(self._shape.layers):
             if anew or others[layer]:
                 self._asked.pop(layer, None)
-            self._digest(layer)
+            if self._layers[layer]:
+                self._digest(layer)
         self.pool.resize(self.stage.pool_blocks(int(self._older(tables.length[slot]).max())))
         return 0
 
@@ -115,6 +125,8 @@ class SelectiveReader:
 
     def foresee(self, layer: int, q: torch.Tensor, scaling: float) -> None:
         """Takes a guess [1, query_heads, D] of a layer's query before it comes, and fetches what that would read."""
+        if not self._layers[layer]:
+            return
         length = self._tables.length[self._slot, layer]
         self._digest(layer)
         read = self._choose(layer, q[0], length, scaling, self._asked.get(layer))
@@ -124,6 +136,8 @@ class SelectiveReader:
 
     def before(self, layer: int, q: torch.Tensor, scaling: float) -> Partial | None:
         """See ``workers.cache.reading.Reader.before``."""
+        if not self._layers[layer]:
+            return None
         tables, slot = self._tables, self._slot
         length = tables.length[slot, layer]
         self._digest(layer)
@@ -262,7 +276,7 @@ class SelectiveReader:
         Returns:
             bool [H, S, T + S], of which later tokens are not taken out. None: everything.
         """
-        if q is None:
+        if q is None or not self._layers[layer]:
             return None
         length = self._tables.length[self._slot, layer]
         steps = q.shape[1]

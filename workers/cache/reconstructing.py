@@ -64,7 +64,9 @@ class ReconstructingReader(SelectiveReader):
         self._exact_at: I32 = np.full((*heads, most * CHUNKS), -1, np.int32)  # keys, then values
         self._based_on = np.zeros(shape.layers, np.int64)
         """Blocks of the longest table that each layer's basis was found from; 0: it has none."""
-        self.pool: RecallPool = ValuePool(device, self._backend, shape, Piece(chunk_numbers), recalls, self._values)
+        self.pool: RecallPool = ValuePool(
+            device, self._backend, shape, self._layers, Piece(chunk_numbers), recalls, self._values
+        )
         self._read_now: dict[int, tuple[torch.Tensor, I64, I64]] = {}  # scores [N, G, 8], head, chunk
         self._received: list[F32] = []  # of each layer [2, H, C, 8]: mass, votes
         self._share: dict[int, F32] = {}  # [H, B] of attention in this step, mean over the query group
@@ -393,9 +395,16 @@ class ValuePool(RecallPool):
     """A pool of the values of chunks: what it is asked for by chunk, it gets from ``values``."""
 
     def __init__(
-        self, arena: Arena, backend: Backend, shape: CacheShape, fmt: Piece, recalls: Recalls, values: Values
+        self,
+        arena: Arena,
+        backend: Backend,
+        shape: CacheShape,
+        layers: Mask,
+        fmt: Piece,
+        recalls: Recalls,
+        values: Values,
     ) -> None:
-        super().__init__(arena, backend, shape, fmt, recalls)
+        super().__init__(arena, backend, shape, layers, fmt, recalls)
         self._values = values
 
     def _fit(self, formats_: U8, blocks: I64) -> Mask:

@@ -53,6 +53,23 @@ def device_tokens(styles: Sequence[Style]) -> int | None:
     return None if None in stays else max(tokens for tokens in stays if tokens is not None)
 
 
+def off_device(styles: Sequence[Style]) -> list[tuple[Style, ...]]:
+    """How finished rows of a prompt that is still being computed may be kept, raw, where some are to be on disk.
+
+    The best way first: rows that a pipeline will have on the device wait on the host, if it uses that. Or all are on
+    disk.
+    """
+    ways = [
+        tuple(
+            Style(places=tuple((age if tier is Tier.DISK else BLOCK_TOKENS, tier) for age, tier in style.places))
+            for style in styles
+        )
+    ]
+    if Tier.HOST in tiers_in(styles):
+        ways.append(tuple(Style(places=((BLOCK_TOKENS, Tier.DISK),)) for _ in styles))
+    return ways
+
+
 def wanted(styles: Sequence[Style], length: I32, blocks: int, position: I32 | None = None) -> tuple[U8, U8]:
     """Format and tier [L, H, blocks] that each block is wanted in.
 

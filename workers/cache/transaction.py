@@ -37,7 +37,7 @@ from workers.cache.readers import Readers
 from workers.cache.selection import Views, choose
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.cache.staging import DamagedCacheError, needed
-from workers.cache.style import Style, tiers_in, wanted
+from workers.cache.style import Style, off_device, tiers_in, wanted
 from workers.stages.base import Evictor, LossClass, Pipeline
 
 
@@ -221,19 +221,24 @@ class Transactions:
         if not (seq.shadow or (pipeline and pipeline.wants_shadow)):
             styles = self._memory.styles(seq, pipeline) if pipeline else (_TO_HOST,) * self._memory.shape.layers
             begun = bool(len(blocks_of(self._memory.tables, seq.slot).on(Tier.HOST)))
-            if begun or Tier.DISK in tiers_in(styles) or len({bool(style.places) for style in styles}) == 2:
+            by_layer = len({bool(style.places) for style in styles}) == 2
+            ways = off_device(styles) if Tier.DISK in tiers_in(styles) else [styles] if begun or by_layer else []
+            full = False
+            for way in ways:
                 try:
-                    return self._to_places(seq, styles)
+                    if moved := self._to_places(seq, way):
+                        return moved
                 except TierFullError:
-                    if begun:
-                        return 0
-        away = seq.shadow.rows if seq.shadow else 0
+                    full = True
+            if begun or (ways and not full):
+                return 0
+        copied = seq.shadow.rows if seq.shadow else 0
         self._copies.extend(seq, at_most=self._memory.host.room_bytes // self._memory.worst_bytes(1))
         assert seq.shadow is not None
         device_tokens = seq.seen - seq.shadow.rows * BLOCK_TOKENS
         older_to_host = Style(places=((device_tokens, Tier.HOST),))
         self._commit(seq, self._restyle(seq, (older_to_host,) * self._memory.shape.layers))
-        return seq.shadow.rows - away
+        return seq.shadow.rows - copied
 
     def _to_places(self, seq: SequenceCache, styles: Sequence[Style]) -> int:
         """Moves a prompt's finished blocks to where these have them, raw, but no more than the host has room for.

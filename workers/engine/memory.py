@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import structlog
 
-from kernels.layout import BLOCK_TOKENS, Tier
+from kernels.layout import BLOCK_TOKENS
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache
 from workers.cache.sequence_cache import Occasion
@@ -225,11 +225,16 @@ class EngineMemory:
         if seq.phase is not Phase.DECODE or not seq.cache:
             return False
         least = self._cache.device_tokens_at_least(seq.cache, largest_format(seq.pipeline, self._cache.shape))
-        recent = max(PRESSURE_RECENT_TOKENS, least)
-        stays = device_tokens(self._cache.styles(seq.cache, seq.pipeline))
-        if recent >= (len(seq.token_ids) if stays is None else stays):
+        less = with_less_on_device(seq.pipeline, max(PRESSURE_RECENT_TOKENS, least), seq.cache.seen)
+        if self._stays(seq, less) >= self._stays(seq, seq.pipeline):
             return False
-        return self._switch(seq, with_less_on_device(seq.pipeline, recent), "device tier is full")
+        return self._switch(seq, less, "device tier is full")
+
+    def _stays(self, seq: Sequence, pipeline: Pipeline) -> int:
+        """Last tokens that a pipeline has on the device, in the layer that has most there."""
+        assert seq.cache is not None
+        stays = device_tokens(self._cache.styles(seq.cache, pipeline))
+        return len(seq.token_ids) if stays is None else stays
 
     def _give_up_shadow(self, seq: Sequence) -> bool:
         """Makes a lossy request's loss permanent, for the host bytes of its exact copy."""
@@ -253,11 +258,8 @@ def _reusable(seq: Sequence) -> tuple[list[int], bool]:
     return seq.token_ids[: max(0, end)], bool(evictor and evictor.needs_prompt_mass)
 
 
-def with_less_on_device(pipeline: Pipeline, recent: int) -> Pipeline:
-    """The same pipeline with all but the last ``recent`` tokens' blocks on disk, if they go there, else on the host."""
-    placer = pipeline.placer
-    if placer and (placer.tier is Tier.DISK or placer.near):
-        placer = replace(placer, recent=recent)  # type: ignore[call-arg]
-    else:
-        placer = Host(recent=recent)
-    return replace(pipeline, stages=(*(stage for stage in pipeline.stages if not isinstance(stage, Placer)), placer))
+def with_less_on_device(pipeline: Pipeline, recent: int, seen: int) -> Pipeline:
+    """The same pipeline with all but about the last ``recent`` tokens' blocks on disk, if they go there, else on the
+    host. ``seen`` is how many tokens there are."""
+    less = (pipeline.placer and pipeline.placer.with_device_tokens(recent, seen)) or Host(recent=recent)
+    return replace(pipeline, stages=(*(stage for stage in pipeline.stages if not isinstance(stage, Placer)), less))

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kernels.layout import CacheShape
 from models.profiles import SCHEMA_VERSION, ProfileError, hash_model, profile_path, read_metadata
 from workers.profile.profile import ModelProfile
-from workers.profile.rotary import rope_of
+from workers.profile.rotary import Rope, rope_of
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +43,7 @@ def save(profile: ModelProfile) -> Path:
 
 
 def load(path: Path, model_hash: str, model: Any, shape: CacheShape) -> ModelProfile:
-    """Reads a profile for a loaded transformers model.
+    """Reads a profile for a loaded transformers model, or, with None, for what goes by its tensors alone.
 
     Raises:
         ProfileError: a file of another schema or model, or a damaged one, saying what it holds and what is expected.
@@ -52,7 +53,8 @@ def load(path: Path, model_hash: str, model: Any, shape: CacheShape) -> ModelPro
     for name, expected in (("schema", str(SCHEMA_VERSION)), ("model_hash", model_hash)):
         if found.get(name) != expected:
             raise ProfileError(f"{path}: {name} {found.get(name)!r}; expected {expected!r}")
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if model is not None else torch.device("cpu")
+    rope = rope_of(model, shape.head_dim) if model is not None else Rope(None, shape.dtype)
     try:
         tensors = load_file(path, device=str(device))
     except SafetensorError as error:
@@ -60,7 +62,7 @@ def load(path: Path, model_hash: str, model: Any, shape: CacheShape) -> ModelPro
     tokens = found.get("tokens", "")
     if not tokens.isdigit():
         raise ProfileError(f"{path}: tokens {tokens!r}; expected a number")
-    return ModelProfile(found.get("model", ""), model_hash, shape, int(tokens), tensors, rope_of(model, shape.head_dim))
+    return ModelProfile(found.get("model", ""), model_hash, shape, int(tokens), tensors, rope)
 
 
 def load_if_there(folder: Path, name: str, model: Any, shape: CacheShape) -> ModelProfile | None:

@@ -11,6 +11,7 @@ from kernels.layout import CacheShape
 from models.profiles import ProfileError
 from workers.engine.attention import STEP_ARGUMENT, cache_shape
 from workers.engine.runner import LoadedModel
+from workers.profile.concentration import Concentration
 from workers.profile.profile import ModelProfile
 from workers.profile.retrieval import LEAST_CONTEXT, Retrieval
 from workers.profile.rotary import Rope, check_rope, rope_of
@@ -59,7 +60,7 @@ def measure(
         raise ProfileError(f"no text of {LEAST_CONTEXT} tokens or more to find a profile from")
     rope = rope_of(loaded.model, shape.head_dim)
     _check(loaded, rope, shape)
-    statistics = Statistics(shape, tokens, device)
+    statistics, concentration = Statistics(shape, tokens, device), Concentration(shape, device)
     longest = sorted(texts, key=len, reverse=True)[:PASSAGES]
     retrieval = Retrieval(shape, min(loaded.context_tokens, *map(len, longest)), device)
     random = retrieval.random_text(_ordinary(loaded), seed=0)
@@ -70,6 +71,7 @@ def measure(
     def note(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> None:
         positions = torch.arange(k.shape[1], device=k.device)
         statistics.add(layer, rope.undo(q, positions), rope.undo(k, positions), v.float())
+        concentration.add(layer, q, k, scaling)
 
     def note_random(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> None:
         retrieval.add_random(layer, q, k, scaling)
@@ -83,7 +85,7 @@ def measure(
         _show(loaded, text, range(len(text)), see)
         done += len(text)
         progress(done, total)
-    tensors = statistics.tensors() | retrieval.tensors()
+    tensors = statistics.tensors() | retrieval.tensors() | concentration.tensors()
     return ModelProfile(loaded.name, model_hash, shape, tokens, tensors, rope)
 
 

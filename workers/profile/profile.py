@@ -12,6 +12,8 @@ name                 shape              what
                                         near their own place there; the greatest within the query group
 ``echo``             [L, Q]             attention that random tokens pay to themselves in earlier copies
 ``induction``        [L, Q]             attention that they pay to what followed them there
+``concentration``    [L]                attention that a text's last queries pay to the sixteenth of tokens that they
+                                        pay most to
 ``key_basis``        [L, H, D, D]       in its columns the eigenvectors of the keys' second moment, the greatest first:
                                         ``k @ basis[..., :r]`` are the r numbers that keep most of a key [.., D]
 ``key_spectrum``     [L, H, D]          the eigenvalues: mean squares of those numbers
@@ -62,6 +64,7 @@ KINDS: Mapping[str, Kind] = {
     "retrieval": Kind("retrieval heads", ("L", "H")),
     "echo": Kind("retrieval heads", ("L", "Q")),
     "induction": Kind("retrieval heads", ("L", "Q")),
+    "concentration": Kind("concentration of attention", ("L",)),
     "key_basis": Kind("bases of keys", ("L", "H", "D", "D")),
     "key_spectrum": Kind("bases of keys", ("L", "H", "D")),
     "value_basis": Kind("bases of values", ("L", "H", "D", "D")),

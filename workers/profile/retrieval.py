@@ -67,7 +67,7 @@ class Retrieval:
         period = self.random_tokens
         for copy in range(1, COPIES):
             asked = torch.arange(copy * period, (copy + 1) * period, device=queries.device)
-            paid = _attention(queries, keys, asked, scaling)  # [Q, period, n]
+            paid = attention(queries, keys, asked, scaling)  # [Q, period, n]
             for before in range(1, copy + 1):
                 there = asked - before * period
                 self._echo[layer] += _at(paid, there).mean(1) / (COPIES - 1)
@@ -81,7 +81,7 @@ class Retrieval:
         """
         count, end = self.passage_tokens, queries.shape[1]
         asked = torch.arange(end - count + NEAR + SINKS, end, device=queries.device)
-        paid = _attention(queries, keys, asked, scaling)
+        paid = attention(queries, keys, asked, scaling)
         own = asked - (end - count)
         near = (torch.arange(end, device=own.device) - own[:, None]).abs() <= NEAR  # [asked, n]
         self._found[layer] += (paid * near).sum(-1).double().mean(1)
@@ -98,7 +98,7 @@ class Retrieval:
         }
 
 
-def _attention(queries: torch.Tensor, keys: torch.Tensor, asked: torch.Tensor, scaling: float) -> torch.Tensor:
+def attention(queries: torch.Tensor, keys: torch.Tensor, asked: torch.Tensor, scaling: float) -> torch.Tensor:
     """What the queries at places asked [m] pay to all tokens: float32 [Q, m, n]."""
     heads, tokens, dim = keys.shape
     grouped = queries[:, asked].float().reshape(heads, -1, dim)

@@ -448,6 +448,13 @@ class Placer(Stage):
         """How many of a head's last tokens stay on the device; blocks wholly older go to ``tier``. None: all stay."""
         raise NotImplementedError
 
+    def with_device_tokens(self, recent: int, seen: int) -> Placer | None:
+        """The same with about so many of a head's last tokens on the device, out of ``seen``, or fewer.
+
+        None: it has no say in it, and under pressure ``host`` takes its place.
+        """
+        return None
+
     def places(self, layer: LayerPlace) -> Places:
         """The tiers of one layer's older blocks, where layers differ or there are several; from
         :meth:`device_tokens` on, or later."""

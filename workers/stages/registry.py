@@ -28,6 +28,7 @@ from workers.stages.compress.kivi import Kivi
 from workers.stages.compress.kvquant import KVQuant
 from workers.stages.compress.lowrank import LowRank
 from workers.stages.compress.minicache import MiniCache
+from workers.stages.compress.quantdense import QuantDense
 from workers.stages.compress.think import ThinK
 from workers.stages.compress.turboquant import TurboQuant
 from workers.stages.compress.zipcache import ZipCache
@@ -61,7 +62,9 @@ from workers.stages.offload.layerkv import LayerKV
 from workers.stages.offload.neardata import NearData
 from workers.stages.offload.oneiros import Oneiros
 from workers.stages.offload.quest import Quest
+from workers.stages.offload.recallsparse import RecallSparse
 from workers.stages.offload.shadowkv import ShadowKV
+from workers.stages.offload.spread import Spread
 from workers.stages.offload.swap import Swap
 
 BUILT_IN: tuple[type[Stage], ...] = (
@@ -97,8 +100,10 @@ BUILT_IN: tuple[type[Stage], ...] = (
     LowRank,
     KVQuant,
     MiniCache,
+    QuantDense,
     Host,
     Disk,
+    Spread,
     LayerKV,
     Swap,
     NearData,
@@ -108,6 +113,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     CLO,
     Conversation,
     ShadowKV,
+    RecallSparse,
     Oneiros,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"

@@ -17,7 +17,7 @@ import torch
 from kernels.layout import BLOCK_TOKENS, CacheShape
 from kvpilot.bounds import Bounds
 from workers.profile.profile import ROPE
-from workers.stages.base import Placer, parameter, whole_blocks
+from workers.stages.base import LayerPlace, Placer, parameter, whole_blocks
 
 CHUNK_TOKENS = 8
 """Tokens of a chunk: a part of a block."""
@@ -109,6 +109,13 @@ class Selector(Placer):
     def device_tokens(self) -> int | None:
         """All stay, unless a stage says otherwise."""
         return None
+
+    def selects_in(self, layer: LayerPlace) -> bool:
+        """Whether queries of a layer choose. In others they read everything, and nothing is kept for a choice.
+
+        It must not depend on ``seen``.
+        """
+        return True
 
     def always(self) -> int:
         """Tokens at the end of each table that every query reads, 32 or more; of their blocks nobody is asked."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kernels.layout import Tier
@@ -34,3 +34,7 @@ class Disk(Placer):
     def device_tokens(self) -> int:
         """``recent``."""
         return self.recent
+
+    def with_device_tokens(self, recent: int, seen: int) -> Disk:
+        """So many."""
+        return replace(self, recent=recent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from workers.stages.base import LossClass, Placer, whole_blocks
@@ -35,3 +35,7 @@ class NearData(Placer):
     def device_tokens(self) -> int:
         """``recent``."""
         return self.recent
+
+    def with_device_tokens(self, recent: int, seen: int) -> NearData:
+        """So many."""
+        return replace(self, recent=recent)
