@@ -132,8 +132,9 @@ class Tables:
                 with lab.prompt(base, one.ids) as (ready, _), lab.fork(ready) as whole:
                     lab.decode([(whole, Pipeline())], one.between, lambda index, logprobs: None)
                     measure = _asking(lab, whole, one.questions)
+                    drive = _Drive(lab, ready, one.between, _nothing, partial(_of_forks, measure))
                     for group in _groups(made, size):
-                        _drive(lab, ready, group, one.between, _nothing, partial(_of_forks, measure))
+                        drive(group)
             lab.cache.close(base)
         return _rows(made, lab)
 
@@ -150,8 +151,9 @@ class Tables:
                 lab.compute(base, prompt.ids, len(prompt.ids) - OBSERVATION_WINDOW)
                 with lab.prompt(base, prompt.ids) as (ready, first):
                     answer, exact = _greedy(lab, ready, first, tokens)
+                    drive = _Drive(lab, ready, answer[:tokens], partial(_figures, exact, answer), _of_steps)
                     for group in _groups(made, size):
-                        _drive(lab, ready, group, answer[:tokens], partial(_figures, exact, answer), _of_steps)
+                        drive(group)
             lab.cache.close(base)
         return _rows(made, lab)
 
@@ -271,74 +273,68 @@ def _groups(made: Sequence[Tally], size: int) -> Iterator[list[Tally]]:
         yield live[start : start + size]
 
 
-def _drive(
-    lab: Lab,
-    ready: SequenceCache,
-    group: Sequence[Tally],
-    ids: Sequence[int],
-    watch: Watch,
-    finish: Finish,
-) -> None:
+@dataclass(frozen=True)
+class _Drive:
     """Decodes the same tokens with every pipeline of a group as one batch, and notes what ``finish`` makes of it.
-
-    If a step fails, the halves of the group are tried alone, down to the one whose fault it is.
 
     Args:
         lab: where.
         ready: the prompt.
-        group: pipelines.
         ids: the tokens.
         watch: what is kept of each step, made of its index and log-probabilities [trials, V].
         finish: makes figures of the forks at the end and of what was kept.
     """
-    began = time.perf_counter()
-    try:
-        _drive_together(lab, ready, group, ids, watch, finish)
-    except Exception as error:
-        if len(group) == 1:
-            group[0].fail(error)
-        else:
-            middle = len(group) // 2
-            for half in (group[:middle], group[middle:]):
-                _drive(lab, ready, [tally for tally in half if tally.live], ids, watch, finish)
-            return
-    for tally in group:
-        tally.seconds += (time.perf_counter() - began) / len(group)
 
+    lab: Lab
+    ready: SequenceCache
+    ids: Sequence[int]
+    watch: Watch
+    finish: Finish
 
-def _drive_together(
-    lab: Lab,
-    ready: SequenceCache,
-    group: Sequence[Tally],
-    ids: Sequence[int],
-    watch: Watch,
-    finish: Finish,
-) -> None:
-    with ExitStack() as stack:
-        trials: list[tuple[Tally, SequenceCache, Pipeline]] = []
-        for tally in group:
-            assert tally.pipeline is not None
-            fork = stack.enter_context(lab.fork(ready))
-            try:
-                lab.apply(fork, tally.pipeline)
-            except Exception as error:
-                tally.fail(error)
+    def __call__(self, group: Sequence[Tally]) -> None:
+        """Measures a group. If a step fails, its halves are tried alone, down to the one whose fault it is."""
+        began = time.perf_counter()
+        try:
+            self._together(group)
+        except Exception as error:
+            if len(group) == 1:
+                group[0].fail(error)
             else:
-                trials.append((tally, fork, tally.pipeline))
-        if not trials:
-            return
-        most = [lab.bytes(fork) for _, fork, _ in trials]
-        steps: list[torch.Tensor] = []
+                middle = len(group) // 2
+                for half in (group[:middle], group[middle:]):
+                    self([tally for tally in half if tally.live])
+                return
+        for tally in group:
+            tally.seconds += (time.perf_counter() - began) / len(group)
 
-        def behind(index: int, logprobs: torch.Tensor) -> None:
-            steps.append(watch(index, logprobs))
-            if index == len(ids) - 1 or trials[0][1].seen % BLOCK_TOKENS == 0:  # before the upkeep there are most
-                most[:] = [_larger(before, lab.bytes(fork)) for before, (_, fork, _) in zip(most, trials, strict=True)]
+    def _together(self, group: Sequence[Tally]) -> None:
+        lab = self.lab
+        with ExitStack() as stack:
+            trials: list[tuple[Tally, SequenceCache, Pipeline]] = []
+            for tally in group:
+                assert tally.pipeline is not None
+                fork = stack.enter_context(lab.fork(self.ready))
+                try:
+                    lab.apply(fork, tally.pipeline)
+                except Exception as error:
+                    tally.fail(error)
+                else:
+                    trials.append((tally, fork, tally.pipeline))
+            if not trials:
+                return
+            forks = [fork for _, fork, _ in trials]
+            most = [lab.bytes(fork) for fork in forks]
+            steps: list[torch.Tensor] = []
 
-        lab.decode([(fork, pipeline) for _, fork, pipeline in trials], ids, behind)
-        found = finish([fork for _, fork, _ in trials], steps)
-        for (tally, _, _), used, compared in zip(trials, most, found, strict=True):
-            tally.note(used, compared)
+            def behind(index: int, logprobs: torch.Tensor) -> None:
+                steps.append(self.watch(index, logprobs))
+                if index == len(self.ids) - 1 or forks[0].seen % BLOCK_TOKENS == 0:  # most are before the upkeep
+                    most[:] = [_larger(before, lab.bytes(fork)) for before, fork in zip(most, forks, strict=True)]
+
+            lab.decode([(fork, pipeline) for _, fork, pipeline in trials], self.ids, behind)
+            found = self.finish(forks, steps)
+            for (tally, _, _), used, compared in zip(trials, most, found, strict=True):
+                tally.note(used, compared)
 
 
 def _larger(before: Bytes, now: Bytes) -> Bytes:

@@ -9,7 +9,7 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from cli import text
 from kvpilot.result import Result
-from kvpilot.v1 import common_pb2
+from kvpilot.v1 import common_pb2, policy_pb2
 
 
 def result_document(result: Result) -> dict[str, Any]:
@@ -51,6 +51,16 @@ def switch_document(switch: common_pb2.Switch) -> dict[str, Any]:
         "stall_ms": switch.stall_ms,
         "before": fields(switch.before),
         "after": fields(switch.after),
+    }
+
+
+def recalls_document(recalls: policy_pb2.Recalls) -> dict[str, Any]:
+    """What was asked of lower tiers and moved between tiers."""
+    return {
+        "tiers": [fields(tier) for tier in recalls.tiers],
+        "moved": [fields(pair) for pair in recalls.moved],
+        "read_blocks": recalls.read_blocks,
+        "skipped_blocks": recalls.skipped_blocks,
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from cli.document import fields
+from cli.document import fields, recalls_document
 from cli.errors import BadInputError
 from cli.inspect_run import Choice, Head, Inspection, inspect_request
 from cli.inspect_view import show
@@ -176,6 +176,7 @@ def document(found: Inspection) -> dict[str, Any]:
         "tokens": list(found.tokens),
         "choice": _choice(found.choice),
         "cache": fields(found.use.to_proto()),
+        "recalls": recalls_document(found.recalls.to_proto()),
         "totals": {
             "kept_tokens": sum(kept),
             "full_tokens": found.seen * len(found.heads),

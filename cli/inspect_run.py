@@ -22,6 +22,7 @@ from workers.cache.arrangement import Mask, blocks_of, tokens_of
 from workers.cache.disk import DiskStore
 from workers.cache.formats import format_of, formats
 from workers.cache.kvcache import KVCache
+from workers.cache.recalls import Recalls
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.engine.attention import cache_shape
 from workers.engine.catalyst import catalyst
@@ -110,6 +111,7 @@ class Inspection:
     """The same as text, token by token."""
     choice: Choice | None
     use: CacheUse
+    recalls: Recalls
     heads: tuple[Head, ...]
     """Of layer 0, then of layer 1, and so on."""
 
@@ -207,6 +209,7 @@ def _inspect(
         tokens=tuple(loaded.tokenizer.decode([token_id]) for token_id in ids),
         choice=_choice(pipeline.evictor, chosen),
         use=cache.use(seq),
+        recalls=seq.recalls,
         heads=read_heads(cache, seq, {layer: scored.heads for layer, scored in chosen.items()}),
     )
 

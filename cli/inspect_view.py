@@ -47,6 +47,8 @@ def show(found: Inspection, console: Console) -> None:
         console.print(line, soft_wrap=True, markup=False)
     console.print(totals(found))
     console.print(kinds(found))
+    if moves := text.recalls(found.recalls.to_proto()):
+        console.print(moves, soft_wrap=True, markup=False)
     for line in piece_lines(found, console.width):
         console.print(line, soft_wrap=True, markup=False)
 

@@ -314,7 +314,8 @@ def top(
     """Watch the live requests: pipeline, tokens, bytes, signals, last switch and why, and the planner's decision.
 
     Bytes are shown per tier and against what pipeline `full` would take; shadows are the exact copies that let a
-    switch be undone. Far mass ">128: 0.12" means that 12 % of the attention went to tokens more than 128 back.
+    switch be undone. Far mass ">128: 0.12" means that 12 % of the attention went to tokens more than 128 back. Blocks
+    that steps ask of lower tiers are there in time if they had been brought before the step asked.
     """
     with reported():
         settings = _settings(context, endpoint=endpoint)
@@ -607,6 +608,9 @@ def bench_quality(
     cache; a conversation whose last turn needs the first; a long generation, with evictors at work. Device bytes count
     scales, zero points and tables, raw blocks as of 16 bits. Where a stage cannot reach a share or serve the model, its
     row says why; one that raises has its error there, and the exit code is 1 at the end.
+
+    Some stages need the model's profile. Where there is none, it is found first, from 4,096 tokens of text, and stored
+    for good, as `kvpilot model profile` does; workers that load the model from then on have it too.
 
       kvpilot bench quality --quick --json quality.json --html quality.html
 

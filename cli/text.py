@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from kvpilot.v1 import common_pb2, generation_pb2, operator_pb2
+from kvpilot.v1 import common_pb2, generation_pb2, operator_pb2, policy_pb2
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -75,6 +75,33 @@ def bundle(value: operator_pb2.Bundle) -> str:
         said.append(f"measured {math.exp(value.mean_log_residual):.2g} times what was predicted")
     said += [count(value.drifts, "drift"), count(value.alarms, "alarm")]
     return f"{name}: {', '.join(said)}"
+
+
+def recalls(value: policy_pb2.Recalls) -> str:
+    """What was asked of lower tiers and moved between tiers, in a line; empty where nothing was."""
+    said = [
+        f"{share(_in_time(tier), _asked(tier))} of {count(_asked(tier), 'block')} asked of {tier.name} there in time"
+        for tier in value.tiers
+    ]
+    pairs = [pair for pair in value.moved if pair.from_tier != pair.to_tier]
+    moved = [f"{pair.from_tier} → {pair.to_tier} {size(pair.bytes)}" for pair in pairs]
+    said += [f"moved {', '.join(moved)}"] if moved else []
+    if choice := value.read_blocks + value.skipped_blocks:
+        said.append(f"queries read {share(value.read_blocks, choice)} of the blocks they may skip")
+    return "; ".join(said)
+
+
+def in_time(value: policy_pb2.Recalls) -> str:
+    """The share of the blocks asked of lower tiers that were there in time, ``-`` where none was asked for."""
+    return share(sum(map(_in_time, value.tiers)), sum(map(_asked, value.tiers)))
+
+
+def _asked(tier: policy_pb2.TierRecalls) -> int:
+    return _in_time(tier) + int(tier.waited_blocks + tier.in_place_blocks)
+
+
+def _in_time(tier: policy_pb2.TierRecalls) -> int:
+    return int(tier.there_blocks + tier.ahead_blocks)
 
 
 def finish_reason(value: generation_pb2.FinishReason) -> str:

@@ -21,6 +21,8 @@ from kvpilot.v1 import operator_pb2, policy_pb2
 from models.scenarios import scenario_word
 
 CALL_TIMEOUT_S = 5.0
+_UP = (("host", "device"), ("disk", "host"))
+"""From and to of what is brought nearer."""
 _STYLES = {"refused": "red", "applied": "green", "sent": "yellow", "advised": "cyan"}
 
 
@@ -73,7 +75,9 @@ def render(snapshot: Snapshot, endpoint: str) -> RenderableType:
     )
     workers = sorted(snapshot.workers, key=lambda worker: str(worker.hello.worker))
     sessions = [_sessions(worker) for worker in workers if worker.state.sessions.parked]
-    return Group(head, *map(_bundle, snapshot.bundles), _Workers(workers), *sessions, _Requests(snapshot))
+    took = [(worker.hello.worker, text.recalls(worker.state.recalls)) for worker in workers]
+    recalls = [Text(f"{name}: {said}") for name, said in took if said]
+    return Group(head, *map(_bundle, snapshot.bundles), _Workers(workers), *sessions, *recalls, _Requests(snapshot))
 
 
 def _bundle(bundle: operator_pb2.Bundle) -> Text:
@@ -219,8 +223,14 @@ def _device(state: policy_pb2.RequestState) -> str:
 
 def _lower_tiers(state: policy_pb2.RequestState) -> str:
     cache = state.cache
-    disk = f"\n{text.size(cache.disk_bytes)} on disk" if cache.disk_bytes else ""
-    return f"{text.size(cache.host_bytes)}\n+ {text.size(cache.shadow_bytes)}{disk}"
+    lines = [text.size(cache.host_bytes), f"+ {text.size(cache.shadow_bytes)}"]
+    if cache.disk_bytes:
+        lines.append(f"{text.size(cache.disk_bytes)} on disk")
+    if state.recalls.tiers:
+        lines.append(f"{text.in_time(state.recalls)} there in time")
+    if brought := sum(pair.bytes for pair in state.recalls.moved if (pair.from_tier, pair.to_tier) in _UP):
+        lines.append(f"{text.size(brought)} brought")
+    return "\n".join(lines)
 
 
 def _signals(state: policy_pb2.RequestState, horizons: list[int]) -> str:

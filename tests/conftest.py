@@ -158,3 +158,14 @@ def smollm2() -> Path:
     from models.store import DEFAULT_MODEL, resolve
 
     return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """For tests on tensors so small that torch's and the kernels' threads cost more than they bring."""
+    import torch  # for which the environment must be set
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

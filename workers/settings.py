@@ -59,6 +59,13 @@ class WorkerSettings(FileSettings):
     device: str = Field("cpu", description="torch device")
     dtype: ModelDtype = Field(ModelDtype.AUTO, description="dtype of weights and raw blocks")
     device_budget_bytes: ByteSize = Field(ByteSize(512 * MIB), gt=0, description="cache bytes on the device tier")
+    lendable_layers: int = Field(
+        0,
+        ge=0,
+        description="most layers of the model that lend the device memory of their weights to the cache under pressure,"
+        " two fewer than it has or less; a copy of these weights, and of two more layers', is kept on the host beside"
+        " its budget",
+    )
     host_budget_bytes: ByteSize = Field(ByteSize(1024 * MIB), ge=0, description="cache bytes on the host tier")
     disk_folder: Path = Field(
         default_factory=lambda: store.cache_folder() / "blocks",

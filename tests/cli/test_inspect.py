@@ -34,6 +34,7 @@ PIPELINES = [
     "snapkv(keep=0.5) | kivi(bits=4)",
     "host(recent=64)",
     "disk(recent=64)",
+    "arkvale(recent=64, share=0.5)",
     "kivi(bits=2)",
     'snapkv(keep=0.4, budgets="ada")',
     "h2o(keep=0.3) | int8 | host(recent=64)",
@@ -97,8 +98,13 @@ def test_document_says_what_the_tables_and_the_accounting_say(
             assert block["positions"] == tables.position[place][:length][32 * index : 32 * (index + 1)].tolist()
     use = cache.use(seq)
     assert found["cache"] == fields(use.to_proto())
+    asked = {"disk(recent=64)": {"disk"}, "arkvale(recent=64, share=0.5)": {"host"}}.get(pipeline, set())
+    assert {tier["name"] for tier in found["recalls"]["tiers"]} == asked
+    to_disk = sum(pair["bytes"] for pair in found["recalls"]["moved"] if pair["to_tier"] == "disk")
+    assert to_disk == use.disk_bytes
     through = seq.staging.nbytes if seq.staging else 0  # no head's: disk blocks pass through it
-    for name, more in (("device_bytes", 0), ("host_bytes", through), ("disk_bytes", 0), ("shadow_bytes", 0)):
+    pooled = seq.selective.nbytes()[0] if seq.selective else 0  # nor this: digests, and copies of host blocks
+    for name, more in (("device_bytes", pooled), ("host_bytes", through), ("disk_bytes", 0), ("shadow_bytes", 0)):
         assert sum(head[name] for head in found["heads"]) + more == getattr(use, name)
     assert found["loss_class"] == cache.loss_class(seq, build(pipeline, shape)).name.lower()
     assert found["pipeline"] == build(pipeline, shape).text
@@ -215,6 +221,11 @@ def test_terminal_shows_totals_and_pieces(loaded: LoadedModel) -> None:
     assert TEXT[best.start : best.end] in shown[1]
     after = shown[shown.index("least kept:") + 1]
     assert TEXT[worst.start : worst.end] in after
+
+
+def test_terminal_shows_what_lower_tiers_took(loaded: LoadedModel) -> None:
+    assert "asked of disk there in time; moved device → disk " in printed(run(loaded, "disk(recent=64)", TEXT, 3), 200)
+    assert "moved" not in printed(run(loaded, "full", TEXT, 3))
 
 
 def test_pieces_cover_a_stretch_once_and_the_last_takes_the_rest_in() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from cli.top import Snapshot, render
-from kvpilot.v1 import common_pb2, operator_pb2
+from cli.top import WIDE, Snapshot, render
+from kvpilot.v1 import common_pb2, operator_pb2, policy_pb2
 
 MIB = 1 << 20
 
@@ -152,3 +152,33 @@ def test_parked_sessions_are_a_line() -> None:
     assert "damaged" not in shown(picture)
     kept.corrupt_pieces = 2
     assert "2 damaged on disk" in shown(picture)
+
+
+def test_what_lower_tiers_took_is_a_line_of_the_worker_and_of_the_request() -> None:
+    picture = snapshot()
+    assert "in time" not in shown(picture)
+    told = policy_pb2.Recalls(
+        tiers=[
+            policy_pb2.TierRecalls(name="host", there_blocks=60, ahead_blocks=20, waited_blocks=15, in_place_blocks=5),
+            policy_pb2.TierRecalls(name="disk", ahead_blocks=1),
+        ],
+        moved=[
+            policy_pb2.MovedBytes(from_tier="device", to_tier="device", bytes=9 * MIB),
+            policy_pb2.MovedBytes(from_tier="device", to_tier="host", bytes=7 * MIB),
+            policy_pb2.MovedBytes(from_tier="host", to_tier="device", bytes=3 * MIB),
+        ],
+        read_blocks=1,
+        skipped_blocks=3,
+    )
+    picture.workers[0].state.recalls.CopyFrom(told)
+    line = (
+        "worker-0: 80% of 100 blocks asked of host there in time; 100% of 1 block asked of disk there in time; moved"
+        " device → host 7.0 MiB, host → device 3.0 MiB; queries read 25% of the blocks they may skip"
+    )
+    assert line in shown(picture)
+    assert "brought" not in shown(picture)
+    picture.requests[0].state.recalls.CopyFrom(told)
+    for width in (300, WIDE, 80):  # a table, the narrowest one, and paragraphs
+        said = shown(picture, width)
+        assert "80% there in time" in said  # 81 of 101
+        assert "3.0 MiB brought" in said

@@ -15,7 +15,7 @@ from controller.server import ControllerServer
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc, policy_pb2
 from kvpilot.v1.common_pb2 import Orderer, Scenario
 from kvpilot.v1.operator_pb2 import DecisionOutcome, Mode
-from tests.controller.scripted import ScriptedWorker, controller, hello, request_state, until
+from tests.controller.scripted import ScriptedWorker, controller, hello, request_state, until, worker_state
 
 pytestmark = pytest.mark.anyio
 
@@ -59,6 +59,23 @@ async def test_lists_workers_and_requests() -> None:
         assert [(one.worker, one.state.request_id, one.overridden) for one in requests] == [("w0", "job-1", False)]
         other = await operator.ListRequests(operator_pb2.ListRequestsRequest(worker="w1"))
         assert not other.requests
+
+
+async def test_what_lower_tiers_took_comes_through_as_reported() -> None:
+    async with stack() as (server, worker, operator):
+        assert server.steering is not None
+        attached = server.steering.state.workers["w0"]
+        state = exact()
+        state.recalls.tiers.add(name="disk", there_blocks=3, waited_blocks=1)
+        state.recalls.moved.add(from_tier="disk", to_tier="host", bytes=1 << 40)
+        load = worker_state()
+        load.recalls.CopyFrom(state.recalls)
+        await worker.send(report=policy_pb2.Report(sequence_number=9, worker=load, requests=[state]))
+        await until(lambda: bool(attached.state.recalls.tiers))
+        (told,) = (await operator.ListWorkers(operator_pb2.ListWorkersRequest())).workers
+        assert told.state == load
+        (request,) = (await operator.ListRequests(operator_pb2.ListRequestsRequest())).requests
+        assert request.state == state
 
 
 async def test_an_override_returns_the_workers_answer_and_pins() -> None:

@@ -128,3 +128,23 @@ async def test_the_worker_reports_its_load_and_its_end(client: AsyncClient, oper
         await job.cancel(client)
         while await operator.find(job.job_id) is not None:
             pass
+
+
+async def test_what_lower_tiers_took_reaches_the_operator(client: AsyncClient, operator: Operator) -> None:
+    job = Following(
+        client.generate(
+            token_ids=prompt(PROMPT_TOKENS, seed=33), max_tokens=ENDLESS, ignore_eos=True, pipeline="disk(recent=64)"
+        )
+    )
+    await job.until(lambda: job.tokens > 0)
+    earlier, later = (state.recalls for state in await _states(job, operator, 2))
+    [before], [after] = earlier.tiers, later.tiers
+    assert before.name == after.name == "disk"
+    asked = [tier.there_blocks + tier.ahead_blocks + tier.waited_blocks for tier in (before, after)]
+    assert 0 < asked[0] < asked[1]
+    moved = {(pair.from_tier, pair.to_tier): pair.bytes for pair in later.moved}
+    assert moved["device", "disk"] > 0
+    listed = await operator.stub.ListWorkers(operator_pb2.ListWorkersRequest())
+    whole = {(pair.from_tier, pair.to_tier): pair.bytes for pair in listed.workers[0].state.recalls.moved}
+    assert all(whole[way] >= nbytes for way, nbytes in moved.items())
+    await job.cancel(client)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import zlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +13,8 @@ from kernels.layout import BLOCK_TOKENS
 from kvpilot.v1 import common_pb2, generation_pb2, policy_pb2
 from tests.tiny import VOCABULARY, Drive, Outcome, prompt, tiny_engine, tiny_model
 from workers.stages.registry import build
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 IDS = prompt(301, 3)
 TOKENS = 80
@@ -26,15 +27,6 @@ LOSSY = (
     "quest(share=0.3, dense=0)",
 )
 ALWAYS = {"audit_every_tokens": 1, "audit_tokens": 1, "audit_budget": 1e6}
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,8 @@ from workers.stages.budgets import PER_HEAD, RULES
 from workers.stages.registry import build, stages
 from workers.stages.selecting import Digest
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SHAPES = {
     "mha": CacheShape(layers=2, kv_heads=2, query_heads=2, head_dim=16, dtype=torch.float32),
     "gqa": CacheShape(layers=3, kv_heads=2, query_heads=6, head_dim=24, dtype=torch.bfloat16),
@@ -249,15 +251,6 @@ def make_world(cache: KVCache | None = None, tokens: int = TOKENS, seed: int = 0
         masses = torch.rand(size[:3], generator=generator).numpy()
         getattr(cache.tables, name)[seq.slot, :, :, :tokens] = masses
     return World(cache, seq, k, v)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- what a stage declares -------------------------------------------------------------------------------------------

@@ -80,6 +80,19 @@ def flip(path: Path, block_bytes: int, block: int = 0) -> None:
     path.write_bytes(data)
 
 
+HARMS = ("flip", "cut", "gone")
+
+
+def do_harm(path: Path, harm: str, block_bytes: int) -> None:
+    """To a block of a file, to its end, or to all of it."""
+    if harm == "flip":
+        flip(path, block_bytes)
+    elif harm == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.unlink()
+
+
 # -- the same output -------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +382,34 @@ def test_a_flipped_bit_is_made_good_from_the_exact_copy(engines, folder: Path) -
     assert not outcome.finished.usage.preemptions
 
 
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("by_steps", [True, False])
+def test_what_was_made_good_is_whole_the_next_time(engines, folder: Path, harm: str, by_steps: bool) -> None:
+    """Whoever finds the damage first: a decode step, or what reads blocks in pieces."""
+    engine = engines()
+    drive = decoding(engine, f"kivi(bits=4) | {DISK}")
+    cache, seq, counts = engine.cache, engine._live["job"].cache, engine._disk.counts
+
+    def read() -> torch.Tensor:
+        context = cache.context(seq)
+        return torch.stack([part[:, : len(IDS)] for layer in range(LAYERS) for part in context.read(layer)])
+
+    expected, written = read(), len(files(folder))
+    do_harm(files(folder)[0], harm, engine.shape.block_bytes(Format.INT4))
+    for _ in range(2):
+        engine.step() if by_steps else read()
+    found = counts.corrupt_blocks
+    assert found > 0
+    assert len(files(folder)) > written - 1
+    for _ in range(3):
+        engine.step()
+        assert torch.equal(read(), expected)
+    assert counts.corrupt_blocks == found
+    assert not drive.finish()["job"].finished.usage.preemptions
+    assert not files(folder)
+    assert cache.disk.used_bytes == 0
+
+
 @pytest.mark.parametrize("target", ["full", "kivi(bits=4)", "snapkv(keep=0.5)"])
 def test_a_switch_that_finds_damage_is_refused_and_the_request_begins_again(engines, folder, target: str) -> None:
     clean = run(engines(), {"job": IDS}, 48, pipeline=DISK)["job"].token_ids
@@ -386,7 +427,7 @@ def test_a_switch_that_finds_damage_is_refused_and_the_request_begins_again(engi
     assert outcome.finished.pipeline == DISK
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("harm", HARMS)
 def test_damage_during_the_prompt(engines, folder: Path, harm: str) -> None:
     clean = run(engines(), {"job": IDS}, 16, pipeline=DISK)["job"].token_ids
     engine = engines(step_tokens=64)
@@ -394,13 +435,7 @@ def test_damage_during_the_prompt(engines, folder: Path, harm: str) -> None:
     drive.submit("job", IDS, 16, pipeline=DISK)
     drive.until(lambda: len(files(folder)) >= 2)
     assert engine._live["job"].to_compute
-    path = files(folder)[0]
-    if harm == "flip":
-        flip(path, engine.shape.block_bytes(Format.RAW))
-    elif harm == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
-    else:
-        path.unlink()
+    do_harm(files(folder)[0], harm, engine.shape.block_bytes(Format.RAW))
     outcome = drive.finish()["job"]
     assert outcome.token_ids == clean
     assert outcome.finished.usage.preemptions == 1
@@ -520,34 +555,83 @@ def test_damaged_blocks_are_named(tier: DiskTier, folder: Path) -> None:
     assert np.array_equal(rows[[0, 2, 3]], torch.cat(blocks)[[11, 0, 7]].numpy())
 
 
+def test_a_block_is_written_again_under_its_number(tier: DiskTier, folder: Path) -> None:
+    blocks = torch.cat([some_blocks(tier, 4, seed) for seed in range(3)]).numpy()
+    numbers = tier.write((torch.from_numpy(part) for part in np.split(blocks, 3)), Format.INT8)
+    size = blocks.shape[1]
+
+    def damaged() -> list[int]:
+        rows = np.zeros_like(blocks)
+        found = tier.read(numbers, list(rows)).result()
+        whole = np.delete(np.arange(12), found)
+        assert np.array_equal(rows[whole], blocks[whole])
+        return found
+
+    files(folder)[1].unlink()
+    assert sorted(damaged()) == [4, 5, 6, 7]
+    used = tier.used_bytes
+    assert tier.rewrite(int(numbers[6]), blocks[6])
+    assert sorted(damaged()) == [4, 5, 7]
+    assert size < tier.used_bytes - used < size + 256  # and a header
+    flip(files(folder)[-1], size)
+    assert sorted(damaged()) == [4, 5, 6, 7]
+    for place in (7, 6, 4, 5):
+        assert tier.rewrite(int(numbers[place]), blocks[place])
+    assert damaged() == []
+    assert 4 * size < tier.used_bytes - used < 4 * (size + 256)  # none is there twice
+    tier.release(numbers[[6, 0]])
+    assert tier.used_bytes - used < 3 * (size + 256)
+    again = tier.write([some_blocks(tier, 1, 9)], Format.INT8)  # a number that was free is nobody's old block
+    row = np.zeros(size, np.uint8)
+    assert tier.read(again, [row]).result() == []
+    assert np.array_equal(row, some_blocks(tier, 1, 9)[0].numpy())
+    tier.release(np.concatenate([numbers[1:6], numbers[7:], again]))
+    assert tier.used_bytes == 0
+    assert not files(folder)
+
+
+def test_without_room_a_damaged_block_stays_as_it_is(tier: DiskTier, folder: Path) -> None:
+    blocks = some_blocks(tier, 1, 0)
+    numbers = tier.write([blocks], Format.INT8)
+    flip(files(folder)[0], blocks.shape[1])
+    while tier.free_bytes > blocks.shape[1]:
+        tier.write([some_blocks(tier, 1, 1)], Format.INT8)
+    used, there = tier.used_bytes, files(folder)
+    assert not tier.rewrite(int(numbers[0]), blocks[0].numpy())
+    assert tier.read(numbers, [np.zeros(blocks.shape[1], np.uint8)]).result() == [0]
+    assert (tier.used_bytes, files(folder)) == (used, there)
+
+
 # -- reading ahead ---------------------------------------------------------------------------------------------------
 
 
 def test_every_block_is_counted_once_a_step(engines) -> None:
     drive = decoding(engines(), DISK)
     recalls, cache = drive.engine.cache.recalls, drive.engine.cache
+    asked = recalls.asked[Tier.DISK]
     use = cache.use(drive.engine._live["job"].cache)
     blocks = use.disk_bytes // cache.shape.block_bytes(Format.RAW)
-    before = recalls.kept + recalls.ahead + recalls.waited
+    before = asked.blocks
     bytes_before = recalls.moved_bytes[Tier.DISK, Tier.HOST]
     for _ in range(3):
         drive.engine.step()
-    assert recalls.kept + recalls.ahead + recalls.waited - before == 3 * blocks
+    assert asked.blocks - before == 3 * blocks
     assert recalls.moved_bytes[Tier.DISK, Tier.HOST] - bytes_before == 3 * use.disk_bytes
-    assert recalls.hit_rate == 1 - recalls.waited / (recalls.kept + recalls.ahead + recalls.waited)
+    assert asked.hit_rate == 1 - asked.waited / asked.blocks
     assert recalls.summary()["disk_to_host_bytes"] == recalls.moved_bytes[Tier.DISK, Tier.HOST]
+    assert recalls.summary()["disk_waited_blocks"] == asked.waited
 
 
 def test_two_layers_stay_in_the_staging_area(folder: Path) -> None:
     """As many as it has slots: nothing is read twice between two upkeeps."""
     engine = tiny_engine(disk_folder=folder, disk_budget_bytes=1 << 20)
     drive = decoding(engine, DISK)
-    read, kept = engine._disk.counts.read_bytes, engine.cache.recalls.kept
+    read, there = engine._disk.counts.read_bytes, engine.cache.recalls.asked[Tier.DISK].there
     for _ in range(5):
         engine.step()
     assert engine._disk.counts.read_bytes == read
     blocks = engine.cache.use(engine._live["job"].cache).disk_bytes // engine.shape.block_bytes(Format.RAW)
-    assert engine.cache.recalls.kept == kept + 5 * blocks
+    assert engine.cache.recalls.asked[Tier.DISK].there == there + 5 * blocks
     drive.finish()
     engine.stop(1.0)
 

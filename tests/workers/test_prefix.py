@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +18,8 @@ from workers.cache.prefix import PrefixIndex, PrefixRow
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.stages.registry import build
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SHAPE = CacheShape(layers=2, kv_heads=2, query_heads=4, head_dim=16, dtype=torch.float32)
 ROW = SHAPE.layers * SHAPE.kv_heads  # blocks of a row: one page
 fixed = settings(derandomize=True, max_examples=40, deadline=None, database=None)
@@ -26,15 +27,6 @@ fixed = settings(derandomize=True, max_examples=40, deadline=None, database=None
 
 def tokens(rows: int, start: int = 0) -> list[int]:
     return list(range(start, start + rows * BLOCK_TOKENS))
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- the index -------------------------------------------------------------------------------------------------------

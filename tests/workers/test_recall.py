@@ -10,12 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import BLOCK_TOKENS, Format
+from kernels.layout import BLOCK_TOKENS, Format, Tier
 from tests.tiny import Drive, prompt, tiny_engine, tiny_loaded
 from tests.workers.test_selecting import SHAPE, Steps, numbers, step_numbers
+from workers.cache.recalls import Asked
 from workers.cache.sequence_cache import Occasion
 from workers.engine.guessing import QueryGuesser
 from workers.stages.registry import build
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 ARKVALE = "arkvale(recent=64, share=0.3)"
 RECALLING = (
@@ -26,15 +29,6 @@ RECALLING = (
     "conversation(recent=64, share=0.4)",
 )
 TEXT = prompt(700, 5)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def slowly(steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -62,10 +56,8 @@ def test_recalled_blocks_are_the_originals_and_change_no_result(text: str) -> No
                 torch.testing.assert_close(out[layer], expected, rtol=0, atol=1e-5)
     assert pooled.copies > 500
     assert in_place.copies == 0
-    counts = in_place.cache.recalled
-    assert (counts.hits, counts.misses, counts.fetched_bytes) == (0, 0, 0)
-    copied = pooled.cache.recalled
-    assert counts.in_place == copied.hits + copied.misses + copied.in_place
+    assert in_place.asked == Asked(in_place=pooled.asked.blocks)
+    assert in_place.fetched_bytes == 0
     for steps in (pooled, in_place):
         steps.cache.close(steps.seq)
         assert steps.cache.device.used_bytes == steps.cache.host.used_bytes == 0
@@ -73,7 +65,7 @@ def test_recalled_blocks_are_the_originals_and_change_no_result(text: str) -> No
 
 def test_the_pool_is_of_the_least_recently_read_and_counts_what_happens() -> None:
     steps = Steps(*numbers(700), ARKVALE)
-    pool, counts = steps.seq.selective.pool, steps.cache.recalled
+    pool = steps.seq.selective.pool
     older = (700 - 64) // BLOCK_TOKENS
     assert pool.places == -(-older * 3 // 10)
     held: dict[tuple[int, int], OrderedDict[int, None]] = {}
@@ -93,20 +85,20 @@ def test_the_pool_is_of_the_least_recently_read_and_counts_what_happens() -> Non
                     mine.move_to_end(block)
                 while len(mine) > pool.places:
                     mine.popitem(last=False)
-    assert (counts.hits, counts.misses, counts.in_place) == (hits, misses, 0)
-    assert counts.fetched_bytes == misses * SHAPE.block_bytes(Format.RAW)
+    assert steps.asked == Asked(there=hits, waited=misses)
+    assert steps.asked.hit_rate == hits / (hits + misses)
+    assert steps.fetched_bytes == misses * SHAPE.block_bytes(Format.RAW)
     assert hits > 0 < misses
 
 
 def test_the_same_query_again_fetches_nothing() -> None:
-    steps, counts = Steps(*numbers(500), ARKVALE), None
+    steps = Steps(*numbers(500), ARKVALE)
     q, k, v = step_numbers(0)
     steps.step(q, k, v)
-    counts = steps.cache.recalled
-    fetched, read = counts.fetched_bytes, counts.misses
+    fetched, read = steps.fetched_bytes, steps.asked.waited
     steps.step(q, k, v)
-    assert counts.fetched_bytes == fetched > 0
-    assert counts.hits == read
+    assert steps.fetched_bytes == fetched > 0
+    assert steps.asked == Asked(there=read, waited=read)
 
 
 def test_a_pool_keeps_to_half_of_what_the_device_has_free() -> None:
@@ -118,7 +110,7 @@ def test_a_pool_keeps_to_half_of_what_the_device_has_free() -> None:
         steps.step(*numbers_)
         assert cache.device.used_bytes <= cache.device.budget_bytes
     assert 0 < pool.places < 18
-    assert cache.recalled.in_place > 0 < cache.recalled.hits
+    assert steps.asked.in_place > 0 < steps.asked.there
     used = cache.device.used_bytes
     freed = cache.give_up_pools(1)
     assert freed == used - cache.device.used_bytes >= pool.places * row
@@ -245,17 +237,15 @@ def test_what_is_guessed_is_there_when_it_is_asked_for() -> None:
     cache.reserve(seq, 600)
     engine._runner.prefill(seq, TEXT[:600], 600, all_queries=False)
     cache.apply(seq, build("infinigen(recent=64, share=0.3, alpha=100)", engine.shape), Occasion.PROMPT)
-    counts = cache.recalled
+    asked = seq.recalls.asked[Tier.HOST]
     for token in TEXT[600:630]:
         cache.reserve(seq, 1)
         engine._runner.decode([seq], [token])
     older = (630 - 64) // BLOCK_TOKENS
     assert seq.selective.pool.places == 5  # 0.3 of 16
-    assert counts.foreseen > 0
-    assert (
-        counts.misses == 2 * seq.selective.pool.places
-    )  # the first layer's, which reads everything, in its first step
-    assert counts.skipped_blocks > 30 * 2 * older * 0.5
+    assert asked.ahead > 0
+    assert asked.waited == 2 * seq.selective.pool.places  # the first layer's, which reads everything, in its first step
+    assert seq.recalls.skipped_blocks > 30 * 2 * older * 0.5
 
 
 def test_a_model_whose_next_layer_does_not_attend_is_told_of() -> None:

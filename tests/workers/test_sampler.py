@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,18 +13,11 @@ from hypothesis import strategies as st
 
 from workers.engine.sampler import Choice, SampleRequest, SamplingParameters, sample
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 LOGITS = [2.0, 1.5, 0.5, 0.0, -0.5, 1.0, -3.0, 1.9]
 DRAWS = 400
 fixed = settings(derandomize=True, max_examples=40, deadline=None, database=None)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(

@@ -35,6 +35,9 @@ class PlainMemory:
         lent = self.prefix_blocks if any(self.reused.values()) else 0
         return self.blocks - sum(self.held.values()) - lent
 
+    def room_bytes(self) -> int:
+        return self.free_bytes()
+
     def watermark_bytes(self) -> int:
         return self.watermark
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,20 +12,14 @@ from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kvpilot.v1 import generation_pb2, job_pb2
 from tests.tiny import Drive, prompt, run, tiny_engine
 from workers.cache.kvcache import KVCache
+from workers.cache.recalls import Asked
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.stages.registry import build
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SHAPE = CacheShape(layers=3, kv_heads=2, query_heads=6, head_dim=16, dtype=torch.float32)
 TEXT = prompt(700, 5)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Torch's and the kernels' threads cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Steps:
@@ -44,6 +37,16 @@ class Steps:
             self.cache.backend.write(self.seq.slot, layer, 0, k[layer], v[layer])
         self.pipeline = build(text, SHAPE)
         self.cache.apply(self.seq, self.pipeline, Occasion.PROMPT)
+
+    @property
+    def asked(self) -> Asked:
+        """What was asked of the host."""
+        return self.seq.recalls.asked[Tier.HOST]
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes copied from the host to the pool."""
+        return self.seq.recalls.moved_bytes[Tier.HOST, Tier.DEVICE]
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, list[np.ndarray]]:
         """Output [layers, query_heads, D] of a step's q, k, v [layers, heads, D], and which blocks each layer read."""
@@ -155,7 +158,7 @@ def test_backends_read_the_same_blocks_and_agree(text: str) -> None:
         (out, read), (other, other_read) = (steps.step(*step_numbers(step)) for steps in both)
         assert np.array_equal(read, other_read)
         torch.testing.assert_close(out, other, rtol=0, atol=1e-5)
-    assert vars(both[0].cache.recalled) == vars(both[1].cache.recalled)
+    assert both[0].cache.recalls == both[1].cache.recalls
 
 
 def test_tokens_that_are_not_read_get_nothing() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kvpilot.v1 import generation_pb2
@@ -18,19 +17,13 @@ from workers.cache.parked import SessionKey
 from workers.engine.engine import Engine
 from workers.engine.sequence import Sequence
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 LOADED = tiny_loaded()
 ROW_BYTES = 2 * 2 * 2 * BLOCK_TOKENS * 16 * 4
 """Of the tiny model: layers, heads, keys and values, tokens, channels, bytes of a number."""
 TURN = 300
 ANSWER = 40
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Clock:

@@ -4,11 +4,15 @@ A tier holds blocks of several sizes under one budget. So the arena is cut into 
 *lot*, and a lot is blocks of one format that belong together (a row of raw blocks over all layers and heads, or all of
 a request's int4 blocks). A page goes back to the arena when its last block is released, so what one request gives up
 in one format another can use in any. The arena is allocated once: the budget cannot be exceeded.
+
+Behind its budget an arena may have *regions*: whole pages that hold something else, such as weights of the model, until
+they are lent. A lent region's pages count in the budget and are used after all others; when the region is taken back,
+blocks that lie there move to other pages, whole pages at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +23,8 @@ from kernels.api import I32
 from kernels.layout import UNIT_BYTES, BlockFormat, CacheShape, Format, Tier
 
 _EMPTY = np.zeros(0, np.int32)
+_ALIGNMENT = 64
+"""As torch's own memory: what is computed from numbers in an arena does not depend on where they lie."""
 
 
 class TierFullError(Exception):
@@ -44,6 +50,19 @@ class Lot:
     pages: int = 0
 
 
+@dataclass(frozen=True)
+class Region:
+    """Pages behind an arena's budget."""
+
+    first: int
+    pages: int
+
+    @property
+    def end(self) -> int:
+        """The page behind it."""
+        return self.first + self.pages
+
+
 class Guests(Protocol):
     """Who has pages of an arena only for as long as nobody else needs them."""
 
@@ -64,9 +83,19 @@ def page_blocks(shape: CacheShape) -> int:
 
 
 class Arena:
-    """The memory of one tier and who has which of its pages."""
+    """The memory of one tier and who has which of its pages.
 
-    def __init__(self, tier: Tier, budget_bytes: int, shape: CacheShape, device: torch.device) -> None:
+    Args:
+        tier: which.
+        budget_bytes: rounded down to whole pages.
+        shape: the model's cache dimensions.
+        device: where the memory is.
+        beyond: bytes of each region behind the budget, rounded up to whole pages.
+    """
+
+    def __init__(
+        self, tier: Tier, budget_bytes: int, shape: CacheShape, device: torch.device, beyond: Sequence[int] = ()
+    ) -> None:
         self.tier = tier
         self.shape = shape
         self.page_units = page_blocks(shape) * shape.block_units(Format.RAW)
@@ -77,10 +106,18 @@ class Arena:
                 f"{tier.name.lower()} budget of {budget_bytes} bytes: at least {2 * self.page_bytes} are needed"
             )
         self.budget_bytes = pages * self.page_bytes
-        self.data = _memory(self.budget_bytes, device)
+        """Its own and what is lent to it."""
+        self.regions: list[Region] = []
+        end = pages
+        for nbytes in beyond:
+            self.regions.append(Region(end, -(-nbytes // self.page_bytes)))
+            end = self.regions[-1].end
+        self.data = _memory(end * self.page_bytes, device)
+        self._own_pages = pages
         self._free_pages = np.arange(pages - 1, -1, -1, dtype=np.int32)  # a stack; its top is at the end
-        self._page_blocks_used = np.zeros(pages, np.int32)
-        self._page_lot = np.zeros(pages, np.int32)
+        self._page_blocks_used = np.zeros(end, np.int32)
+        self._page_lot = np.zeros(end, np.int32)
+        self._lent: set[Region] = set()
         self._lots: dict[int, Lot] = {}
         self._next_lot = 1
         self.guests: Guests | None = None
@@ -105,6 +142,67 @@ class Arena:
     def used_bytes(self) -> int:
         """Bytes of pages that belong to a lot."""
         return self.budget_bytes - self.free_bytes
+
+    @property
+    def most_bytes(self) -> int:
+        """The budget with all regions lent."""
+        return len(self.data)
+
+    # -- regions -------------------------------------------------------------------------------------------------------
+
+    def region_bytes(self, region: Region) -> int:
+        """Bytes of its pages."""
+        return region.pages * self.page_bytes
+
+    def memory(self, region: Region) -> torch.Tensor:
+        """Its bytes, uint8: anybody's while it is not lent."""
+        return self.data[region.first * self.page_bytes : region.end * self.page_bytes]
+
+    def lend(self, region: Region) -> None:
+        """Adds a region's pages to the budget; what they hold is lost. It must not be lent yet."""
+        assert region in self.regions
+        assert region not in self._lent
+        fresh = np.arange(region.end - 1, region.first - 1, -1, dtype=np.int32)
+        self._free_pages = np.concatenate([fresh, self._free_pages])
+        self.budget_bytes += self.region_bytes(region)
+        self._lent.add(region)
+
+    def take_back(self, region: Region) -> Callable[[I32], I32]:
+        """Takes a lent region's pages out of the budget; blocks on them move to free pages elsewhere.
+
+        Returns:
+            What says where the blocks at some addresses are now. Whoever keeps addresses must ask it.
+
+        Raises:
+            TierFullError: too few free pages elsewhere; nothing has moved.
+        """
+        assert region in self._lent
+        elsewhere = self._free_pages[(self._free_pages < region.first) | (self._free_pages >= region.end)]
+        inside = np.arange(region.first, region.end, dtype=np.int32)
+        held = inside[self._page_lot[inside] != 0]
+        if len(held) > len(elsewhere):
+            raise TierFullError(self.tier, len(held) * self.page_bytes, len(elsewhere) * self.page_bytes)
+        split = len(elsewhere) - len(held)
+        into, by_page = elsewhere[split:][::-1], self.data.view(-1, self.page_bytes)
+        for page, other in zip(held.tolist(), into.tolist(), strict=True):  # no copy of all of them in between
+            by_page[other].copy_(by_page[page])
+        place = np.arange(len(self._page_lot), dtype=np.int32)
+        place[held] = into
+        for books in (self._page_lot, self._page_blocks_used):
+            books[into], books[held] = books[held], 0
+
+        def now(addresses: I32) -> I32:
+            page = np.clip(addresses // self.page_units, 0, len(place) - 1)
+            return np.asarray(addresses + (place[page] - page) * self.page_units, np.int32)
+
+        for lot in np.unique(self._page_lot[into]).tolist():
+            self._lots[lot].free = now(self._lots[lot].free)
+        self._free_pages = elsewhere[:split]
+        self.budget_bytes -= self.region_bytes(region)
+        self._lent.remove(region)
+        return now
+
+    # -- lots ----------------------------------------------------------------------------------------------------------
 
     def open_lot(self, fmt: BlockFormat, borrowed: bool = False) -> Lot:
         """Starts an empty lot, which takes pages as it needs them."""
@@ -211,7 +309,8 @@ class Arena:
             self._lots.pop(lot.id, None)
         self._page_blocks_used[pages] = 0
         self._page_lot[pages] = 0
-        self._free_pages = np.concatenate([self._free_pages, pages[::-1]]).astype(np.int32)
+        own = pages < self._own_pages
+        self._free_pages = np.concatenate([pages[~own], self._free_pages, pages[own][::-1]]).astype(np.int32)
 
 
 def _memory(size: int, device: torch.device) -> torch.Tensor:
@@ -220,6 +319,7 @@ def _memory(size: int, device: torch.device) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
     if torch.cuda.is_available():
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    memory = np.empty(size, np.uint8)
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
     memory.fill(0)  # has the system back every page now: at their first use they would stall a request's switch
-    return torch.from_numpy(memory)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[start : start + size])

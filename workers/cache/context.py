@@ -12,7 +12,7 @@ from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Blocks
 from workers.cache.blocks import Owners
 from workers.cache.recall import SelectiveReader
-from workers.cache.staging import Sources
+from workers.cache.sources import Sources
 
 
 class CacheContext:

@@ -57,6 +57,7 @@ class ExactCopies:
             of_layer, of_head = (np.broadcast_to(axis, index.shape)[..., 0].ravel() for axis in (layer, head))
             owners = Owners(of_layer, of_head, np.broadcast_to(position, index.shape).reshape(flat).astype(np.int32))
             shadow.add_rows(self._memory.sources(seq), source, owners, rows)
+            self._memory.count_moves(seq, source, Tier.HOST, Format.RAW)
         seq.shadow = shadow
 
     def everything(self, seq: SequenceCache) -> Tokens:

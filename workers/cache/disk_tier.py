@@ -1,7 +1,8 @@
 """The disk tier as block tables see it: every block has a number, which is its address there.
 
 A batch of blocks (``workers.cache.disk``) is what a page is in an arena: one lot, one format, and it goes when its last
-block is released. A full block never changes, so it is written once, for as long as its table wants it there.
+block is released. A full block never changes, so it is written once, for as long as its table wants it there; one that
+turns out to be damaged, and was made anew elsewhere, is written again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class DiskTier:
         self._lot_of: I32 = np.zeros(0, np.int32)  # of each number; _NONE: it is free
         self._place: I32 = np.zeros(0, np.int32)  # within the batch
         self._free: list[int] = []
+        self._rewritten: dict[int, Batch] = {}  # of blocks that were damaged, each a batch of its own
 
     @property
     def budget_bytes(self) -> int:
@@ -123,18 +124,40 @@ class DiskTier:
         Returns:
             Places, among ``numbers``, of those whose bytes are not those that were written.
         """
-        lots = self._lot_of[numbers]
-        order = np.argsort(lots, kind="stable")
-        parts, starts = [], [0, *(np.flatnonzero(np.diff(lots[order])) + 1), len(order)]
-        for start, end in pairwise(starts):
-            mine = order[start:end]
-            batch = self._files[int(lots[mine[0]])].batch
-            parts.append(Part(batch, self._place[numbers[mine]], [into[place] for place in mine], mine.tolist()))
+        lots, parts = self._lot_of[numbers], []
+        anew = np.isin(numbers, list(self._rewritten))
+        for place in np.flatnonzero(anew).tolist():
+            parts.append(Part(self._rewritten[int(numbers[place])], np.zeros(1, np.int32), [into[place]], [place]))
+        order = np.flatnonzero(~anew)
+        order = order[np.argsort(lots[order], kind="stable")]
+        for mine in np.split(order, np.flatnonzero(np.diff(lots[order])) + 1):
+            if len(mine):
+                batch = self._files[int(lots[mine[0]])].batch
+                parts.append(Part(batch, self._place[numbers[mine]], [into[place] for place in mine], mine.tolist()))
         return self.store.read_into(parts)
+
+    def rewrite(self, number: int, block: U8) -> bool:
+        """Writes a block [block_bytes] again, to a file of its own, because what is under its number is damaged; waits
+        for it. The number stays. False: there is no room; the damaged one stays.
+        """
+        try:
+            batch = self._write(block[None])
+            batch.written.result()
+        except DiskFullError:
+            return False
+        self._drop_rewritten(number)
+        self._rewritten[number] = batch
+        return True
+
+    def _drop_rewritten(self, number: int) -> None:
+        if batch := self._rewritten.pop(number, None):
+            self.store.free(batch)
 
     def release(self, numbers: I32) -> None:
         """Gives back blocks; those that are lent to forks stay."""
         numbers = self.owned(numbers)
+        for number in set(self._rewritten).intersection(numbers.tolist()):
+            self._drop_rewritten(number)
         for lot, count in zip(*np.unique(self._lot_of[numbers], return_counts=True), strict=True):
             file = self._files[int(lot)]
             file.live -= int(count)

@@ -17,7 +17,7 @@ import numpy as np
 from kernels.api import F32
 from kernels.layout import BLOCK_TOKENS, BlockFormat, Format, Tier
 from workers.cache.accounting import CacheUse
-from workers.cache.arena import TierFullError
+from workers.cache.arena import Region, TierFullError
 from workers.cache.arrangement import Tokens, block_count, blocks_of
 from workers.cache.context import CacheContext, TokenContext
 from workers.cache.copies import ExactCopies
@@ -26,6 +26,7 @@ from workers.cache.prefix import PrefixRow
 from workers.cache.preparation import Preparation, Slice
 from workers.cache.readers import Readers
 from workers.cache.reading import StepReading
+from workers.cache.recalls import Recalls
 from workers.cache.selection import Views
 from workers.cache.sequence_cache import Occasion, SequenceCache
 from workers.cache.shadow import Shadow
@@ -56,7 +57,8 @@ class KVCache(CacheMemory):
         """Starts an empty cache for a request of at most so many tokens. There must be a free slot."""
         slot = self._free_slots.pop()
         self.tables.length[slot] = 0
-        return SequenceCache(slot, max_tokens)
+        self._open[slot] = SequenceCache(slot, max_tokens, recalls=Recalls(self.recalls))
+        return self._open[slot]
 
     def close(self, seq: SequenceCache) -> None:
         """Gives back everything a request holds."""
@@ -77,6 +79,7 @@ class KVCache(CacheMemory):
         self._readers.stop_selecting(seq)
         self.tables.length[seq.slot] = 0
         self.recent.drop(seq.slot)
+        del self._open[seq.slot]
         self._free_slots.append(seq.slot)
         if seq.origin:
             self._reclaim(seq.origin)
@@ -171,6 +174,7 @@ class KVCache(CacheMemory):
         fork = replace(
             seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[], readers=()
         )
+        fork.recalls = Recalls(self.recalls)
         if seq.staging:
             fork.staging = self.staging(fork)
             try:
@@ -182,7 +186,7 @@ class KVCache(CacheMemory):
             fork.staging.follow(now)
         self.backend.store(Tier.DEVICE, addresses, self.backend.load(Tier.DEVICE, now.address[tail], Format.RAW))
         tables = self.tables
-        self._free_slots.pop()
+        self._open[self._free_slots.pop()] = fork
         for name in ("address", "format", "tier", "length", "position", "mass", "votes"):
             values = getattr(tables, name)
             values[slot] = values[seq.slot]
@@ -308,6 +312,25 @@ class KVCache(CacheMemory):
         """See :meth:`Readers.give_up_pools`."""
         return self._readers.give_up_pools(wanted_bytes)
 
+    def take_back(self, region: Region) -> bool:
+        """Takes a lent region of the device arena back, and moves blocks that lie there.
+
+        Returns:
+            False: not now, nothing has changed. They have nowhere to go, or a switch is being prepared, which must find
+            blocks where they were.
+        """
+        if any(seq.preparation for seq in self._open.values()):
+            return False
+        try:
+            now = self.device.take_back(region)
+        except TierFullError:
+            return False
+        on_device = self.tables.tier == Tier.DEVICE
+        self.tables.address[on_device] = now(self.tables.address[on_device])
+        self.prefixes.moved(now)
+        self._readers.moved(now)
+        return True
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def context(self, seq: SequenceCache) -> CacheContext:
@@ -361,9 +384,9 @@ class KVCache(CacheMemory):
         return LossClass.PERMANENT if seq.lost else pipeline.loss_class
 
     def capacity_bytes(self) -> int:
-        """Bytes of the raw rows that fit the tiers together: what one request alone can take."""
+        """Bytes of the raw rows that fit the tiers together, all lent that can be: what one request alone can take."""
         row_bytes = self.worst_bytes(1)
-        return sum(arena.budget_bytes // row_bytes for arena in self.arenas.values()) * row_bytes
+        return sum(arena.most_bytes // row_bytes for arena in self.arenas.values()) * row_bytes
 
     def device_tokens_at_least(self, seq: SequenceCache, fmt: BlockFormat) -> int:
         """Last tokens of the longest table that must stay on the device if the host tier takes all it has room for.
@@ -382,6 +405,11 @@ class KVCache(CacheMemory):
         placer = pipeline.placer
         if placer and not self.disk and Tier.DISK in tiers_in(styles_of(pipeline, self.shape, 0, self.profile)):
             return f"stage {placer.name!r} needs a disk tier, and this worker has none (its disk_budget_bytes is 0)"
+        if (lent := pipeline.lent_layers) > len(self.device.regions):
+            return (
+                f"stage {placer and placer.name!r} has {lent} layers lend their memory, and on this worker at most"
+                f" {len(self.device.regions)} can (its lendable_layers)"
+            )
         return None
 
     def note_scratch(self, seq: SequenceCache, scratch: SequenceCache) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,13 +20,14 @@ from workers.cache.disk import DiskStore
 from workers.cache.disk_tier import DiskTier
 from workers.cache.formats import CodedFormat
 from workers.cache.partners import Partners
-from workers.cache.pool import RecallCounts
 from workers.cache.prefix import PrefixIndex
 from workers.cache.preparation import I64
+from workers.cache.recalls import Recalls
 from workers.cache.recent import RecentQueries
 from workers.cache.selection import Queries
 from workers.cache.sequence_cache import SequenceCache
-from workers.cache.staging import Recalls, Sources, Staging
+from workers.cache.sources import Sources
+from workers.cache.staging import Staging
 from workers.cache.style import Style, styles_of
 from workers.profile.profile import ModelProfile
 from workers.stages.base import Pipeline
@@ -45,6 +46,8 @@ class CacheMemory:
         backend: kernel backend, see ``kernels.backends``.
         profile: the model's, for stages that need it.
         disk: files of the disk tier; None: there is no such tier.
+        lendable: bytes of the weights of each layer that may lend its memory to the device tier; they are to lie in the
+            device arena's regions.
     """
 
     def __init__(
@@ -59,10 +62,11 @@ class CacheMemory:
         backend: str = "auto",
         profile: ModelProfile | None = None,
         disk: DiskStore | None = None,
+        lendable: Sequence[int] = (),
     ) -> None:
         self.shape = shape
         self.profile = profile
-        self.device = Arena(Tier.DEVICE, device_bytes, shape, device)
+        self.device = Arena(Tier.DEVICE, device_bytes, shape, device, lendable)
         self.host = Arena(Tier.HOST, host_bytes, shape, torch.device("cpu"))
         self.tables = Tables.allocate(slots, shape, max_tokens)
         self.backend: Backend = make_backend(backend, shape, (self.device.data, self.host.data), self.tables)
@@ -72,7 +76,6 @@ class CacheMemory:
         self.blocks = BlockStore(backend, self.backend, profile)
         self.prefixes = PrefixIndex(self.device, model)
         self.recent = RecentQueries(shape, device)
-        self.recalled = RecallCounts()
         self.scaling = shape.head_dim**-0.5
         """The model's factor on attention scores; its attention says if it is another one."""
         self.catalyse: Callable[[SequenceCache], Queries] | None = None
@@ -80,9 +83,11 @@ class CacheMemory:
         that has words. The last queries then stand in."""
         self.disk = DiskTier(disk, shape) if disk else None
         self.recalls = Recalls()
+        """Of all requests since the start, those that are over included."""
         self.arenas = {Tier.DEVICE: self.device, Tier.HOST: self.host}
         self.by_tier: dict[Tier, Arena | DiskTier] = {**self.arenas, **({Tier.DISK: self.disk} if self.disk else {})}
         self._free_slots = list(range(slots - 1, -1, -1))
+        self._open: dict[int, SequenceCache] = {}  # by slot
         self.row_blocks = shape.layers * shape.kv_heads
         """Blocks of 32 tokens in all tables."""
 
@@ -141,7 +146,7 @@ class CacheMemory:
         """An empty staging area for a request, which takes memory as it is resized."""
         assert self.disk is not None
         gpu = self.device.data.device.type != "cpu"
-        return Staging(self.disk, self.host, self.tables, seq.slot, self.recalls, partial(self._recover, seq), gpu)
+        return Staging(self.disk, self.host, self.tables, seq.slot, seq.recalls, partial(self._recover, seq), gpu)
 
     def _recover(self, seq: SequenceCache, where: tuple[int, int, int], fmt: BlockFormat, address: int) -> bool:
         """Builds a full block anew at a host address, from the exact copy. False: it does not have these tokens."""
@@ -161,10 +166,12 @@ class CacheMemory:
         self.blocks.transcode(source, fmt, Tier.HOST, np.array([address], np.int32), owners, notes)
         return True
 
-    def count_moves(self, source: TokenSource, tier: Tier, fmt: BlockFormat) -> None:
-        """Blocks by where they come from and where they go, in bytes of what is stored there."""
-        for origin, blocks in zip(*np.unique(source.tier[:, 0], return_counts=True), strict=True):
-            self.recalls.moved_bytes[Tier(origin), tier] += int(blocks) * self.shape.block_bytes(fmt)
+    def count_moves(self, seq: SequenceCache, source: TokenSource, tier: Tier, fmt: BlockFormat) -> None:
+        """Counts blocks that were built, each as coming from where its first token was; from disk all come through the
+        host, which has been counted."""
+        origins = np.minimum(source.tier[:, 0], Tier.HOST)
+        for origin, blocks in zip(*np.unique(origins, return_counts=True), strict=True):
+            seq.recalls.note_moved(Tier(origin), tier, int(blocks) * self.shape.block_bytes(fmt))
 
     def worst_bytes(self, tokens: int) -> int:
         """Device bytes that so many raw tokens take, in whole pages."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,30 +12,11 @@ from kernels.layout import BlockFormat, CacheShape, Tier
 from workers.cache.arena import Arena
 from workers.cache.arrangement import Mask
 from workers.cache.formats import format_of, formats
+from workers.cache.recalls import Recalls
 
 I64 = npt.NDArray[np.int64]
 SHARE_OF_FREE = 2
 """A pool takes at most one of so many free pages each time it grows: it only saves time."""
-
-
-@dataclass
-class RecallCounts:
-    """What recall did so far, over all requests of a cache; blocks are those of one KV head of one layer."""
-
-    hits: int = 0
-    """Blocks a query read that were in the pool from an earlier step."""
-    foreseen: int = 0
-    """Blocks a query read that had been fetched for it before it asked."""
-    misses: int = 0
-    """Blocks a query read that were fetched when it asked."""
-    in_place: int = 0
-    """Blocks a query read on the host, for want of room in the pool."""
-    fetched_bytes: int = 0
-    """Bytes copied from the host to pools."""
-    read_blocks: int = 0
-    """Blocks that could have been skipped and were read."""
-    skipped_blocks: int = 0
-    """Blocks that were skipped."""
 
 
 class RecallPool:
@@ -45,16 +26,14 @@ class RecallPool:
         arena, backend: of the device, and what copies.
         shape: the cache's dimensions.
         fmt: the largest format a place can hold.
-        counts: where what happens is counted.
+        recalls: is added to.
     """
 
-    def __init__(
-        self, arena: Arena, backend: Backend, shape: CacheShape, fmt: BlockFormat, counts: RecallCounts
-    ) -> None:
+    def __init__(self, arena: Arena, backend: Backend, shape: CacheShape, fmt: BlockFormat, recalls: Recalls) -> None:
         self._arena = arena
         self._backend = backend
         self._shape = shape
-        self._counts = counts
+        self._recalls = recalls
         self.format = fmt
         self._lot = arena.open_lot(fmt)
         heads = (shape.layers, shape.kv_heads)
@@ -100,6 +79,10 @@ class RecallPool:
         self._address, self._holds = self._address[:, :, :0], self._holds[:, :, :0]
         self._used, self._fresh = self._used[:, :, :0], self._fresh[:, :, :0]
 
+    def moved(self, now: Callable[[I32], I32]) -> None:
+        """Blocks of the device have moved; ``now`` says where to."""
+        self._address = now(self._address)
+
     def forget(self, known: I32) -> None:
         """Forgets all but the first ``known`` [L, H] blocks of each table."""
         self._holds[self._holds >= known[..., None]] = -1
@@ -116,7 +99,7 @@ class RecallPool:
             [H, B] address on the device of what is wanted, -1 where it is not there.
         """
         self._clock += 1
-        counts = self._counts
+        there = foreseen = 0
         found = np.full(wanted.shape, -1, np.int32)
         fetch: list[tuple[int, int, int]] = []  # head, place, block
         holds, used, fresh = self._holds[layer], self._used[layer], self._fresh[layer]
@@ -124,13 +107,11 @@ class RecallPool:
             place = np.full(wanted.shape[1], -1, np.int32)
             inside = np.flatnonzero((holds[head] >= 0) & (holds[head] < wanted.shape[1]))
             place[holds[head, inside]] = inside
-            there = wanted[head] & (place >= 0)
-            mine = place[there]
+            mine = place[wanted[head] & (place >= 0)]
             used[head, mine] = self._clock
             if not ahead:
-                foreseen = int(fresh[head, mine].sum())
-                counts.foreseen += foreseen
-                counts.hits += len(mine) - foreseen
+                there += len(mine)
+                foreseen += int(fresh[head, mine].sum())
                 fresh[head, mine] = False
             missing = np.flatnonzero(wanted[head] & (place < 0))
             free = np.argsort(used[head], kind="stable")
@@ -145,8 +126,8 @@ class RecallPool:
             found[head, come] = self._address[layer, head, place[come]]
         self._fetch(tables, slot, layer, np.array(fetch, np.int64).reshape(-1, 3))
         if not ahead:
-            counts.misses += len(fetch)
-            counts.in_place += int((wanted & (found < 0)).sum())
+            here = {"there": there - foreseen, "ahead": foreseen, "waited": len(fetch)}
+            self._recalls.note_asked(Tier.HOST, **here, in_place=int((wanted & (found < 0)).sum()))
         return found
 
     def _fetch(self, tables: Tables, slot: int, layer: int, what: I64) -> None:
@@ -157,4 +138,4 @@ class RecallPool:
             these = formats == fmt
             packed = self._backend.load(Tier.HOST, source[these], format_of(int(fmt)))
             self._backend.store(Tier.DEVICE, target[these], packed)
-            self._counts.fetched_bytes += packed.nbytes
+            self._recalls.note_moved(Tier.HOST, Tier.DEVICE, packed.nbytes)

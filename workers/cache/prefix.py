@@ -7,7 +7,7 @@ format, so a row is found only behind the very same tokens. Only rows computed w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -101,6 +101,11 @@ class PrefixIndex:
             del self._rows[row.name]
             self._arena.close_lot(row.lot)
         return freed
+
+    def moved(self, now: Callable[[I32], I32]) -> None:
+        """Blocks of the device have moved; ``now`` says where to."""
+        for row in self._rows.values():
+            row.address = now(row.address)
 
     def unused_bytes(self) -> int:
         """Bytes that :meth:`drop` could free."""

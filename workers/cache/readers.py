@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from kernels.api import I32
 from kernels.layout import BlockFormat, Format
 from workers.cache.coded import CodedReader
 from workers.cache.memory import CacheMemory
@@ -42,9 +43,7 @@ class Readers:
         reader = seq.selective
         if reader is None or reader.stage != stage or reader.pool.format is not fmt:
             self.stop_selecting(seq)
-            reader = SelectiveReader(
-                stage, fmt, seq.slot, self._memory.blocks, self._memory.device, self._memory.recalled
-            )
+            reader = SelectiveReader(stage, fmt, seq.slot, self._memory.blocks, self._memory.device, seq.recalls)
             seq.readers = (*seq.readers, reader)
             self._selecting[seq.slot] = reader
         reader.changed(anew)
@@ -71,6 +70,11 @@ class Readers:
             seq.readers = tuple(reader for reader in seq.readers if not isinstance(reader, NearReader))
         elif not any(isinstance(reader, NearReader) for reader in seq.readers):
             seq.readers = (*seq.readers, NearReader(self._memory.near, self._memory.tables, seq.slot))
+
+    def moved(self, now: Callable[[I32], I32]) -> None:
+        """Blocks of the device have moved; ``now`` says where to."""
+        for reader in self._selecting.values():
+            reader.pool.moved(now)
 
     def pool_bytes(self) -> int:
         """Device bytes of all pools of recalled blocks: what :meth:`give_up_pools` gives back."""

@@ -15,7 +15,8 @@ from workers.cache.arena import Arena
 from workers.cache.arrangement import ROWS, Mask
 from workers.cache.blocks import BlockStore, Owners
 from workers.cache.digests import Digests, digest
-from workers.cache.pool import RecallCounts, RecallPool
+from workers.cache.pool import RecallPool
+from workers.cache.recalls import Recalls
 from workers.stages.selecting import BlockView, Digest, Selector
 
 
@@ -46,11 +47,11 @@ class SelectiveReader:
         fmt: the format that older blocks have, or raw.
         slot: the request's slot.
         blocks, device: the worker's blocks and its device arena.
-        counts: where recall is counted.
+        recalls: is added to.
     """
 
     def __init__(
-        self, stage: Selector, fmt: BlockFormat, slot: int, blocks: BlockStore, device: Arena, counts: RecallCounts
+        self, stage: Selector, fmt: BlockFormat, slot: int, blocks: BlockStore, device: Arena, recalls: Recalls
     ) -> None:
         self.stage = stage
         self._slot = slot
@@ -59,9 +60,9 @@ class SelectiveReader:
         self._tables: Tables = backend.tables
         self._shape: CacheShape = backend.shape
         self._device = device.data.device
-        self._counts = counts
+        self._recalls = recalls
         self.digests = Digests(stage.digests, self._shape, self._device)
-        self.pool = RecallPool(device, backend, self._shape, fmt, counts)
+        self.pool = RecallPool(device, backend, self._shape, fmt, recalls)
         self._asked: dict[int, _Asked] = {}
         self._guessed: dict[int, _Asked] = {}
         self._saved: _Saved | None = None
@@ -120,8 +121,7 @@ class SelectiveReader:
         self._asked[layer] = guess or _Asked(q[0], chosen)
         read, blocks = _host(chosen), chosen.shape[1]
         older = np.arange(blocks) < self._older(length)[:, None]
-        self._counts.read_blocks += int((read & older).sum())
-        self._counts.skipped_blocks += int((~read).sum())
+        self._recalls.note_chosen(int((read & older).sum()), int((~read).sum()))
         here = (slot, layer, slice(None), slice(0, blocks))
         self._saved = _Saved(layer, tables.address[here].copy(), tables.tier[here].copy())
         found = self._bring(layer, read, length)

@@ -14,7 +14,7 @@ from kernels.api import F32, TokenSource
 from kernels.layout import BLOCK_TOKENS
 from workers.cache.arrangement import Mask, Tokens
 from workers.cache.blocks import Owners
-from workers.cache.staging import Sources
+from workers.cache.sources import Sources
 from workers.profile.profile import ModelProfile, names_of
 from workers.stages.base import Evictor, LayerView
 from workers.stages.budgets import PER_HEAD, Counts, best, free_tokens

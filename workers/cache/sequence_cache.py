@@ -16,6 +16,7 @@ from workers.cache.prefix import PrefixRow
 from workers.cache.preparation import Preparation
 from workers.cache.reading import Reader
 from workers.cache.recall import SelectiveReader
+from workers.cache.recalls import Recalls
 from workers.cache.shadow import Shadow
 from workers.cache.staging import Staging
 
@@ -75,6 +76,8 @@ class SequenceCache:
     """What reads its blocks that kernels do not know, after the readers."""
     staging: Staging | None = None
     """Where its blocks on disk pass through; None: it has none."""
+    recalls: Recalls = field(default_factory=Recalls)
+    """What reading its blocks off the device has taken so far."""
 
     @property
     def damaged(self) -> bool:

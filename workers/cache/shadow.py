@@ -9,7 +9,7 @@ from kernels.api import F16, F32, I32, TokenSource
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from workers.cache.arena import Arena, Lot
 from workers.cache.blocks import Owners
-from workers.cache.staging import Sources
+from workers.cache.sources import Sources
 
 
 class Shadow:

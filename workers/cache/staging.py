@@ -10,7 +10,6 @@ Block tables name blocks on disk by number, but for the time in which a kernel r
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -24,10 +23,9 @@ from kernels.layout import UNIT_BYTES, BlockFormat, CacheShape, Tier
 from kernels.partials import Partial
 from workers.cache.arena import Arena, Lot
 from workers.cache.arrangement import Blocks, pick
-from workers.cache.blocks import BlockStore, Notes, Owners
 from workers.cache.disk_tier import DiskTier
 from workers.cache.formats import format_of, formats
-from workers.cache.partners import Partners
+from workers.cache.recalls import Recalls
 
 SLOTS = 2
 I64 = npt.NDArray[np.int64]
@@ -37,31 +35,6 @@ Need = dict[BlockFormat, int]
 
 class DamagedCacheError(Exception):
     """Blocks on disk are not what was written, and no exact copy is there: the tokens must be computed again."""
-
-
-@dataclass
-class Recalls:
-    """What reading lower tiers has taken so far; blocks, and bytes by (from, to)."""
-
-    kept: int = 0
-    """Blocks still in the staging area from the step before."""
-    ahead: int = 0
-    """Blocks that had been read when their layer came."""
-    waited: int = 0
-    """Blocks whose layer had to wait for them."""
-    moved_bytes: Counter[tuple[Tier, Tier]] = field(default_factory=Counter)
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the blocks that were there when their layer came; 1 where none was asked for."""
-        asked = self.kept + self.ahead + self.waited
-        return (self.kept + self.ahead) / asked if asked else 1.0
-
-    def summary(self) -> dict[str, float]:
-        """All of it by name, for a log."""
-        moved = {f"{a.name}_to_{b.name}_bytes".lower(): count for (a, b), count in sorted(self.moved_bytes.items())}
-        blocks = {"disk_kept": self.kept, "disk_ahead": self.ahead, "disk_waited": self.waited}
-        return {**moved, **blocks, "disk_hit_rate": round(self.hit_rate, 3)}
 
 
 @dataclass
@@ -246,18 +219,18 @@ class Staging:
     def _arrive(self, slot: _Slot, layer: int) -> None:
         count = len(slot.address)
         if slot.arriving is None:
-            self._recalls.kept += count
+            self._recalls.note_asked(Tier.DISK, there=count)
             return
         if slot.arriving.done():
-            self._recalls.ahead += count
+            self._recalls.note_asked(Tier.DISK, ahead=count)
         else:
-            self._recalls.waited += count
+            self._recalls.note_asked(Tier.DISK, waited=count)
         damaged, slot.arriving = slot.arriving.result(), None
         blocks = self._layers[layer]
         self._count(blocks.format)
         for place in damaged:
             where = (layer, int(blocks.head[place]), int(blocks.index[place]))
-            self._repair(where, format_of(int(blocks.format[place])), int(slot.address[place]))
+            self._repair(where, int(blocks.number[place]), int(blocks.format[place]), int(slot.address[place]))
 
     # -- anything else that reads --------------------------------------------------------------------------------------
 
@@ -291,7 +264,8 @@ class Staging:
 
     def _bring(self, number: I32, kinds: U8, address: I32) -> None:
         for place in self._disk.read(number, self._rows(address, kinds)).result() if len(number) else ():
-            self._repair(self._where(int(number[place])), format_of(int(kinds[place])), int(address[place]))
+            name = int(number[place])
+            self._repair(self._where(name), name, int(kinds[place]), int(address[place]))
         self._count(kinds)
         if self.damaged:
             raise DamagedCacheError("blocks on disk are damaged and there is no exact copy of them")
@@ -305,10 +279,16 @@ class Staging:
 
     # -- both ----------------------------------------------------------------------------------------------------------
 
-    def _repair(self, where: tuple[int, int, int], fmt: BlockFormat, address: int) -> None:
-        """Builds a damaged block anew, for its place in the area; the file stays as it is."""
-        if not self._recover(where, fmt, address):
+    def _repair(self, where: tuple[int, int, int], number: int, kind: int, address: int) -> None:
+        """Builds a damaged block anew, in its place in the area, and writes it so that it is found whole next time."""
+        if not self._recover(where, format_of(kind), address):
             self.damaged = True
+            return
+        if self._on_gpu:
+            torch.cuda.synchronize()  # a kernel has built it
+        (block,) = self._rows(np.array([address]), np.array([kind]))
+        if self._disk.rewrite(number, block):
+            self._recalls.note_moved(Tier.HOST, Tier.DISK, len(block))
 
     def _rows(self, address: I32, kinds: U8) -> list[U8]:
         """The bytes of these blocks in the area."""
@@ -318,62 +298,7 @@ class Staging:
 
     def _count(self, kinds: U8) -> None:
         sizes = np.array([self._host.shape.block_bytes(fmt) for fmt in formats()])
-        self._recalls.moved_bytes[Tier.DISK, Tier.HOST] += int(sizes[kinds].sum())
+        self._recalls.note_moved(Tier.DISK, Tier.HOST, int(sizes[kinds].sum()))
 
 
 _NONE = np.zeros(0, np.int32)
-
-
-class Sources:
-    """A request's tokens for whoever reads or rebuilds them, wherever they are: as the block store's methods of the
-    names.
-
-    Args:
-        blocks: reads and builds blocks that are in memory.
-        staging: what brings blocks from disk; None: none is there.
-        partners: finds blocks that codecs decode others with.
-    """
-
-    def __init__(self, blocks: BlockStore, staging: Staging | None, partners: Partners) -> None:
-        self._blocks = blocks
-        self._staging = staging
-        self._partners = partners
-
-    def read(self, source: TokenSource, owners: Owners) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``workers.cache.blocks.BlockStore.read``."""
-        parts = [self._blocks.read(piece, owners[part], self._partners) for piece, part in self._pieces(source)]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
-
-    def encode(self, source: TokenSource, fmt: BlockFormat, owners: Owners, notes: Notes | None = None) -> torch.Tensor:
-        """See ``workers.cache.blocks.BlockStore.encode``."""
-        parts = [
-            self._blocks.encode(piece, fmt, owners[part], notes and notes[part], self._partners)
-            for piece, part in self._pieces(source)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def transcode(
-        self,
-        source: TokenSource,
-        fmt: BlockFormat,
-        tier: Tier,
-        address: I32,
-        owners: Owners,
-        notes: Notes | None = None,
-    ) -> None:
-        """See ``workers.cache.blocks.BlockStore.transcode``."""
-        for piece, part in self._pieces(source):
-            self._blocks.transcode(piece, fmt, tier, address[part], owners[part], notes and notes[part], self._partners)
-
-    def _pieces(self, source: TokenSource) -> Iterator[tuple[TokenSource, I64]]:
-        """The source in pieces of which every token is in memory, each to be used before the next is asked for, and
-        which blocks of the source these are."""
-        if self._staging is None or not (source.tier == Tier.DISK).any():
-            yield source, np.arange(len(source.address))
-            return
-        start = 0
-        for piece in self._staging.pieces(source):
-            yield piece, np.arange(start, start + len(piece.address))
-            start += len(piece.address)

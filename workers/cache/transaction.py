@@ -183,10 +183,11 @@ class Transactions:
         allocate: Callable[[Lot, Tier, int], I32] | None = None,
     ) -> I32:
         """Builds new blocks on a tier; on any error it is as if there had been none. Returns their addresses."""
-        self._memory.count_moves(source, tier, fmt)
         if tier is Tier.DISK:
             assert self._memory.disk is not None
-            return self._memory.disk.write(self._pieces(seq, source, fmt, owners, notes), fmt)
+            addresses = self._memory.disk.write(self._pieces(seq, source, fmt, owners, notes), fmt)
+            self._memory.count_moves(seq, source, tier, fmt)
+            return addresses
         lot, blocks = self._memory.lot(seq, tier, fmt), len(source.address)
         addresses = allocate(lot, tier, blocks) if allocate else self._memory.arenas[tier].allocate(lot, blocks)
         try:
@@ -194,6 +195,7 @@ class Transactions:
         except BaseException:
             self._memory.arenas[tier].release(addresses)
             raise
+        self._memory.count_moves(seq, source, tier, fmt)
         return addresses
 
     def _pieces(
@@ -366,8 +368,8 @@ class Transactions:
                     new.address[mask] = self._build(seq, source, tier, fmt, owners[mine], notes)
                     done.append((tier, new.address[mask]))
                 else:  # what is given back makes the room: a copy waits elsewhere until then
-                    self._memory.count_moves(source, tier, fmt)
                     built[tier, fmt] = self._memory.sources(seq).encode(source, fmt, owners[mine], notes)
+                    self._memory.count_moves(seq, source, tier, fmt)
         except BaseException:
             for tier, addresses in done:
                 self._memory.by_tier[tier].release(addresses)

@@ -12,7 +12,7 @@ from workers.cache.kvcache import KVCache
 
 def measure_bandwidths(cache: KVCache) -> dict[Tier, float]:
     """Copy bandwidth in bytes per second: within the device tier, from the host tier to it, and from disk to memory."""
-    device, host = cache.device.data, cache.host.data
+    device, host = cache.device.data[: cache.device.budget_bytes], cache.host.data
     size = min(len(device) // 2, 16 << 20)
     bandwidths = {Tier.DEVICE: _copy_rate(device[:size], device[size : 2 * size])}
     size = min(size, len(host))

@@ -31,6 +31,8 @@ from workers.engine.catalyst import catalyst
 from workers.engine.description import describe_worker
 from workers.engine.intake import Intake, Limits
 from workers.engine.keeping import Keeper
+from workers.engine.lending import SLOTS as LENDING_SLOTS
+from workers.engine.lending import Lending, weights_to_lend
 from workers.engine.memory import EngineMemory
 from workers.engine.pace import Pace
 from workers.engine.repeating import Repeater, Words, is_missing
@@ -83,6 +85,7 @@ class Engine:
             self._loaded.context_tokens, settings.max_context_tokens or self._loaded.context_tokens
         )
         self._disk = _open_disk(settings)
+        weights = weights_to_lend(self._loaded.model, settings.lendable_layers)
         self.cache = KVCache(
             self.shape,
             settings.device_budget_bytes,
@@ -94,7 +97,9 @@ class Engine:
             settings.kernel_backend.value,
             self._loaded.profile,
             self._disk,
+            [layer.nbytes for layer in weights[LENDING_SLOTS:]],
         )
+        self._lending = Lending(weights, self.cache)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.sessions = ParkedSessions(
             self.cache,
@@ -124,6 +129,7 @@ class Engine:
             lambda seq, pipeline, reason: self._switching.for_pressure(seq, pipeline, reason),
             lambda: self._replayer.give_way() or self._switching.hurry() or self._repeater.give_way(),
             self.sessions,
+            self._lending,
         )
         self._scheduler = Scheduler(self._memory, settings.step_tokens, settings.max_running)
         self._bandwidths = measure_bandwidths(self.cache)
@@ -202,6 +208,8 @@ class Engine:
             self._thread.join(timeout_s)
         if self._disk and not (self._thread and self._thread.is_alive()):
             self._disk.close()
+        if not (self._thread and self._thread.is_alive()):
+            self._lending.close()
         log.info("blocks moved", **self.cache.recalls.summary())
 
     def submit(self, job: job_pb2.Job, emitted: Ids[int] = (), measured: int = 0) -> None:
@@ -310,6 +318,7 @@ class Engine:
         self._restore()
         self._switching.advance()
         self._drop_damaged()
+        self._memory.balance(self._scheduler.waiting_for_memory)
         began = time.monotonic()
         step = self._scheduler.schedule()
         for seq in step.preempted:

@@ -29,7 +29,7 @@ class Keeper:
     def settle(self, seq: Sequence) -> None:
         """Keeps a request's blocks where its pipeline wants them, as tokens come."""
         assert seq.cache is not None
-        home = seq.pinned.without_shadow() if seq.pinned and seq.cache.lost else seq.pinned
+        home = seq.home
         if home and seq.pipeline != home and self._roomy(seq):
             self._switching.for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
         elif not seq.settled and is_missing(seq.cache, seq.pipeline):

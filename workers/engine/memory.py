@@ -3,10 +3,14 @@
 Sessions between two turns have their rows on the host tier on sufferance: whenever a request wants room there, they go
 to disk, or are dropped, before anything of a running request is touched (``workers/cache/sessions.py``). On the device:
 copy the rest of a turn that is being parked; drop published prefixes that nobody uses; interrupt a replay, or do the
-rest of a switch that is being prepared at once, since it holds blocks twice; without a controller, compress requests
-whose objective allows it (the static rule); move older blocks to the host tier, which changes no logits, as far as it
-has room; where the host is full too, give up the exact copies of requests that are lossy already. Only then does the
-scheduler preempt.
+rest of a switch that is being prepared at once, since it holds blocks twice; give up pools of recalled blocks, the
+largest first, which only save the way from the host; have layers of the model lend their memory
+(``workers/engine/lending.py``); without a controller, compress requests whose objective allows it (the static rule);
+move older blocks to the host tier, which changes no logits, as far as it has room; where the host is full too, give up
+the exact copies of requests that are lossy already. Only then does the scheduler preempt.
+
+Layers get their memory back one between two steps, when no request waits for memory or is elsewhere than its client
+wants it, and two watermarks would stay free without it: use must fall by that much before what was lent last goes back.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from workers.cache.sequence_cache import Occasion
 from workers.cache.sessions import ParkedSessions
 from workers.cache.staging import DamagedCacheError
 from workers.cache.style import largest_format
+from workers.engine.lending import Lending
 from workers.engine.sequence import Phase, Sequence
 from workers.stages.base import Pipeline, Placer
 from workers.stages.compress.kivi import Kivi
@@ -52,6 +57,7 @@ class EngineMemory:
         switch: carries out a pipeline change, for pressure's sake.
         interrupt: ends work that holds memory it could do without; False where there is none.
         sessions: what earlier turns have left; None: nothing.
+        lending: layers that may lend their memory; None: there are none.
     """
 
     def __init__(
@@ -61,8 +67,11 @@ class EngineMemory:
         switch: Switcher,
         interrupt: Callable[[], bool] = lambda: False,
         sessions: ParkedSessions | None = None,
+        lending: Lending | None = None,
     ) -> None:
         self._sessions = sessions
+        self._lending = lending or Lending((), cache)
+        self._takes_back = True
         self._cache = cache
         self._running = running
         self._switch = switch
@@ -73,6 +82,10 @@ class EngineMemory:
     def free_bytes(self) -> int:
         """Device bytes free now, unused prefixes and pools of recalled blocks counted as free."""
         return self._cache.device.free_bytes + self._cache.prefixes.unused_bytes() + self._cache.pool_bytes()
+
+    def room_bytes(self) -> int:
+        """Those, and what layers can lend."""
+        return self.free_bytes() + self._lending.lendable_bytes
 
     def watermark_bytes(self) -> int:
         """Device bytes to leave free when a request is admitted."""
@@ -145,11 +158,43 @@ class EngineMemory:
                 if not self._relieve(full.needed_bytes - full.free_bytes):
                     return False
 
+    def balance(self, waiting: int) -> None:
+        """Between two steps: as many layers lend their memory as stages ask for; one that need not gets it back.
+
+        Args:
+            waiting: requests that were not admitted for want of memory.
+        """
+        lending, running = self._lending, self._running()
+        wanted = max((seq.pipeline.lent_layers for seq in running), default=0)
+        while lending.lent < wanted and lending.lend():
+            pass
+        calm = not waiting and all(seq.home in (None, seq.pipeline) for seq in running)
+        if lending.lent <= wanted or not calm or not self._takes_back:
+            return
+        idle = self._cache.prefixes.unused_bytes()
+        if self._cache.device.free_bytes + idle < lending.last_bytes + 2 * self.watermark_bytes():
+            return
+        self._cache.prefixes.drop(lending.last_bytes - self._cache.device.free_bytes)
+        try:
+            lending.take_back()
+        except RuntimeError:
+            log.exception("weights cannot be copied back; layers that lend their memory go on doing so")
+            self._takes_back = False
+
+    def _lend(self, missing_bytes: int) -> bool:
+        """Has layers lend so much memory. False: they have lent all they can."""
+        lent = 0
+        while lent < missing_bytes and (more := self._lending.lend()):
+            lent += more
+        return lent > 0
+
     def _relieve(self, missing_bytes: int) -> bool:
         """Frees some device memory by the mildest means there is. False: there is none."""
         if self._sessions and self._sessions.conclude():
             return True
         if self._cache.prefixes.drop(missing_bytes) or self._interrupt() or self._cache.give_up_pools(missing_bytes):
+            return True
+        if self._lend(missing_bytes):
             return True
         holders = sorted(self._running(), key=self._device_bytes, reverse=True)
         measures = (self._compress, self._move_to_host) if not self.steered else (self._move_to_host,)

@@ -143,6 +143,7 @@ class Reporter:
             signal_ms=self.signal_ms,
             decode_ms=self.decode_ms,
             sessions=self.sessions.to_proto() if self.sessions else None,
+            recalls=self._cache.recalls.to_proto(),
         )
 
     def _request_state(self, seq: Sequence) -> policy_pb2.RequestState:
@@ -174,6 +175,7 @@ class Reporter:
             lengths = self._cache.tables.length[seq.cache.slot]
             state.kept_tokens = float(lengths.mean())
             state.cache.CopyFrom(self.cache_bytes(seq))
+            state.recalls.CopyFrom(seq.cache.recalls.to_proto())
             state.loss_class = loss_class_proto(self._cache.loss_class(seq.cache, seq.pipeline))
         return state
 

@@ -17,8 +17,8 @@ from workers.engine.sequence import Phase, Sequence
 class Memory(Protocol):
     """What the scheduler must know of the cache."""
 
-    def free_bytes(self) -> int:
-        """Device bytes free now, unused prefixes counted as free."""
+    def room_bytes(self) -> int:
+        """Device bytes that can be had without taking any request's."""
         ...
 
     def watermark_bytes(self) -> int:
@@ -143,7 +143,7 @@ class Scheduler:
             return True
         first = min(self.waiting[0].to_compute, self._chunk_tokens)
         needed = self._memory.prompt_bytes(first) + self._memory.watermark_bytes()
-        self._short_of_memory = self._memory.free_bytes() < needed
+        self._short_of_memory = self._memory.room_bytes() < needed
         return not self._short_of_memory
 
     def _prefill(self, seq: Sequence, budget: int, step: Step) -> int:

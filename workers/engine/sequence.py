@@ -75,6 +75,11 @@ class Sequence:
         return SessionKey(self.caller, self.session_id) if self.session_id else None
 
     @property
+    def home(self) -> Pipeline | None:
+        """The pipeline it goes back to when there is room; None: it stays where it is."""
+        return self.pinned.without_shadow() if self.pinned and self.cache and self.cache.lost else self.pinned
+
+    @property
     def generated(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_tokens

@@ -101,16 +101,6 @@ def whole_blocks(default: int) -> Any:
     return parameter(default, Bounds(least=BLOCK_TOKENS), "tokens")
 
 
-def share(default: float) -> Any:
-    """A parameter that says how much of all tokens seen is kept."""
-    return parameter(default, Bounds(above=0, most=1), "share of all tokens seen")
-
-
-def size() -> Any:
-    """The parameter of evictors whose cache does not grow: how many tokens each head keeps."""
-    return parameter(512, Bounds(least=2 * BLOCK_TOKENS), "tokens")
-
-
 def budgets() -> Any:
     """The parameter of evictors that can give layers and heads different shares of what is kept."""
     return parameter(UNIFORM, Bounds(choices=RULES), minor=True)
@@ -293,7 +283,7 @@ class Evictor(Lossy):
 class Share(Evictor):
     """An evictor that keeps a share of all tokens seen."""
 
-    keep: float = share(0.5)
+    keep: float = parameter(0.5, Bounds(above=0, most=1), "share of all tokens seen")
 
     def budget(self, seen: int) -> int:
         """The share ``keep`` of all tokens seen, at least two blocks."""
@@ -304,7 +294,7 @@ class Share(Evictor):
 class Fixed(Evictor):
     """An evictor whose cache does not grow: each head keeps so many tokens."""
 
-    size: int = size()
+    size: int = parameter(512, Bounds(least=2 * BLOCK_TOKENS), "tokens")
 
     def budget(self, seen: int) -> int:
         """``size``."""
@@ -466,6 +456,10 @@ class Placer(Stage):
         """Of these formats the one that takes most."""
         return Format.RAW
 
+    def lent_layers(self) -> int:
+        """How many of the model's layers lend their memory to the device tier while it is in force, or more."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Full(Stage):
@@ -537,6 +531,11 @@ class Pipeline:
     def selects(self) -> bool:
         """Whether queries read only some blocks."""
         return self.placer is not None and self.placer.selects
+
+    @property
+    def lent_layers(self) -> int:
+        """How many of the model's layers lend their memory while it is in force, or more."""
+        return self.placer.lent_layers() if self.placer else 0
 
     @property
     def moves_nothing(self) -> bool:

@@ -58,6 +58,7 @@ from workers.stages.offload.disk import Disk
 from workers.stages.offload.host import Host
 from workers.stages.offload.infinigen import InfiniGen
 from workers.stages.offload.neardata import NearData
+from workers.stages.offload.oneiros import Oneiros
 from workers.stages.offload.quest import Quest
 
 BUILT_IN: tuple[type[Stage], ...] = (
@@ -101,6 +102,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     InfiniGen,
     CLO,
     Conversation,
+    Oneiros,
 )
 ENTRY_POINT_GROUP = "kvpilot.stages"
 

@@ -94,7 +94,7 @@ class Report(_message.Message):
     def __init__(self, sequence_number: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., worker: _Optional[_Union[WorkerState, _Mapping]] = ..., requests: _Optional[_Iterable[_Union[RequestState, _Mapping]]] = ..., ended_request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("running", "waiting", "tiers", "step_ms", "tokens_per_s", "preemptions", "audits", "audits_skipped", "audit_ms", "signal_ms", "decode_ms", "sessions")
+    __slots__ = ("running", "waiting", "tiers", "step_ms", "tokens_per_s", "preemptions", "audits", "audits_skipped", "audit_ms", "signal_ms", "decode_ms", "sessions", "recalls")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class WorkerState(_message.Message):
     SIGNAL_MS_FIELD_NUMBER: _ClassVar[int]
     DECODE_MS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    RECALLS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tiers: _containers.RepeatedCompositeFieldContainer[TierUse]
@@ -119,7 +120,44 @@ class WorkerState(_message.Message):
     signal_ms: float
     decode_ms: float
     sessions: ParkedSessions
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., step_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., audits: _Optional[int] = ..., audits_skipped: _Optional[int] = ..., audit_ms: _Optional[float] = ..., signal_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., sessions: _Optional[_Union[ParkedSessions, _Mapping]] = ...) -> None: ...
+    recalls: Recalls
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., step_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., audits: _Optional[int] = ..., audits_skipped: _Optional[int] = ..., audit_ms: _Optional[float] = ..., signal_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., sessions: _Optional[_Union[ParkedSessions, _Mapping]] = ..., recalls: _Optional[_Union[Recalls, _Mapping]] = ...) -> None: ...
+
+class Recalls(_message.Message):
+    __slots__ = ("tiers", "moved", "read_blocks", "skipped_blocks")
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    READ_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    tiers: _containers.RepeatedCompositeFieldContainer[TierRecalls]
+    moved: _containers.RepeatedCompositeFieldContainer[MovedBytes]
+    read_blocks: int
+    skipped_blocks: int
+    def __init__(self, tiers: _Optional[_Iterable[_Union[TierRecalls, _Mapping]]] = ..., moved: _Optional[_Iterable[_Union[MovedBytes, _Mapping]]] = ..., read_blocks: _Optional[int] = ..., skipped_blocks: _Optional[int] = ...) -> None: ...
+
+class TierRecalls(_message.Message):
+    __slots__ = ("name", "there_blocks", "ahead_blocks", "waited_blocks", "in_place_blocks")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    THERE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WAITED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    IN_PLACE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    there_blocks: int
+    ahead_blocks: int
+    waited_blocks: int
+    in_place_blocks: int
+    def __init__(self, name: _Optional[str] = ..., there_blocks: _Optional[int] = ..., ahead_blocks: _Optional[int] = ..., waited_blocks: _Optional[int] = ..., in_place_blocks: _Optional[int] = ...) -> None: ...
+
+class MovedBytes(_message.Message):
+    __slots__ = ("from_tier", "to_tier", "bytes")
+    FROM_TIER_FIELD_NUMBER: _ClassVar[int]
+    TO_TIER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    from_tier: str
+    to_tier: str
+    bytes: int
+    def __init__(self, from_tier: _Optional[str] = ..., to_tier: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class ParkedSessions(_message.Message):
     __slots__ = ("parked", "host_bytes", "disk_bytes", "restored_turns", "restored_tokens", "dropped_pieces", "expired", "corrupt_pieces")
@@ -152,7 +190,7 @@ class TierUse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ...) -> None: ...
 
 class RequestState(_message.Message):
-    __slots__ = ("request_id", "epoch", "session_id", "scenario", "objective", "pinned", "pipeline", "prompt_tokens", "generated_tokens", "max_tokens", "kept_tokens", "cache", "signals", "loss_class", "last_switch", "prefilling", "prompt", "audits")
+    __slots__ = ("request_id", "epoch", "session_id", "scenario", "objective", "pinned", "pipeline", "prompt_tokens", "generated_tokens", "max_tokens", "kept_tokens", "cache", "signals", "loss_class", "last_switch", "prefilling", "prompt", "audits", "recalls")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +209,7 @@ class RequestState(_message.Message):
     PREFILLING_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     AUDITS_FIELD_NUMBER: _ClassVar[int]
+    RECALLS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     session_id: str
@@ -189,7 +228,8 @@ class RequestState(_message.Message):
     prefilling: bool
     prompt: PromptStatistics
     audits: _containers.RepeatedCompositeFieldContainer[Audit]
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pinned: _Optional[bool] = ..., pipeline: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept_tokens: _Optional[float] = ..., cache: _Optional[_Union[_common_pb2.CacheBytes, _Mapping]] = ..., signals: _Optional[_Union[Signals, _Mapping]] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., last_switch: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., prefilling: _Optional[bool] = ..., prompt: _Optional[_Union[PromptStatistics, _Mapping]] = ..., audits: _Optional[_Iterable[_Union[Audit, _Mapping]]] = ...) -> None: ...
+    recalls: Recalls
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pinned: _Optional[bool] = ..., pipeline: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept_tokens: _Optional[float] = ..., cache: _Optional[_Union[_common_pb2.CacheBytes, _Mapping]] = ..., signals: _Optional[_Union[Signals, _Mapping]] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., last_switch: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., prefilling: _Optional[bool] = ..., prompt: _Optional[_Union[PromptStatistics, _Mapping]] = ..., audits: _Optional[_Iterable[_Union[Audit, _Mapping]]] = ..., recalls: _Optional[_Union[Recalls, _Mapping]] = ...) -> None: ...
 
 class PromptStatistics(_message.Message):
     __slots__ = ("distinct_share", "repeated_share", "unigram_entropy", "turns")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,14 +11,14 @@ from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
 from workers.profile.profile import LayerProfile
 from workers.profile.rotary import rotate
-from workers.stages.base import Evictor, LayerView, budgets, parameter, shadow, share
+from workers.stages.base import LayerView, Share, budgets, parameter, shadow
 
 FUTURE_TOKENS = 512
 SINKS = 4
 
 
 @dataclass(frozen=True)
-class ExpectedAttention(Evictor):
+class ExpectedAttention(Share):
     """Per head the tokens to which the next 512 queries are expected to pay most, times the norm of their values.
 
     Queries before their rotation are taken as normal, with the mean and covariance of the model's profile. Both are
@@ -37,14 +36,9 @@ class ExpectedAttention(Evictor):
     name: ClassVar[str] = "expected_attention"
     summary: ClassVar[str] = "Tokens that coming queries will attend to, by the spread of the model's queries."
     needs: ClassVar[tuple[str, ...]] = ("query_mean", "query_cov")
-    keep: float = share(0.5)
     epsilon: float = parameter(0.0, Bounds(least=0, most=1), "share of attention", minor=True)
     budgets: str = budgets()
     shadow: bool = shadow()
-
-    def budget(self, seen: int) -> int:
-        """The share ``keep`` of all tokens seen, at least two blocks."""
-        return max(2 * BLOCK_TOKENS, math.ceil(self.keep * seen))
 
     def protected(self, seen: int) -> tuple[int, int]:
         """Sinks, which the statistics know nothing of, and the last block."""

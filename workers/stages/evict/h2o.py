@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from kernels.layout import BLOCK_TOKENS
-from workers.stages.base import LayerView, Share, budgets, shadow
+from workers.stages.base import budgets, shadow
+from workers.stages.evict.heavy import HeavyHitters
 
 
 @dataclass(frozen=True)
-class H2O(Share):
+class H2O(HeavyHitters):
     """Half the budget to the tokens that received most attention so far, half to the most recent.
 
     The score is attention summed over all past queries and the KV head's query group. Where a request is switched to
@@ -24,14 +22,5 @@ class H2O(Share):
 
     name: ClassVar[str] = "h2o"
     summary: ClassVar[str] = "Tokens that received most attention so far (heavy hitters) and the most recent ones."
-    needs_prompt_mass: ClassVar[bool] = True
     budgets: str = budgets()
     shadow: bool = shadow()
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The recent half."""
-        return 0, max(BLOCK_TOKENS, self.budget(seen) // 2)
-
-    def score(self, layer: LayerView) -> torch.Tensor:
-        """Accumulated attention."""
-        return layer.mass

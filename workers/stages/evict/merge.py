@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import BLOCK_TOKENS
 from kvpilot.bounds import Bounds
-from workers.stages.base import LayerView, Share, budgets, parameter, shadow
+from workers.stages.base import LayerView, budgets, parameter, shadow
+from workers.stages.evict.heavy import HeavyHitters
 
 CAM, D2O = "cam", "d2o"
 CAM_NEIGHBOURS = 32
@@ -20,7 +20,7 @@ ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class Merge(Share):
+class Merge(HeavyHitters):
     """H2O's choice (half the budget to most attention so far, half recent), but what goes is merged into what stays.
 
     ``method="cam"``: an evicted value is added, in equal parts, to the next 32 kept ones. That happens with the odds of
@@ -38,20 +38,11 @@ class Merge(Share):
 
     name: ClassVar[str] = "merge"
     summary: ClassVar[str] = "Tokens that received most attention and recent ones; others are merged into them."
-    needs_prompt_mass: ClassVar[bool] = True
     merges: ClassVar[bool] = True
     method: str = parameter(CAM, Bounds(choices=(CAM, D2O)))
     seed: int = parameter(0, Bounds(least=0), minor=True)
     budgets: str = budgets()
     shadow: bool = shadow()
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The recent half."""
-        return 0, max(BLOCK_TOKENS, self.budget(seen) // 2)
-
-    def score(self, layer: LayerView) -> torch.Tensor:
-        """Accumulated attention."""
-        return layer.mass
 
     def merge(
         self, layer: LayerView, evicted: torch.Tensor, into: torch.Tensor, threshold: torch.Tensor

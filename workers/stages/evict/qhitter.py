@@ -8,15 +8,16 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import BLOCK_TOKENS, GROUP
-from workers.stages.base import LayerView, Share, budgets, shadow
+from kernels.layout import GROUP
+from workers.stages.base import LayerView, budgets, shadow
+from workers.stages.evict.heavy import HeavyHitters
 
 STEPS = 15
 """Between the ends of a group at 4 bits."""
 
 
 @dataclass(frozen=True)
-class QHitter(Share):
+class QHitter(HeavyHitters):
     """H2O's choice, weighed by how well a token bears 4 bits: so that what stays can be quantised, for a codec behind.
 
     A token's robustness is 1 / (1 + e), e being the error of its key and value, rounded to 4 bits in groups of 32
@@ -29,21 +30,17 @@ class QHitter(Share):
 
     name: ClassVar[str] = "qhitter"
     summary: ClassVar[str] = "Tokens that received most attention and lose least at 4 bits, and the most recent ones."
-    needs_prompt_mass: ClassVar[bool] = True
     budgets: str = budgets()
     shadow: bool = shadow()
-
-    def protected(self, seen: int) -> tuple[int, int]:
-        """The recent half."""
-        return 0, max(BLOCK_TOKENS, self.budget(seen) // 2)
 
     def score(self, layer: LayerView) -> torch.Tensor:
         """Attention times robustness."""
         mass = layer.mass.masked_fill(~layer.valid, 0.0)
         share = mass / mass.amax(dim=1, keepdim=True).clamp(min=1e-12)
-        numbers = torch.cat([part.float() for part in layer.read()], dim=-1)  # [H, T, 2 D]
-        lost = torch.cat([part.float() - _rounded(part.float()) for part in layer.read()], dim=-1)
-        error = 100 * lost.norm(dim=-1) / numbers.norm(dim=-1).clamp(min=1e-12)
+        numbers = [part.float() for part in layer.read()]  # K and V, each [H, T, D]
+        length = torch.cat(numbers, dim=-1).norm(dim=-1)
+        lost = torch.cat([part - _rounded(part) for part in numbers], dim=-1).norm(dim=-1)
+        error = 100 * lost / length.clamp(min=1e-12)
         score: torch.Tensor = share / (1 + error.masked_fill(~layer.valid, 0.0))
         return score
 
