@@ -134,6 +134,8 @@ def test_layers_are_merged_from_the_middle_on() -> None:
     assert pairs(5, 0.5) == ["raw", "raw", "Earlier", "Later", "raw"]
     assert pairs(30, 0.5) == ["raw"] * 15 + ["Earlier", "Later"] * 7 + ["raw"]
     assert pairs(32, 0.75) == ["raw"] * 24 + ["Earlier", "Later"] * 4
+    assert pairs(3, 0.75) == ["raw", "Earlier", "Later"]
+    assert pairs(2, 0.5) == ["Earlier", "Later"]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +152,8 @@ def test_what_it_does_not_go_with_is_refused_and_why(text: str, why: str) -> Non
 
 
 def test_a_model_without_a_pair_is_refused() -> None:
-    with pytest.raises(PipelineError, match="of 2 layers there are no two behind the first 1 to be merged"):
-        build("minicache", dataclasses.replace(WIDE, layers=2))
+    with pytest.raises(PipelineError, match="'minicache' cannot serve this model: it has one layer"):
+        build("minicache", dataclasses.replace(WIDE, layers=1))
 
 
 # -- a request's cache -------------------------------------------------------------------------------------------------

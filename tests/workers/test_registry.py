@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,7 +98,11 @@ def some_pipeline() -> st.SearchStrategy:
         st.none() | st.one_of([some_stage(stage) for stage in by_kind[kind]]) for kind in Kind if kind is not Kind.FULL
     ]
     some = st.tuples(*choices).map(lambda found: tuple(stage for stage in found if stage))
-    return some.filter(bool).map(Pipeline) | st.just(Pipeline())
+    return some.filter(bool).filter(go_together).map(Pipeline) | st.just(Pipeline())
+
+
+def go_together(found: tuple[Stage, ...]) -> bool:
+    return not any(stage.refuses_beside(other) for stage, other in itertools.permutations(found, 2))
 
 
 @fixed

@@ -70,14 +70,12 @@ class MiniCache(Codec):
         return (self.by_age()[place % 2],)
 
     def _first(self, shape: CacheShape) -> int:
-        """The first layer of the first pair."""
-        return int(self.start * shape.layers)
+        """The first layer of the first pair; there is one."""
+        return min(int(self.start * shape.layers), shape.layers - 2)
 
     def refuses(self, shape: CacheShape) -> str | None:
-        """There must be a pair."""
-        if shape.layers - self._first(shape) < 2:
-            return f"of {shape.layers} layers there are no two behind the first {self._first(shape)} to be merged"
-        return None
+        """There must be two."""
+        return "it has one layer, and layers are merged in pairs" if shape.layers < 2 else None
 
     def refuses_beside(self, other: Stage) -> str | None:
         """Both layers must keep the same tokens, and be there when one is read."""
