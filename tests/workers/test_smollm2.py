@@ -133,8 +133,8 @@ def test_divergence_of_int8_and_int4(loaded, text_ids: list[int], record_propert
             if sequence.seen % BLOCK_TOKENS == 0:
                 cache.apply(sequence, pipeline, Occasion.SETTLE)
     _, int8, int4 = np.mean(divergences, axis=0)
-    record_property("int8_nats", int8)
-    record_property("int4_nats", int4)
+    record_property("int8_nats", float(int8))
+    record_property("int4_nats", float(int4))
     print(f"mean divergence over {len(divergences)} tokens: int8 {int8:.2e}, int4 {int4:.2e} nats")
     assert 0 < int8 < 1e-3
     assert int8 < int4 < 0.03
