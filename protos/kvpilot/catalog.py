@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
 from typing import TypeAlias
 
 from kvpilot.bounds import Bounds
@@ -60,6 +61,9 @@ class StageCatalog:
             named = "" if text == pipeline else f"recipe {pipeline.strip()!r}, which is {text!r}: "
             raise PipelineError(named + "; ".join(wrong))
         check_kinds(text, [self._stages[spec.name].kind for spec in specs])
+        for one, other in permutations(specs, 2):
+            if reason := self._stages[one.name].conflicts.get(other.name):
+                raise PipelineError(f"stage {one.name!r} does not go with {other.name!r}: {reason}")
         return tuple(self._typed(spec) for spec in specs)
 
     def knows(self, pipeline: str) -> bool:
@@ -150,10 +154,12 @@ class _Stage:
     kind: str
     unfit: str
     parameters: dict[str, _Parameter]
+    conflicts: dict[str, str]
 
     @classmethod
     def of(cls, info: generation_pb2.StageInfo) -> _Stage:
-        return cls(info.kind, info.unfit, {entry.name: _Parameter.of(entry) for entry in info.parameters})
+        parameters = {entry.name: _Parameter.of(entry) for entry in info.parameters}
+        return cls(info.kind, info.unfit, parameters, {entry.stage: entry.reason for entry in info.conflicts})
 
     def defaults(self) -> dict[str, Value]:
         return {name: entry.default for name, entry in self.parameters.items() if entry.default is not None}

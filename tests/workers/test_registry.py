@@ -193,6 +193,21 @@ def test_a_stage_that_cannot_serve_the_model_says_why() -> None:
     build("window", narrow)
 
 
+def test_stages_that_do_not_go_together_are_refused_wherever_text_is_read_in_the_same_words() -> None:
+    known = catalog(SHAPE, PROFILE.names)
+    for one, other in itertools.permutations(stages().values(), 2):
+        reason = one().refuses_beside(other())
+        if not reason or Kind.FULL in (one.kind, other.kind) or one.kind is other.kind:
+            continue
+        text = " | ".join(stage.name for stage in sorted((one, other), key=lambda stage: list(Kind).index(stage.kind)))
+        for read in (known.check, lambda text: build(text, SHAPE, PROFILE.names)):
+            with pytest.raises(PipelineError) as refused:
+                read(text)
+            assert str(refused.value) == f"stage {one.name!r} does not go with {other.name!r}: {reason}"
+    assert known.knows("window | minicache")
+    assert not known.knows("snapkv | minicache")
+
+
 @pytest.mark.parametrize("name", [name for name, stage in stages().items() if stage.needs])
 def test_a_stage_that_needs_what_is_not_known_of_the_model_says_how_to_find_it(name: str) -> None:
     words = f"stage '{name}' cannot serve this model: it needs the model's [a-z ]+; `kvpilot model profile NAME` finds"

@@ -153,7 +153,7 @@ class Stage:
         return None
 
     def refuses_beside(self, other: Stage) -> str | None:
-        """Why it cannot be in one pipeline with another stage, or None if it can."""
+        """Why it cannot be in one pipeline with another stage, whatever the parameters of both; None: it can."""
         return None
 
     def lacks(self, available: Collection[str]) -> str | None:

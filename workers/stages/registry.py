@@ -7,7 +7,6 @@ A new stage is one file and one line in ``BUILT_IN``; a package from outside add
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Collection, Iterator
 from functools import cache
 from importlib.metadata import entry_points
@@ -188,9 +187,6 @@ def build(text: str, shape: CacheShape, profiled: frozenset[str] = frozenset()) 
     for stage in built:
         if reason := stage.refuses(shape):
             raise PipelineError(f"stage {stage.name!r} cannot serve this model: {reason}")
-    for stage, other in itertools.permutations(built, 2):
-        if reason := stage.refuses_beside(other):
-            raise PipelineError(f"stage {stage.name!r} does not go with {other.name!r}: {reason}")
     return Pipeline(tuple(built))
 
 
@@ -224,6 +220,11 @@ def describe(shape: CacheShape, profiled: Collection[str] = ()) -> list[generati
                 for field in dataclasses.fields(stage)
             ],
             unfit=stage().refuses(shape) or stage().lacks(profiled) or "",
+            conflicts=[
+                generation_pb2.StageConflict(stage=other.name, reason=reason)
+                for other in stages().values()
+                if other.kind is not stage.kind and (reason := stage().refuses_beside(other()))
+            ],
         )
         for name, stage in stages().items()
     ]

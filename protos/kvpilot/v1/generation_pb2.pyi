@@ -356,20 +356,30 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., chat: _Optional[bool] = ..., workers: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageInfo, _Mapping]]] = ..., default_pipeline: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., raw_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class StageInfo(_message.Message):
-    __slots__ = ("name", "kind", "summary", "loss_class", "parameters", "unfit")
+    __slots__ = ("name", "kind", "summary", "loss_class", "parameters", "unfit", "conflicts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     LOSS_CLASS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     UNFIT_FIELD_NUMBER: _ClassVar[int]
+    CONFLICTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: str
     summary: str
     loss_class: _common_pb2.LossClass
     parameters: _containers.RepeatedCompositeFieldContainer[ParameterInfo]
     unfit: str
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., summary: _Optional[str] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., parameters: _Optional[_Iterable[_Union[ParameterInfo, _Mapping]]] = ..., unfit: _Optional[str] = ...) -> None: ...
+    conflicts: _containers.RepeatedCompositeFieldContainer[StageConflict]
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., summary: _Optional[str] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., parameters: _Optional[_Iterable[_Union[ParameterInfo, _Mapping]]] = ..., unfit: _Optional[str] = ..., conflicts: _Optional[_Iterable[_Union[StageConflict, _Mapping]]] = ...) -> None: ...
+
+class StageConflict(_message.Message):
+    __slots__ = ("stage", "reason")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    reason: str
+    def __init__(self, stage: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ParameterInfo(_message.Message):
     __slots__ = ("name", "type", "default_value", "accepts", "bounds")
