@@ -25,7 +25,7 @@ from workers.errors import INVALID_ARGUMENT, ProblemError
 from workers.profile import files
 from workers.profile.levels import fit_levels
 from workers.profile.measure import measure
-from workers.profile.profile import KINDS, LEVELS, ModelProfile
+from workers.profile.profile import KINDS, LEVELS, ROPE, ModelProfile
 from workers.profile.retrieval import COPIES, NEAR, Retrieval
 from workers.profile.rotary import rope_of
 from workers.profile.statistics import SAMPLE_TOKENS, SINKS, Statistics, unit_scaled
@@ -330,7 +330,7 @@ def test_a_profile_comes_back_from_its_file(folder: Path, profile: ModelProfile)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     again = load(folder, path)
     assert (again.model, again.hash, again.tokens) == ("tiny", hash_model(folder), profile.tokens)
-    assert again.names == profile.names == set(KINDS)
+    assert again.names == profile.names == {*KINDS, ROPE}
     for name in KINDS:
         assert torch.equal(again.tensor(name), profile.tensor(name))
         assert torch.equal(again.layer(1).tensor(name), profile.tensor(name)[1])
@@ -437,7 +437,11 @@ def test_a_model_is_loaded_with_its_profile_and_the_log_says_so(folder: Path, pr
     assert with_it.profile.tokens == profile.tokens
     engine = tiny_engine(with_it)
     assert engine.cache.profile is with_it.profile
-    assert [stage.name for stage in engine.hello().model.stages if stage.unfit] == ["disk", "oneiros"]  # it has neither
+    assert [stage.name for stage in engine.hello().model.stages if stage.unfit] == [
+        "disk",
+        "swap",
+        "oneiros",
+    ]
     rewritten(path, {"schema": "1"}, concentration=None)
     assert profiles.find_profile(folder) is None
     spoilt, said = loaded()
