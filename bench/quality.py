@@ -64,8 +64,11 @@ class Part:
     of: int = 1
 
     def share(self, subjects: Sequence[Subject]) -> list[Subject]:
-        """Its own of all subjects, of which the first is the full cache."""
-        return [subjects[0], *subjects[1:][self.index :: self.of]]
+        """Its own of all subjects, of which the first is the full cache. One name's stay together: what the model must
+        do for the first of them, such as repeating a text, need not be done again."""
+        names = list(dict.fromkeys(subject.name for subject in subjects[1:]))
+        mine = names[self.index :: self.of]
+        return [subjects[0], *(subject for subject in subjects[1:] if subject.name in mine)]
 
 
 _WHOLE = Part()
@@ -161,7 +164,8 @@ def joined(parts: Sequence[Report]) -> Report:
     rows: list[Row] = []
     for of_table in zip(*([list(rows) for _, rows in table] for table in tables), strict=True):
         rows.append(of_table[0][0])  # the full cache
-        rows += [row for turn in zip_longest(*(rows[1:] for rows in of_table)) for row in turn if row]
+        by_name = [[list(own) for _, own in groupby(rows[1:], lambda row: row.name)] for rows in of_table]
+        rows += [row for turn in zip_longest(*by_name, fillvalue=()) for own in turn for row in own]
     spent: Counter[str] = Counter()
     for report in parts:
         spent.update(report.spent)
@@ -206,7 +210,8 @@ def measure(
             said.print(f"{time.perf_counter() - began:6.0f} s  {what}", markup=False)
 
         with clock("finding texts"):
-            found = texts(tokens, sizes.texts, max(sizes.contexts) + sizes.horizon + 1)
+            lengths = [length for length in sizes.contexts if length <= sizes.text_tokens]
+            found = texts(tokens, sizes.texts, max(lengths) + sizes.horizon + 1)
             stacks = [
                 stack for length in sizes.contexts for stack in needles(tokens, sizes.haystacks, sizes.needles, length)
             ]
@@ -219,8 +224,8 @@ def measure(
             "generation": [prompt.name for prompt in prompts],
         }
         tables = Tables(loaded, part.share(subjects), clock, say)
-        report.rows += tables.text(found, sizes.contexts, sizes.horizon)
-        report.rows += tables.retrieval(stacks)
+        report.rows += tables.text(found, lengths, sizes.horizon)
+        report.rows += tables.retrieval(stacks, sizes.asked)
         report.rows += tables.conversation(chats)
         report.rows += tables.generation(prompts, sizes.answer_tokens)
     report.seconds = time.perf_counter() - began

@@ -36,12 +36,17 @@ class Sizes:
     """What is measured in a mode."""
 
     contexts: tuple[int, ...]
+    """Tokens of haystacks, and of texts as far as ``text_tokens``."""
     texts: int
+    text_tokens: int
+    """Of the longest text."""
     horizon: int
     """Tokens behind a text that are scored."""
     haystacks: int
     needles: int
     """In each haystack."""
+    asked: int
+    """Of them with the question in the prompt, which is then a prompt of its own."""
     conversations: int
     turn_tokens: int
     """Of the first turn."""
@@ -51,8 +56,8 @@ class Sizes:
     answer_tokens: int
 
 
-FULL_SIZES = Sizes((1024, 2048, 4096), 6, 64, 3, 4, 3, 1024, 3, 768, 512)
-QUICK_SIZES = Sizes((1024, 2048), 1, 64, 1, 2, 1, 768, 1, 704, 128)
+FULL_SIZES = Sizes((1024, 2048, 4096), 6, 4096, 64, 3, 4, 4, 3, 1024, 3, 768, 512)
+QUICK_SIZES = Sizes((1024, 2048), 1, 1024, 32, 1, 2, 1, 1, 704, 1, 704, 96)
 
 
 class Tables:
@@ -96,8 +101,9 @@ class Tables:
 
     # -- retrieval -----------------------------------------------------------------------------------------------------
 
-    def retrieval(self, haystacks: Sequence[Recall]) -> list[Row]:
-        """Answers to each haystack's questions; the question comes behind the reduced context, or is in the prompt."""
+    def retrieval(self, haystacks: Sequence[Recall], asked: int) -> list[Row]:
+        """Answers to each haystack's questions; the question comes behind the reduced context, or, of the first
+        ``asked`` of them, is in the prompt."""
         lengths = sorted({len(stack.ids) for stack in haystacks})
         lab = Lab(self._loaded, max(lengths), 1, 1, self._clock)
         made = {
@@ -112,7 +118,7 @@ class Tables:
                 with lab.prompt(base, stack.ids) as (ready, _):
                     _each(lab, ready, made[length, False], _asking(lab, ready, stack.questions))
             with self._told(f"retrieval: {stack.name}, question in the prompt"):
-                for question in stack.questions:
+                for question in stack.questions[:asked]:
                     with lab.prompt(base, stack.ids + question.ids) as (ready, first):
                         _each(lab, ready, made[length, True], _answering(lab, ready, first, question))
             lab.cache.close(base)

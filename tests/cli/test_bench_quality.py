@@ -40,9 +40,11 @@ from workers.stages.registry import build, stages
 SIZES = Sizes(
     contexts=(256, 384),
     texts=1,
+    text_tokens=384,
     horizon=4,
     haystacks=1,
     needles=1,
+    asked=1,
     conversations=1,
     turn_tokens=256,
     prompts=1,
@@ -212,12 +214,12 @@ def test_a_hit_is_what_greedy_decoding_says(loaded: LoadedModel) -> None:
     for _ in range(3):
         lab.decode([(seq, Pipeline())], answer[-1:], lambda index, logprobs: answer.append(int(logprobs.argmax())))
     recall = Recall("own", tuple(ids), (Question(tuple(asked), tuple(answer)),))
-    rows = tables_of(loaded, "window(sinks=0, recent=32)", "host(recent=32)").retrieval([recall])
+    rows = tables_of(loaded, "window(sinks=0, recent=32)", "host(recent=32)").retrieval([recall], 4)
     accuracy = {(row.name.partition("(")[0], row.query_aware): row.needle_accuracy for row in rows}
     assert accuracy["full", False] == accuracy["host", False] == 1.0
     assert accuracy["window", False] == 0.0
     wrong = replace(recall, questions=(Question(tuple(asked), (*answer[:-1], (answer[-1] + 1) % 256)),))
-    rows = tables_of(loaded).retrieval([wrong])
+    rows = tables_of(loaded).retrieval([wrong], 4)
     assert {row.needle_accuracy for row in rows} == {0.0}  # one wrong token is a wrong answer
 
 
@@ -225,7 +227,7 @@ def test_query_aware_puts_the_question_into_the_prompt(loaded: LoadedModel) -> N
     """A window that holds the question alone has it among the prompt's last tokens, and its first token is exact."""
     ids = tuple(prompt(256, seed=6))
     recall = Recall("random", ids, (Question(tuple(prompt(40, seed=7)), (1, 2)),))
-    rows = tables_of(loaded, "window(sinks=0, recent=32)").retrieval([recall])
+    rows = tables_of(loaded, "window(sinks=0, recent=32)").retrieval([recall], 4)
     agnostic, aware = (
         next(row for row in rows if row.query_aware is known and row.name != FULL) for known in (False, True)
     )
@@ -486,7 +488,7 @@ def test_bad_input_is_named(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 def test_smollm2_finds_needles_unless_they_are_dropped(smollm2: Path) -> None:
     loaded = load_model(smollm2, "smollm2", torch.device("cpu"), torch.float32)
     stacks = needles(Words(loaded), 1, 4, 900)
-    rows = tables_of(loaded, "window(recent=64)", "int8").retrieval(stacks)
+    rows = tables_of(loaded, "window(recent=64)", "int8").retrieval(stacks, 4)
     found = {(row.name.partition("(")[0], row.query_aware): row.needle_accuracy for row in rows}
     assert found["full", False] is not None
     assert found["full", False] >= 1 / 2
