@@ -405,6 +405,7 @@ class Engine:
         all_queries = bool(evictor and evictor.needs_prompt_mass)
         end, rows_end = seq.computed + count, len(seq.token_ids) // BLOCK_TOKENS * BLOCK_TOKENS
         full = pot is not None and pot.next_eviction(seq.computed) == end
+        self.cache.note_inputs(seq.cache, seq.pipeline)
         try:
             if all_queries and seq.session and seq.computed < rows_end <= end:
                 chunk = seq.token_ids[seq.computed : rows_end]

@@ -469,6 +469,11 @@ class Placer(Stage):
         """Of these formats the one that takes most."""
         return Format.RAW
 
+    def recomputed(self) -> float:
+        """If it ``fetches``: the share of a layer's raw blocks on the host that are not copied, but made again on the
+        device from what the layer was given, as far as that was noted (``workers.cache.inputs``)."""
+        return 0.0
+
     def lent_layers(self) -> int:
         """How many of the model's layers lend their memory to the device tier while it is in force, or more."""
         return 0
@@ -507,7 +512,8 @@ class Pipeline:
     @property
     def _inexact(self) -> tuple[Stage, ...]:
         """The stages that make a difference to logits: a placer that would round does not where a codec has."""
-        idle = self.placer if self.codec and isinstance(self.placer, Lossy) else None
+        rounds = isinstance(self.placer, Lossy) or (self.placer is not None and self.placer.recomputed() > 0)
+        idle = self.placer if self.codec and rounds else None
         return tuple(stage for stage in self.stages if stage.loss_class is not LossClass.EXACT and stage is not idle)
 
     @property
@@ -554,6 +560,16 @@ class Pipeline:
     def fetches(self) -> bool:
         """Whether blocks on the host come to the device layer by layer."""
         return self.placer is not None and self.placer.fetches
+
+    @property
+    def recomputed(self) -> float:
+        """The share of a layer's blocks on the host that are to be made again, not copied; codes are copied."""
+        return self.placer.recomputed() if self.placer and not self.codec else 0.0
+
+    @property
+    def reads_otherwise(self) -> bool:
+        """Whether queries read less than what is stored, or something that may be rounded otherwise."""
+        return self.near or self.selects or self.recomputed > 0
 
     @property
     def lent_layers(self) -> int:
