@@ -33,8 +33,8 @@ def expected_use(
     ``budgets="ada"`` shares a layer's tokens out to its heads by what the text is; here each head gets the mean, which
     is at most one block a head from what it will be. Of stages whose text alone says how many tokens each head keeps
     (``fastgen``), and of blocks that are packed in files (``swap``), the most they can take is told. While decoding,
-    evictors that evict again hold up to 31 tokens more; those that do not, all that are generated. Inputs (``kvpr``) are
-    those of a request that generates nothing, of which all were noted. Peaks are not told.
+    evictors that evict again hold up to 31 tokens more; those that do not, all that are generated. Layers' inputs
+    (``kvpr``) are those of a request that generates nothing, of which all were noted. Peaks are not told.
 
     Args:
         pipeline: what the cache is brought to.
@@ -74,11 +74,13 @@ def expected_use(
     if not pipeline.fetches:
         return use
     through = needed(found, Tier.HOST)
-    if pipeline.recomputed and through and (length == tokens).all():
+    if pipeline.recomputed:
         pieces = pieces_of(input_width or shape.query_heads * shape.head_dim, shape.head_dim)
         noted = rows_of(pipeline.recomputed, tokens // BLOCK_TOKENS)
         use = use.plus_host_bytes(noted * shape.layers * pieces * shape.block_bytes(Format.RAW))
-        through[Format.RAW] += rows_of(pipeline.recomputed, through[Format.RAW] // shape.kv_heads) * pieces
+        rows = through.get(Format.RAW, 0) // shape.kv_heads
+        if more := rows_of(pipeline.recomputed, rows) * max(0, pieces - shape.kv_heads):
+            through[Format.RAW] += more
     return use.plus_area(Tier.DEVICE, *staging_bytes(shape, through))
 
 

@@ -118,7 +118,7 @@ class LayerInputs:
 
     def plan(self, blocks: Blocks, position: I32, share: float) -> Remaking | None:
         """What of a request's blocks on the host is to be made again: in each layer the first rows, up to a share of
-        what is there, that were noted whole and of which every head has a raw block of just these tokens.
+        what is there, that were noted whole and of which every head has a raw block with just these tokens.
 
         Args:
             blocks: of the request.
@@ -153,7 +153,7 @@ class LayerInputs:
             layer: which.
             head, row: [N] which blocks.
             pieces: where on the device the pieces of all these rows, in rising order, lie.
-            into: [N] where the blocks go.
+            into: [N] where the blocks go, which may be where pieces are.
         """
         shape = self._backend.shape
         rows, place = np.unique(row, return_inverse=True)
@@ -183,6 +183,7 @@ class Remaking:
     """[L, H, B] of which row each block is made; -1: it is copied."""
 
     @property
-    def most_pieces(self) -> int:
-        """Of a layer's inputs."""
-        return int((self.row[:, 0] >= 0).sum(axis=1).max()) * self.inputs.pieces
+    def beyond(self) -> int:
+        """How many more pieces than blocks a layer may bring."""
+        heads = self.row.shape[1]
+        return int((self.row[:, 0] >= 0).sum(axis=1).max()) * max(0, self.inputs.pieces - heads)

@@ -5,9 +5,9 @@ While a layer is attended to from one, the next layer's blocks are brought to th
 after the last layer the first one's for the next step. So an area costs the request two layers of the faster tier,
 which are taken with the first block that needs it and given back with the last, and nothing has to be found room for
 during a step. Blocks on disk pass through the host, where all else that reads them has them in pieces; blocks on the
-host pass through the device where the pipeline wants it so, since kernels can read them in place as well. Some of these
-may be made again there from what the layer was given (``workers.cache.inputs``): that is brought first, and what it is
-made to takes its place in the slot while the other blocks come.
+host pass through the device where the pipeline wants it so, since kernels can read them in place as well. Some of
+these may be made again there from what the layer was given (``workers.cache.inputs``): that is brought first, to their
+places, and they are made of it while the other blocks come.
 
 Block tables say where blocks live, but for the time in which a kernel reads their layer.
 """
@@ -239,8 +239,8 @@ class Staging:
         copied = np.flatnonzero(blocks.row < 0)
         if self._remaking and len(copied) < len(blocks.row):
             pieces = self._remaking.inputs.address(layer, np.unique(blocks.row[blocks.made]))
-            half = self._half(Format.RAW, first)
-            slot.pieces = half[len(half) - len(pieces) :]  # the layer's own blocks take less than the rest
+            beyond = self._half(Format.RAW, first)[int((blocks.format == Format.RAW).sum()) :]
+            slot.pieces = np.concatenate([slot.address[blocks.made], beyond])[: len(pieces)]
             slot.inputs = self._mover.move(pieces, np.full(len(pieces), Format.RAW, np.uint8), slot.pieces)
         slot.arriving = self._mover.move(blocks.address[copied], blocks.format[copied], slot.address[copied])
         return slot

@@ -391,7 +391,7 @@ class Transactions:
         rooms = {home: room for home in fetched if (room := needed(new, home))}
         remaking = self._remaking(seq, target)
         if remaking:
-            rooms[Tier.HOST][Format.RAW] += remaking.most_pieces
+            rooms[Tier.HOST][Format.RAW] += remaking.beyond
         areas = {home: seq.areas.get(home) or self._memory.area(seq, home) for home in {**seq.areas, **rooms}}
         for home, area in areas.items():
             surplus = area.surplus(rooms.get(home, {}))

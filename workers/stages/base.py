@@ -511,9 +511,11 @@ class Pipeline:
 
     @property
     def _inexact(self) -> tuple[Stage, ...]:
-        """The stages that make a difference to logits: a placer that would round does not where a codec has."""
-        rounds = isinstance(self.placer, Lossy) or (self.placer is not None and self.placer.recomputed() > 0)
-        idle = self.placer if self.codec and rounds else None
+        """The stages that make a difference to logits: a placer that would round does not where a codec has, nor one
+        that would make blocks again where it cannot."""
+        rounds_codes = bool(self.codec) and isinstance(self.placer, Lossy)
+        remakes = bool(self.placer and self.placer.recomputed())
+        idle = self.placer if rounds_codes or (remakes and not self.recomputed) else None
         return tuple(stage for stage in self.stages if stage.loss_class is not LossClass.EXACT and stage is not idle)
 
     @property
@@ -563,8 +565,9 @@ class Pipeline:
 
     @property
     def recomputed(self) -> float:
-        """The share of a layer's blocks on the host that are to be made again, not copied; codes are copied."""
-        return self.placer.recomputed() if self.placer and not self.codec else 0.0
+        """The share of a layer's blocks on the host that are to be made again, not copied: none of what a codec or an
+        evictor has made other blocks of."""
+        return self.placer.recomputed() if self.placer and not (self.codec or self.evictor) else 0.0
 
     @property
     def reads_otherwise(self) -> bool:

@@ -27,9 +27,9 @@ class KVPR(Placer):
 
     Inputs of the first rows of 32 tokens, that share of the longest text that the request may have, are noted on the
     host as its tokens are computed, while the host has room that nobody else wants, and are given up when somebody
-    does. Made again is what lies raw on the host in every head, from the first row on. Rows that were computed before
-    (by an earlier turn, another request, or under another pipeline), evicted tokens' neighbours that share a block with
-    others, merged tokens and codes are copied.
+    does. Of what was noted as much is made again as that share allows, from the first row on. Rows that were computed
+    before (by an earlier turn, for another request, under another pipeline) are copied; so is everything beside a codec
+    or an evictor, and nothing is noted there.
 
     Source: Jiang et al., KVPR: Efficient LLM Inference with I/O-Aware KV Cache Partial Recomputation, arXiv 2411.17089.
     There the host has inputs instead of those keys and values. Here it has both, up to half as much again: so a switch
