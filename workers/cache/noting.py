@@ -21,7 +21,7 @@ class Noting:
     def follow(self, seq: SequenceCache, pipeline: Pipeline) -> None:
         """Has the inputs of a request's coming tokens noted, or none any more, as its pipeline wants."""
         memory = self._memory
-        if memory.remaker is None or not pipeline.recomputed or seq.lost:
+        if memory.remaker is None or not pipeline.recomputed:
             self.drop(seq)
             return
         seq.inputs = seq.inputs or LayerInputs(memory.host, memory.backend, memory.remaker, seq.max_tokens)

@@ -447,9 +447,9 @@ class Transactions:
         self._memory.note_peak(seq)
 
     def _remaking(self, seq: SequenceCache, target: Arrangement) -> Remaking | None:
-        """What is made again of the tables that are about to be in force."""
-        changed = seq.merging if target.moved is None else target.merging  # some keys and values are not those computed
-        if not (seq.inputs and target.recomputed) or changed or seq.lost:
+        """What is made again of the tables that are about to be in force. What was noted is of tokens that are stored
+        as they were computed: it is dropped as soon as an evictor or a codec comes into force."""
+        if not (seq.inputs and target.recomputed):
             return None
         position = self._memory.positions(seq) if target.moved is None else target.moved.position
         return seq.inputs.plan(target.blocks, position, target.recomputed)
