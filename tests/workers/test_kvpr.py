@@ -177,7 +177,7 @@ def test_bytes_are_what_is_allocated_and_what_was_foretold(pipeline: str, change
     drive = decoding(pipeline, tokens=1, max_tokens=16, changes=changes)
     cache, seq = drive.engine.cache, cache_of(drive)
     shape, block, heads = cache.shape, cache.shape.block_bytes(Format.RAW), cache.shape.kv_heads
-    used, share = cache.use(seq), KVPR(recompute=build(pipeline, cache.shape).placer.recompute).recompute
+    used, share = cache.use(seq), build(pipeline, cache.shape).recomputed
     noted = int(share * (len(IDS) + 16) // BLOCK_TOKENS)
     pieces = shape.query_heads // 2
     assert used.host_bytes == LAYERS * block * (OLDER * heads + noted * pieces)
@@ -327,6 +327,21 @@ def test_inputs_give_way_to_whoever_needs_the_host() -> None:
     assert outcome.token_ids == run(engine(), {"job": IDS}, 48)["job"].token_ids
 
 
+def test_they_do_so_before_sessions() -> None:
+    drive = Drive(engine())
+    drive.submit("first", prompt(200, 1), 4, session_id="talk")
+    drive.finish()
+    drive.submit("job", IDS, 48, pipeline=HALF)
+    drive.until(lambda: drive.generated("job") >= 3)
+    host, seq, parked = drive.engine.cache.host, cache_of(drive), drive.engine.sessions.host_bytes
+    pages = host.free_bytes // host.page_bytes + seq.inputs.lot.pages
+    lot = host.open_lot(Format.RAW)
+    host.allocate(lot, pages * host.page_bytes // host.shape.block_bytes(Format.RAW))
+    assert seq.inputs is None
+    assert drive.engine.sessions.host_bytes == parked > 0
+    host.close_lot(lot)
+
+
 def test_a_host_with_room_for_the_blocks_alone_serves() -> None:
     row = engine().cache.worst_bytes(1)
     expected = run(engine(), {"job": IDS}, 16)["job"].token_ids
@@ -420,19 +435,28 @@ def test_models_whose_angles_change_are_refused() -> None:
 
 def test_models_that_make_keys_of_more_are_refused() -> None:
     """Here attention adds to its input each time it is called, so that it is not what was noted."""
+
+    def add(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = kwargs.pop("hidden_states", None)
+        return ((args[0] if args else given) + 1.0,), kwargs
+
     loaded = tiny_loaded()
-    attention = loaded.model.model.layers[1].self_attn
-    attention.register_forward_pre_hook(
-        lambda module, args, kwargs: (
-            (args, kwargs | {"hidden_states": kwargs.get("hidden_states", *args[:1]) + 1.0})
-            if "hidden_states" in kwargs
-            else ((args[0] + 1.0,), kwargs)
-        ),
-        with_kwargs=True,
-    )
-    made_engine = tiny_engine(loaded)
+    loaded.model.model.layers[1].self_attn.register_forward_pre_hook(add, with_kwargs=True)
     with pytest.raises(ProblemError, match="makes keys and values of layer 1 from more"):
-        Drive(made_engine).submit("job", IDS, 8, pipeline=HALF)
+        Drive(tiny_engine(loaded)).submit("job", IDS, 8, pipeline=HALF)
+
+
+def test_models_whose_attention_cannot_be_called_by_itself_serve_without_it() -> None:
+    def ask(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        kwargs["position_ids"]
+
+    loaded = tiny_loaded()
+    loaded.model.model.layers[0].self_attn.register_forward_pre_hook(ask, with_kwargs=True)
+    drive = Drive(tiny_engine(loaded))
+    with pytest.raises(ProblemError, match=r"cannot be called by itself .*position_ids"):
+        drive.submit("job", IDS, 8, pipeline=HALF)
+    drive.submit("job", IDS, 8)
+    assert len(drive.finish()["job"].token_ids) == 8
 
 
 # -- the split ---------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class LayerInputs:
     @property
     def nbytes(self) -> int:
         """Bytes of its pieces."""
-        return self.rows * self._address[0].size * self._arena.shape.block_bytes(Format.RAW)
+        return self.rows * int(self._address[0].size) * self._arena.shape.block_bytes(Format.RAW)
 
     def note(self, layer: int, start: int, inputs: torch.Tensor) -> None:
         """Takes in a layer's inputs [N, width] of the tokens at positions from ``start`` on; layers follow in order."""
@@ -112,7 +112,8 @@ class LayerInputs:
         if layer == first == 0 and not there and self.rows < self.most_rows:
             blocks = self._address[row].size
             pages = self._arena.pages_needed(self.lot, Format.RAW, blocks)
-            if there := pages * self._arena.page_bytes <= self._arena.free_bytes:
+            there = pages * self._arena.page_bytes <= self._arena.free_bytes
+            if there:
                 self._address[row] = self._arena.allocate(self.lot, blocks).reshape(self._address[row].shape)
         return bool(there and self._noted[row] >= first)
 
@@ -142,11 +143,12 @@ class LayerInputs:
             fit[layer] &= np.isin(row[layer], chosen)
         return Remaking(self, np.where(fit, row, -1)) if fit.any() else None
 
-    def address(self, layer: int, rows: I64) -> I32:
+    def address(self, layer: int, rows: I32) -> I32:
         """Where the pieces [R * pieces] of a layer's rows [R] lie."""
-        return self._address[rows, layer].reshape(-1)
+        found: I32 = self._address[rows, layer].reshape(-1)
+        return found
 
-    def make(self, layer: int, head: I64, row: I64, pieces: I32, into: I32) -> None:
+    def make(self, layer: int, head: I64, row: I32, pieces: I32, into: I32) -> None:
         """Makes raw blocks [N] on the device, of these heads and rows of a layer.
 
         Args:
@@ -185,5 +187,5 @@ class Remaking:
     @property
     def beyond(self) -> int:
         """How many more pieces than blocks a layer may bring."""
-        heads = self.row.shape[1]
-        return int((self.row[:, 0] >= 0).sum(axis=1).max()) * max(0, self.inputs.pieces - heads)
+        rows, heads = int((self.row[:, 0] >= 0).sum(axis=1).max()), int(self.row.shape[1])
+        return rows * max(0, self.inputs.pieces - heads)
