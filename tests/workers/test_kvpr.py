@@ -11,6 +11,7 @@ import torch
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2
 from tests.tiny import Drive, prompt, run, tiny_engine, tiny_loaded
+from tests.workers.test_audit import ALWAYS, audits_of
 from tests.workers.test_switch import IDS, check_tables, logits_now
 from workers.cache.arena import TierFullError
 from workers.cache.inputs import LayerInputs
@@ -407,6 +408,15 @@ def test_it_is_exact_only_where_nothing_is_made() -> None:
         assert seq.exact_tokens == exact
         assert not seq.lost
         assert drive.engine.cache.use(seq).shadow_bytes == 0
+
+
+def test_audits_find_nothing_but_rounding() -> None:
+    drive = decoding(ALL, max_tokens=32, **ALWAYS)
+    outcome = drive.finish()["job"]
+    audits = audits_of(drive)
+    assert len(audits) == 16  # those of the first report
+    assert max(audit.divergence for audit in audits) < 1e-6
+    assert outcome.token_ids == run(engine(), {"job": IDS}, 32)["job"].token_ids
 
 
 def test_an_exact_request_is_not_moved_there() -> None:
