@@ -33,8 +33,9 @@ class KVPR(Placer):
 
     Source: Jiang et al., KVPR: Efficient LLM Inference with I/O-Aware KV Cache Partial Recomputation, arXiv 2411.17089.
     There the host has inputs instead of those keys and values. Here it has both, up to half as much again: so a switch
-    away needs nothing, evictors and audits read what was stored, and only the link carries less. And there a layer's
-    other blocks alone hide the work; here the next layer's do too, hence the other split.
+    away needs nothing, evictors and audits read what was stored, and only the link carries less. There a layer's other
+    blocks come while the device makes the first ones; here the next layer's come then too, hence the other split. And
+    there the split is found for each machine; here it is given, so that a pipeline means the same on every worker.
     """
 
     name: ClassVar[str] = "kvpr"
