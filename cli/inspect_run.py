@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -226,7 +227,8 @@ def _cache_for(loaded: LoadedModel, pipeline: Pipeline, tokens: int) -> Iterator
     page = page_blocks(shape)
     row_bytes = -(-shape.layers * shape.kv_heads // page) * page * shape.block_bytes(Format.RAW)  # in whole pages
     host_rows = 0 if pipeline.is_full else 2 * rows
-    through = -(-SLOTS * rows // shape.layers) if pipeline.fetches else 0
+    remade = pipeline.recomputed * shape.queries_per_kv_head  # inputs come as well, about a query head's each
+    through = math.ceil(SLOTS * rows / shape.layers * (1 + remade)) if pipeline.fetches else 0
     sizes = ((rows + through) * row_bytes, host_rows * row_bytes, 2, tokens)
     rest = (loaded.name, parameter.device)
     if Tier.DISK not in tiers_in(styles_of(pipeline, shape, tokens, loaded.profile)):
@@ -251,6 +253,7 @@ def _compute_prompt(
     """Logits behind the prompt; the pipeline is about to take effect."""
     evictor = pipeline.evictor
     all_queries = bool(evictor and evictor.needs_prompt_mass)
+    cache.note_inputs(seq, pipeline)
     while True:
         pot = evictor if evictor and evictor.evicts_while_prefilling else None
         full_at = pot.next_eviction(seq.seen) if pot else len(prompt) + 1

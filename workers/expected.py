@@ -9,6 +9,7 @@ from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from workers.cache.accounting import CacheUse, measure
 from workers.cache.arrangement import Blocks
 from workers.cache.digests import digest_bytes
+from workers.cache.inputs import pieces_of, rows_of
 from workers.cache.recall import layers_of
 from workers.cache.reconstructing import kept_bytes
 from workers.cache.staging import needed, staging_bytes
@@ -19,20 +20,28 @@ from workers.stages.budgets import PER_HEAD, free_tokens
 from workers.stages.selecting import Reconstructing, Selector
 
 
-def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: ModelProfile | None = None) -> CacheUse:
+def expected_use(
+    pipeline: Pipeline,
+    shape: CacheShape,
+    tokens: int,
+    profile: ModelProfile | None = None,
+    input_width: int | None = None,
+) -> CacheUse:
     """Bytes when a prompt of so many tokens has just been computed: blocks, their scales and zeros, tables, exact copy,
-    staging areas, digests and, if the device has room for all of it, the pool of recalled blocks.
+    staging areas, layers' inputs, digests and, if the device has room for all of it, the pool of recalled blocks.
 
     ``budgets="ada"`` shares a layer's tokens out to its heads by what the text is; here each head gets the mean, which
     is at most one block a head from what it will be. Of stages whose text alone says how many tokens each head keeps
     (``fastgen``), and of blocks that are packed in files (``swap``), the most they can take is told. While decoding,
-    evictors that evict again hold up to 31 tokens more; those that do not, all that are generated. Peaks are not told.
+    evictors that evict again hold up to 31 tokens more; those that do not, all that are generated. Layers' inputs
+    (``kvpr``) are those of a request that generates nothing, of which all were noted. Peaks are not told.
 
     Args:
         pipeline: what the cache is brought to.
         shape: the model's cache dimensions.
         tokens: of the prompt.
         profile: the model's, for stages that need it.
+        input_width: channels of what its layers are given for keys and values; None: as many as its query heads have.
 
     Raises:
         ValueError: the profile lacks what a stage needs.
@@ -62,7 +71,17 @@ def expected_use(pipeline: Pipeline, shape: CacheShape, tokens: int, profile: Mo
         use = use.plus_device_bytes(*(more + places * size for more, size in zip(digests, sizes, strict=True)))
     found = Blocks(length, np.zeros(valid.shape, np.int32), format_, tier)
     use = use.plus_area(Tier.HOST, *staging_bytes(shape, needed(found, Tier.DISK)))
-    return use.plus_area(Tier.DEVICE, *staging_bytes(shape, needed(found, Tier.HOST))) if pipeline.fetches else use
+    if not pipeline.fetches:
+        return use
+    through = needed(found, Tier.HOST)
+    if pipeline.recomputed:
+        pieces = pieces_of(input_width or shape.query_heads * shape.head_dim, shape.head_dim)
+        noted = rows_of(pipeline.recomputed, tokens // BLOCK_TOKENS)
+        use = use.plus_host_bytes(noted * shape.layers * pieces * shape.block_bytes(Format.RAW))
+        rows = through.get(Format.RAW, 0) // shape.kv_heads
+        if more := rows_of(pipeline.recomputed, rows) * max(0, pieces - shape.kv_heads):
+            through[Format.RAW] += more
+    return use.plus_area(Tier.DEVICE, *staging_bytes(shape, through))
 
 
 def kept_tokens(evictor: Evictor | None, shape: CacheShape, tokens: int, profile: ModelProfile | None = None) -> I32:

@@ -35,6 +35,7 @@ PIPELINES = [
     "host(recent=64)",
     "disk(recent=64)",
     "layerkv(recent=64)",
+    "kvpr(recent=64, recompute=0.6)",
     "arkvale(recent=64, share=0.5)",
     "kivi(bits=2)",
     'snapkv(keep=0.4, budgets="ada")',
@@ -99,13 +100,14 @@ def test_document_says_what_the_tables_and_the_accounting_say(
             assert block["positions"] == tables.position[place][:length][32 * index : 32 * (index + 1)].tolist()
     use = cache.use(seq)
     assert found["cache"] == fields(use.to_proto())
-    askers = {"disk(recent=64)": {"disk"}, "arkvale(recent=64, share=0.5)": {"host"}, "layerkv(recent=64)": {"host"}}
-    asked = askers.get(pipeline, set())
+    fetching = ("arkvale", "layerkv", "kvpr")
+    asked = {"disk"} if pipeline.startswith("disk") else {"host"} if pipeline.startswith(fetching) else set()
     assert {tier["name"] for tier in found["recalls"]["tiers"]} == asked
     to_disk = sum(pair["bytes"] for pair in found["recalls"]["moved"] if pair["to_tier"] == "disk")
     assert to_disk == use.disk_bytes
     beside = Counter({f"{area.tier.name.lower()}_bytes": area.nbytes[0] for area in seq.areas.values()})  # no head's
     beside["device_bytes"] += seq.selective.nbytes()[0] if seq.selective else 0  # digests, and copies of host blocks
+    beside["host_bytes"] += seq.inputs.nbytes if seq.inputs else 0
     for name in ("device_bytes", "host_bytes", "disk_bytes", "shadow_bytes"):
         assert sum(head[name] for head in found["heads"]) + beside[name] == getattr(use, name)
     assert found["loss_class"] == cache.loss_class(seq, build(pipeline, shape)).name.lower()

@@ -64,7 +64,11 @@ class CacheUse:
         """These figures with a staging area on the device or the host."""
         if tier is Tier.DEVICE:
             return self.plus_device_bytes(nbytes, nbytes_16bit)
-        return replace(self, host_bytes=self.host_bytes + nbytes)
+        return self.plus_host_bytes(nbytes)
+
+    def plus_host_bytes(self, host_bytes: int) -> CacheUse:
+        """These figures with so many more bytes on the host."""
+        return replace(self, host_bytes=self.host_bytes + host_bytes)
 
     def plus_built_ahead(self, shape: CacheShape, format_: U8, tier: U8, disk_bytes: int) -> CacheUse:
         """These figures with blocks [N] that no table refers to yet, as a switch is being prepared; those on disk take

@@ -121,8 +121,8 @@ class Arena:
         self._lent: set[Region] = set()
         self._lots: dict[int, Lot] = {}
         self._next_lot = 1
-        self.guests: Guests | None = None
-        """Asked for room before anybody is refused it."""
+        self.guests: list[Guests] = []
+        """Asked for room, one after the other, before anybody is refused it."""
 
     @property
     def free_bytes(self) -> int:
@@ -132,7 +132,7 @@ class Arena:
     @property
     def guest_bytes(self) -> int:
         """Bytes of pages that guests give up when they are needed."""
-        return self.guests.yielding_bytes if self.guests else 0
+        return sum(guests.yielding_bytes for guests in self.guests)
 
     @property
     def room_bytes(self) -> int:
@@ -302,8 +302,10 @@ class Arena:
 
     def _ask_guests(self, pages: int) -> None:
         """Has guests release so many pages."""
-        if pages > 0 and self.guests:
-            self.guests.give_up(pages * self.page_bytes)
+        wanted = len(self._free_pages) + pages
+        for guests in self.guests:
+            if len(self._free_pages) < wanted:
+                guests.give_up((wanted - len(self._free_pages)) * self.page_bytes)
 
     def _blocks_per_page(self, fmt: BlockFormat) -> int:
         return self.page_units // self.shape.block_units(fmt)

@@ -115,6 +115,7 @@ class Arrangement:
     moved: Tokens | None = None  # the kept tokens [valid, packed to the left] where they changed; None: the same tokens
     merging: Merging | None = None  # of tokens that moved: what others were merged into; None: nothing ever was
     fetches: bool = False  # whether blocks on the host are to pass through the device
+    recomputed: float = 0.0  # the share of them that is made again there instead, as far as it can be
 
 
 def pick(source: TokenSource, index: npt.NDArray[np.integer]) -> TokenSource:

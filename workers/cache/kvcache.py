@@ -22,6 +22,7 @@ from workers.cache.arrangement import Tokens, block_count, blocks_of
 from workers.cache.context import CacheContext, TokenContext
 from workers.cache.copies import ExactCopies
 from workers.cache.memory import CacheMemory
+from workers.cache.noting import Noting
 from workers.cache.prefix import PrefixRow
 from workers.cache.preparation import Preparation, Slice
 from workers.cache.readers import Readers
@@ -48,8 +49,12 @@ class KVCache(CacheMemory):
         return Readers(self)
 
     @cached_property
+    def _noting(self) -> Noting:
+        return Noting(self)
+
+    @cached_property
     def _transactions(self) -> Transactions:
-        return Transactions(self, self._copies, self._readers)
+        return Transactions(self, self._copies, self._readers, self._noting)
 
     # -- life of a request ---------------------------------------------------------------------------------------------
 
@@ -67,6 +72,7 @@ class KVCache(CacheMemory):
         now = blocks_of(self.tables, seq.slot)
         while seq.areas:
             seq.areas.popitem()[1].close()
+        self._noting.drop(seq)
         for tier, arena in self.by_tier.items():
             arena.release(now.on(tier))
         self.device.release(self.tables.address[seq.slot][self.beyond(seq, now.length)])
@@ -173,6 +179,7 @@ class KVCache(CacheMemory):
         fork = replace(
             seq, slot=slot, reserved=0, lots={}, prefix=[], prompt_votes=None, origin=seq, forks=0, lent=[], readers=()
         )
+        fork.inputs = None
         fork.recalls, fork.areas = Recalls(self.recalls), {}
         try:
             for home in seq.areas:
@@ -351,6 +358,11 @@ class KVCache(CacheMemory):
         """See :meth:`Transactions.evacuate`."""
         return self._transactions.evacuate(seq, pipeline)
 
+    def note_inputs(self, seq: SequenceCache, pipeline: Pipeline) -> None:
+        """Has what layers are given for the keys and values of a request's coming tokens noted, if its pipeline, which
+        may not be in force yet, makes blocks again from that."""
+        self._noting.follow(seq, pipeline)
+
     # -- pipelines -----------------------------------------------------------------------------------------------------
 
     def apply(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
@@ -410,6 +422,8 @@ class KVCache(CacheMemory):
         placer = pipeline.placer
         if placer and not self.disk and Tier.DISK in tiers_in(styles_of(pipeline, self.shape, 0, self.profile)):
             return f"stage {placer.name!r} needs a disk tier, and this worker has none (its disk_budget_bytes is 0)"
+        if placer and pipeline.recomputed and self.remaker and self.remaker.refusal:
+            return f"stage {placer.name!r} cannot make keys and values of this model again: {self.remaker.refusal}"
         if (lent := pipeline.lent_layers) > len(self.device.regions):
             return (
                 f"stage {placer and placer.name!r} has {lent} layers lend their memory, and on this worker at most"

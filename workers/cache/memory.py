@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,7 @@ from workers.cache.blocks import BlockStore, Notes, Owners
 from workers.cache.disk import DiskStore
 from workers.cache.disk_tier import DiskTier
 from workers.cache.formats import CodedFormat
+from workers.cache.inputs import Remaker
 from workers.cache.movers import DiskMover, HostMover, Mover
 from workers.cache.partners import Partners
 from workers.cache.prefix import PrefixIndex
@@ -81,6 +82,8 @@ class CacheMemory:
         self.catalyse: Callable[[SequenceCache], Queries] | None = None
         """Runs a catalyst prompt behind a request, without a trace, and gives its queries; None: no model, or none
         that has words. The last queries then stand in."""
+        self.remaker: Remaker | None = None
+        """Makes keys and values again from what the model's layers were given for them. None: there is no model."""
         self.disk = DiskTier(disk, shape) if disk else None
         self.recalls = Recalls()
         """Of all requests since the start, those that are over included."""
@@ -93,6 +96,11 @@ class CacheMemory:
         self._open: dict[int, SequenceCache] = {}  # by slot
         self.row_blocks = shape.layers * shape.kv_heads
         """Blocks of 32 tokens in all tables."""
+
+    @property
+    def open_sequences(self) -> Collection[SequenceCache]:
+        """The requests that have a cache now."""
+        return self._open.values()
 
     @property
     def tiers(self) -> tuple[Arena | DiskTier, ...]:
@@ -196,6 +204,8 @@ class CacheMemory:
         use = measure(self.shape, now.valid, now.format, now.tier, seq.seen, shadow_bytes, stored)
         for area in seq.areas.values():
             use = use.plus_area(area.tier, *area.nbytes)
+        if seq.inputs:
+            use = use.plus_host_bytes(seq.inputs.nbytes)
         if seq.selective:
             use = use.plus_device_bytes(*seq.selective.nbytes())
         if ahead := seq.preparation:

@@ -12,6 +12,7 @@ from workers.cache.accounting import CacheUse
 from workers.cache.arena import Lot
 from workers.cache.arrangement import Merging
 from workers.cache.coded import CodedReader
+from workers.cache.inputs import LayerInputs
 from workers.cache.prefix import PrefixRow
 from workers.cache.preparation import Preparation
 from workers.cache.reading import Reader
@@ -76,6 +77,8 @@ class SequenceCache:
     """What reads its blocks that kernels do not know, after the readers."""
     areas: dict[Tier, Staging] = field(default_factory=dict)
     """Where its blocks pass through, by the tier that they live on."""
+    inputs: LayerInputs | None = None
+    """What its layers were given for keys and values; None: it is not noted."""
     recalls: Recalls = field(default_factory=Recalls)
     """What reading its blocks off the device has taken so far."""
 

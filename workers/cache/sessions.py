@@ -90,7 +90,7 @@ class ParkedSessions:
         self._row_bytes = self._row_blocks * shape.block_bytes(Format.RAW)
         self._piece_rows = max(1, PIECE_BYTES // self._row_bytes)
         self._slice_rows = max(1, SLICE_BYTES // self._row_bytes)
-        cache.host.guests = self
+        cache.host.guests.append(self)
 
     @property
     def parked(self) -> int:

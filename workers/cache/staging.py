@@ -5,7 +5,9 @@ While a layer is attended to from one, the next layer's blocks are brought to th
 after the last layer the first one's for the next step. So an area costs the request two layers of the faster tier,
 which are taken with the first block that needs it and given back with the last, and nothing has to be found room for
 during a step. Blocks on disk pass through the host, where all else that reads them has them in pieces; blocks on the
-host pass through the device where the pipeline wants it so, since kernels can read them in place as well.
+host pass through the device where the pipeline wants it so, since kernels can read them in place as well. Some of
+these may be made again there from what the layer was given (``workers.cache.inputs``): that is brought first, to their
+places, and they are made of it while the other blocks come.
 
 Block tables say where blocks live, but for the time in which a kernel reads their layer.
 """
@@ -20,11 +22,12 @@ import numpy.typing as npt
 import torch
 
 from kernels.api import I32, U8, Tables, TokenSource
-from kernels.layout import BlockFormat, CacheShape, Tier
+from kernels.layout import BlockFormat, CacheShape, Format, Tier
 from kernels.partials import Partial
 from workers.cache.arena import Lot
 from workers.cache.arrangement import Blocks, pick
 from workers.cache.formats import as_read, format_of, formats
+from workers.cache.inputs import Remaking
 from workers.cache.movers import Move, Mover, Waitable
 from workers.cache.recalls import Recalls
 
@@ -46,6 +49,13 @@ class _Away:
     index: I64
     address: I32
     format: U8
+    row: I32
+    """Of which row's inputs each is made again; -1: it is copied."""
+
+    @property
+    def made(self) -> I64:
+        """Which are made again."""
+        return np.flatnonzero(self.row >= 0)
 
 
 @dataclass
@@ -55,15 +65,17 @@ class _Slot:
     layer: int | None = None
     address: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # of the layer's blocks, in their order
     arriving: Move | None = None
+    inputs: Move | None = None  # what blocks are yet to be made of
+    pieces: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # where that comes to
     reading: Waitable | None = None
     """Kernels that read it."""
 
     def quiet(self) -> None:
         """Waits until nobody is at it."""
-        for work in (self.arriving, self.reading):
+        for work in (self.inputs, self.arriving, self.reading):
             if work:
                 work.wait()
-        self.arriving = self.reading = None
+        self.inputs = self.arriving = self.reading = None
 
 
 def needed(blocks: Blocks, source: Tier) -> Need:
@@ -110,6 +122,7 @@ class Staging:
         self._lots: dict[BlockFormat, Lot] = {}
         self._area: dict[BlockFormat, I32] = {}  # addresses: equal parts for the slots
         self._layers: list[_Away] = []
+        self._remaking: Remaking | None = None
         self._slots = [_Slot() for _ in range(SLOTS)]
 
     # -- size ----------------------------------------------------------------------------------------------------------
@@ -147,16 +160,17 @@ class Staging:
         """Blocks of the area's tier have moved, after :meth:`quiet`; ``now`` says where to."""
         self._area = {fmt: np.sort(now(area)) for fmt, area in self._area.items()}
 
-    def follow(self, blocks: Blocks) -> None:
-        """Takes note of the request's tables, which others have just changed."""
+    def follow(self, blocks: Blocks, remaking: Remaking | None = None) -> None:
+        """Takes note of the request's tables, which others have just changed, and of which blocks are made again."""
         self.quiet()
-        self._layers = []
+        self._layers, self._remaking = [], remaking
         for layer in range(len(blocks.length)):
             head, index = np.nonzero(blocks.valid[layer] & (blocks.tier[layer] == self._mover.source))
             order = np.argsort(blocks.address[layer, head, index])  # what lies together comes together
             head, index = head[order], index[order]
             address, kinds = blocks.address[layer, head, index], blocks.format[layer, head, index]
-            self._layers.append(_Away(head, index, address, kinds))
+            row = remaking.row[layer, head, index] if remaking else np.full(len(head), -1, np.int32)
+            self._layers.append(_Away(head, index, address, kinds, row))
 
     def close(self) -> None:
         """Gives the area back."""
@@ -181,6 +195,9 @@ class Staging:
         blocks = self._layers[layer]
         if len(blocks.address) and not self.damaged:
             here = self._slot_of(layer) or self._read_ahead(layer, self._slots[0])
+            if here.inputs:
+                self._look_ahead(layer, here)  # the way there is not to be empty meanwhile
+                self._make(here, here.inputs, layer)
             self._arrive(here, layer)
             if not self.damaged:
                 self._show(layer, here.address, self.tier, as_read(blocks.format))
@@ -218,9 +235,29 @@ class Staging:
         slot.layer, slot.address = layer, np.zeros(len(blocks.address), np.int32)
         for fmt in np.unique(blocks.format):
             mine = np.flatnonzero(blocks.format == fmt)
-            slot.address[mine] = np.split(self._area[format_of(int(fmt))], SLOTS)[first][: len(mine)]
-        slot.arriving = self._mover.move(blocks.address, blocks.format, slot.address)
+            slot.address[mine] = self._half(format_of(int(fmt)), first)[: len(mine)]
+        copied = np.flatnonzero(blocks.row < 0)
+        if self._remaking and len(copied) < len(blocks.row):
+            pieces = self._remaking.inputs.address(layer, np.unique(blocks.row[blocks.made]))
+            beyond = self._half(Format.RAW, first)[int((blocks.format == Format.RAW).sum()) :]
+            slot.pieces = np.concatenate([slot.address[blocks.made], beyond])[: len(pieces)]
+            slot.inputs = self._mover.move(pieces, np.full(len(pieces), Format.RAW, np.uint8), slot.pieces)
+        slot.arriving = self._mover.move(blocks.address[copied], blocks.format[copied], slot.address[copied])
         return slot
+
+    def _half(self, fmt: BlockFormat, slot: int) -> I32:
+        """A slot's part of the area, of a format."""
+        part: I32 = np.split(self._area[fmt], SLOTS)[slot]
+        return part
+
+    def _make(self, slot: _Slot, inputs: Move, layer: int) -> None:
+        """Makes blocks of what has been brought for them, in their places."""
+        assert self._remaking is not None
+        inputs.result()
+        slot.inputs = None
+        blocks, made = self._layers[layer], self._layers[layer].made
+        self._remaking.inputs.make(layer, blocks.head[made], blocks.row[made], slot.pieces, slot.address[made])
+        self._count(np.full(len(slot.pieces), Format.RAW, np.uint8))
 
     def _arrive(self, slot: _Slot, layer: int) -> None:
         count = len(slot.address)
@@ -233,7 +270,7 @@ class Staging:
             self._recalls.note_asked(self._mover.source, waited=count)
         damaged, slot.arriving = slot.arriving.result(), None
         blocks = self._layers[layer]
-        self._count(blocks.format)
+        self._count(blocks.format[blocks.row < 0])
         for place in damaged:
             where = (layer, int(blocks.head[place]), int(blocks.index[place]))
             self._repair(where, int(blocks.address[place]), int(blocks.format[place]), int(slot.address[place]))

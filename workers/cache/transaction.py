@@ -30,8 +30,10 @@ from workers.cache.blocks import Notes, Owners
 from workers.cache.copies import ExactCopies
 from workers.cache.disk_tier import WRITE_BYTES
 from workers.cache.formats import MOST_FORMATS, format_of
+from workers.cache.inputs import Remaking
 from workers.cache.memory import CacheMemory
 from workers.cache.merging import merge
+from workers.cache.noting import Noting
 from workers.cache.preparation import I64, Preparation, Slice
 from workers.cache.readers import Readers
 from workers.cache.selection import Views, choose
@@ -44,10 +46,11 @@ from workers.stages.base import Evictor, LossClass, Pipeline
 class Transactions:
     """Applies pipelines to requests, and prepares for it ahead."""
 
-    def __init__(self, memory: CacheMemory, copies: ExactCopies, readers: Readers) -> None:
+    def __init__(self, memory: CacheMemory, copies: ExactCopies, readers: Readers, noting: Noting) -> None:
         self._memory = memory
         self._copies = copies
         self._readers = readers
+        self._noting = noting
 
     def apply(self, seq: SequenceCache, pipeline: Pipeline, occasion: Occasion) -> None:
         """Brings a request's blocks to where ``pipeline`` wants them: one transaction.
@@ -74,7 +77,7 @@ class Transactions:
             while True:
                 try:
                     target = self._arrange(seq, pipeline, occasion)
-                    target.fetches = pipeline.fetches
+                    target.fetches, target.recomputed = pipeline.fetches, pipeline.recomputed
                     self._commit_and_clear(seq, target)
                     break
                 except TierFullError as full:
@@ -386,6 +389,9 @@ class Transactions:
             wanted[raw_device] = wanted.get(raw_device, 0) + int(beyond.sum())
         fetched = [Tier.DISK, *([Tier.HOST] if target.fetches else [])]
         rooms = {home: room for home in fetched if (room := needed(new, home))}
+        remaking = self._remaking(seq, target)
+        if remaking:
+            rooms[Tier.HOST][Format.RAW] += remaking.beyond
         areas = {home: seq.areas.get(home) or self._memory.area(seq, home) for home in {**seq.areas, **rooms}}
         for home, area in areas.items():
             surplus = area.surplus(rooms.get(home, {}))
@@ -429,7 +435,7 @@ class Transactions:
             new.address[groups[tier, fmt]] = addresses
         for home, area in areas.items():
             area.resize(rooms.get(home, {}))
-            area.follow(new)
+            area.follow(new, remaking if home is Tier.HOST and seq.inputs else None)  # they may have given way
         seq.areas = {home: areas[home] for home in rooms}
         self._swap_tables(seq, target)
         if target.moved is not None and beyond.any():
@@ -439,6 +445,14 @@ class Transactions:
         self._release_prefixes(seq)
         self._readers.read_coded(seq)
         self._memory.note_peak(seq)
+
+    def _remaking(self, seq: SequenceCache, target: Arrangement) -> Remaking | None:
+        """What is made again of the tables that are about to be in force. What was noted is of tokens that are stored
+        as they were computed: it is dropped as soon as an evictor or a codec comes into force."""
+        if not (seq.inputs and target.recomputed):
+            return None
+        position = self._memory.positions(seq) if target.moved is None else target.moved.position
+        return seq.inputs.plan(target.blocks, position, target.recomputed)
 
     def _notes(
         self, seq: SequenceCache, fmt: BlockFormat, layer: I64, head: I64, index: I64, moved: Tokens | None = None
@@ -467,10 +481,11 @@ class Transactions:
         """Settles what a pipeline means for exactness and for reading, and drops a shadow that nothing needs."""
         self._readers.follow(seq, pipeline, anew=occasion is not Occasion.SETTLE)
         lossy = seq.evicted or bool(self._memory.tables.format[seq.slot][self._memory.valid(seq)].any())
-        if (lossy or pipeline.selects or pipeline.near) and seq.exact_tokens is None:
+        if (lossy or pipeline.reads_otherwise) and seq.exact_tokens is None:
             seq.exact_tokens = seq.seen
         if lossy and pipeline.loss_class is LossClass.PERMANENT:
             seq.lost = True
+        self._noting.follow(seq, pipeline)
         if seq.shadow and not pipeline.wants_shadow:
             on_host = blocks_of(self._memory.tables, seq.slot).on(Tier.HOST)
             if len(self._memory.host.owned(on_host)) == len(on_host):

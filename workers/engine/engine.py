@@ -113,12 +113,12 @@ class Engine:
         self._restoring: list[Sequence] = []
         self.cache.backend.warm_up()
         warm_up_signals(self.shape)
+        self._runner = ModelRunner(self._loaded, self.cache)
         profiled = names_of(self._loaded.profile)
         default = build(settings.default_pipeline, self.shape, profiled)
         if reason := self.cache.refuses(default):
             raise ValueError(f"default_pipeline {default.text!r}: {reason}")
         self._intake = Intake(self._loaded, self.shape, self._limits(), default, self.cache.refuses)
-        self._runner = ModelRunner(self._loaded, self.cache)
         self._repeater = Repeater(self.cache, self._runner, Words.of(self._loaded), self._context_tokens)
         self.cache.catalyse = catalyst(self._runner, self._loaded, self._context_tokens)
         if reason := self._repeater.refusal(default, 1):
@@ -405,6 +405,7 @@ class Engine:
         all_queries = bool(evictor and evictor.needs_prompt_mass)
         end, rows_end = seq.computed + count, len(seq.token_ids) // BLOCK_TOKENS * BLOCK_TOKENS
         full = pot is not None and pot.next_eviction(seq.computed) == end
+        self.cache.note_inputs(seq.cache, seq.pipeline)
         try:
             if all_queries and seq.session and seq.computed < rows_end <= end:
                 chunk = seq.token_ids[seq.computed : rows_end]

@@ -25,6 +25,7 @@ from workers.engine.attention import (
     check_servable,
 )
 from workers.engine.guessing import QueryGuesser
+from workers.engine.remaking import ModelRemaker
 from workers.engine.scoring import Context, ScoringAttention
 from workers.profile.files import load_if_there
 from workers.profile.profile import ModelProfile
@@ -98,6 +99,7 @@ class ModelRunner:
         self._cache = cache
         self._device = next(loaded.model.parameters()).device
         self._guesser = QueryGuesser(loaded.model)
+        self._remaker = cache.remaker = ModelRemaker(loaded.model, self._run)
 
     @torch.inference_mode()
     def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> tuple[torch.Tensor, DecodePlan]:
@@ -114,8 +116,17 @@ class ModelRunner:
         plan = self._cache.backend.plan(slots, changing=bool(reading))
         guesser = self._guesser if reading.guesses else None
         attend = DecodeAttention(self._cache, plan, reading, guesser.next_queries if guesser else None)
-        with guesser.watching() if guesser else contextlib.nullcontext():
+        given: list[torch.Tensor] = []  # [R, 1, width] by layer
+        noting = [(row, seq.inputs) for row, seq in enumerate(sequences) if seq.inputs]
+        with contextlib.ExitStack() as watching:
+            if guesser:
+                watching.enter_context(guesser.watching())
+            if noting:
+                watching.enter_context(self._remaker.watching(lambda layer, inputs: given.append(inputs)))
             logits = self._forward([[token] for token in token_ids], [[position] for position in positions], attend)
+        for row, inputs in noting:
+            for layer, values in enumerate(torch.stack([of_layer[row] for of_layer in given]).cpu()):
+                inputs.note(layer, positions[row], values)
         self._cache.backend.finish(plan)
         reading.finish(plan)
         queries = attend.queries()
@@ -152,7 +163,11 @@ class ModelRunner:
             seq.prompt_votes = np.zeros((*heads, prompt_tokens), np.float32)
         attend = PromptAttention(self._cache, seq.slot, self._cache.context(seq), start, seq.prompt_votes, all_queries)
         keep = len(token_ids) if following else 1
-        logits = self._run([list(token_ids)], [list(range(start, end))], attend, keep)[0]
+        inputs = seq.inputs
+        with contextlib.ExitStack() as watching:
+            if inputs:
+                watching.enter_context(self._remaker.watching(lambda layer, given: inputs.note(layer, start, given[0])))
+            logits = self._run([list(token_ids)], [list(range(start, end))], attend, keep)[0]
         if following:
             behind = torch.tensor(following, device=logits.device)
             expected = logits[: len(following)].float()

@@ -57,18 +57,10 @@ def rope_of(model: Any, head_dim: int) -> Rope:
     Raises:
         ProfileError: it has none, or several, or such as :class:`Rope` does not describe, naming the model type.
     """
-    kind = f"model type {model.config.model_type!r}"
-    found = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
-    if len(found) != 1:
-        raise ProfileError(f"{kind} has {len(found) or 'no'} rotary embeddings; profiles are of models with one")
-    scaling = getattr(found[0], "rope_type", "default")
-    if scaling in _CHANGING:
-        raise ProfileError(
-            f"{kind} has rotary positions of type {scaling!r}, whose angles change with the text's length"
-        )
+    kind, module = f"model type {model.config.model_type!r}", rotary_embedding(model)
     parameter = next(model.parameters())
     with torch.inference_mode():
-        answer = found[0](
+        answer = module(
             torch.empty(0, dtype=parameter.dtype, device=parameter.device),
             torch.zeros(1, 1, dtype=torch.int64, device=parameter.device),
         )
@@ -76,7 +68,25 @@ def rope_of(model: Any, head_dim: int) -> Rope:
         raise ProfileError(f"{kind} has a rotary embedding that does not give cos and sin")
     if answer[0].shape[-1] != head_dim:
         raise ProfileError(f"{kind} rotates {answer[0].shape[-1]} of {head_dim} channels; profiles need all rotated")
-    return Rope(found[0], parameter.dtype)
+    return Rope(module, parameter.dtype)
+
+
+def rotary_embedding(model: Any) -> Any:
+    """The module that gives a transformers model the angles of all positions.
+
+    Raises:
+        ProfileError: it has none, or several, or one whose angles are not always the same, naming the model type.
+    """
+    kind = f"model type {model.config.model_type!r}"
+    found = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
+    if len(found) != 1:
+        raise ProfileError(f"{kind} has {len(found) or 'no'} rotary embeddings; models with one are accepted")
+    scaling = getattr(found[0], "rope_type", "default")
+    if scaling in _CHANGING:
+        raise ProfileError(
+            f"{kind} has rotary positions of type {scaling!r}, whose angles change with the text's length"
+        )
+    return found[0]
 
 
 def check_rope(rope: Rope, positions: torch.Tensor, turned: list[torch.Tensor], model_type: str) -> None:

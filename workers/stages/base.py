@@ -469,6 +469,11 @@ class Placer(Stage):
         """Of these formats the one that takes most."""
         return Format.RAW
 
+    def recomputed(self) -> float:
+        """If it ``fetches``: the share of a layer's raw blocks on the host that are not copied, but made again on the
+        device from what the layer was given, as far as that was noted (``workers.cache.inputs``)."""
+        return 0.0
+
     def lent_layers(self) -> int:
         """How many of the model's layers lend their memory to the device tier while it is in force, or more."""
         return 0
@@ -506,8 +511,11 @@ class Pipeline:
 
     @property
     def _inexact(self) -> tuple[Stage, ...]:
-        """The stages that make a difference to logits: a placer that would round does not where a codec has."""
-        idle = self.placer if self.codec and isinstance(self.placer, Lossy) else None
+        """The stages that make a difference to logits: a placer that would round does not where a codec has, nor one
+        that would make blocks again where it cannot."""
+        rounds_codes = bool(self.codec) and isinstance(self.placer, Lossy)
+        remakes = bool(self.placer and self.placer.recomputed())
+        idle = self.placer if rounds_codes or (remakes and not self.recomputed) else None
         return tuple(stage for stage in self.stages if stage.loss_class is not LossClass.EXACT and stage is not idle)
 
     @property
@@ -554,6 +562,17 @@ class Pipeline:
     def fetches(self) -> bool:
         """Whether blocks on the host come to the device layer by layer."""
         return self.placer is not None and self.placer.fetches
+
+    @property
+    def recomputed(self) -> float:
+        """The share of a layer's blocks on the host that are to be made again, not copied: none of what a codec or an
+        evictor has made other blocks of."""
+        return self.placer.recomputed() if self.placer and not (self.codec or self.evictor) else 0.0
+
+    @property
+    def reads_otherwise(self) -> bool:
+        """Whether queries read less than what is stored, or something that may be rounded otherwise."""
+        return self.near or self.selects or self.recomputed > 0
 
     @property
     def lent_layers(self) -> int:

@@ -57,6 +57,7 @@ from workers.stages.offload.conversation import Conversation
 from workers.stages.offload.disk import Disk
 from workers.stages.offload.host import Host
 from workers.stages.offload.infinigen import InfiniGen
+from workers.stages.offload.kvpr import KVPR
 from workers.stages.offload.layerkv import LayerKV
 from workers.stages.offload.neardata import NearData
 from workers.stages.offload.oneiros import Oneiros
@@ -104,6 +105,7 @@ BUILT_IN: tuple[type[Stage], ...] = (
     Disk,
     Spread,
     LayerKV,
+    KVPR,
     Swap,
     NearData,
     Quest,
