@@ -108,6 +108,7 @@ class DiskTier:
                 batch.written.result()
         except BaseException as error:
             for batch in batches:
+                batch.written.exception()  # its file may be under way
                 self.store.free(batch)
             if isinstance(error, DiskFullError):
                 raise TierFullError(Tier.DISK, error.needed_bytes, self.free_bytes) from error
