@@ -633,7 +633,8 @@ def bench_quality(
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures into this PNG file.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer texts, at 1,024 and 2,048 tokens: minutes instead of hours.")
+        bool,
+        typer.Option("--quick", help="One text of 1,024 tokens, two needles at 1,024 and 2,048: minutes, not hours."),
     ] = False,
     model: ModelOption = None,
     only: Annotated[

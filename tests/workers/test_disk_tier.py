@@ -16,7 +16,7 @@ import torch
 
 from kernels.layout import BLOCK_TOKENS, Format, Tier
 from kvpilot.v1 import generation_pb2, job_pb2
-from tests.tiny import Drive, prompt, run, tiny_engine, tiny_loaded
+from tests.tiny import Drive, prompt, run, tiny_engine
 from tests.workers.test_switch import IDS, check_tables, logits_now
 from workers.cache.arena import TierFullError
 from workers.cache.disk import DiskStore
@@ -37,28 +37,6 @@ PAIRS = (
     ('snapkv(keep=0.5, budgets="ada") | disk(recent=64)', 'snapkv(keep=0.5, budgets="ada")'),
 )
 DISK = "disk(recent=64)"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "blocks"
-
-
-@pytest.fixture
-def engines(folder: Path) -> Iterator[object]:
-    """Makes engines with a disk tier, and stops them in the end."""
-    made: list[Engine] = []
-
-    def make(**settings: object) -> Engine:
-        loaded = tiny_loaded(num_hidden_layers=LAYERS)
-        defaults = {"disk_folder": folder, "disk_budget_bytes": 64 << 20}
-        made.append(tiny_engine(loaded, **(defaults | settings)))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.stop(1.0)
-    assert not list(folder.glob("worker-*"))
 
 
 def files(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 from kernels.api import Tables, TokenSource
 from kernels.layout import BLOCK_TOKENS, CacheShape, Format, Tier
 from kernels.reference import ReferenceBackend
-from tests.tiny import Drive, prompt, run, tiny_engine, tiny_loaded
+from tests.tiny import Drive, prompt, run
 from tests.workers.test_codecs import batch
 from tests.workers.test_switch import IDS, check_tables, logits_now
 from workers.cache.arena import TierFullError
@@ -254,30 +254,8 @@ def test_it_loses_what_it_rounds_itself(text: str, loss: LossClass, wants: bool,
 
 # -- requests ----------------------------------------------------------------------------------------------------------
 
-LAYERS = 5
 SWAP = "swap(recent=64, bits=4)"
 BARE = "swap(recent=64, bits=4, shadow=false)"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "blocks"
-
-
-@pytest.fixture
-def engines(folder: Path) -> Iterator[object]:
-    """Makes engines with a disk tier, and stops them in the end."""
-    made: list[Engine] = []
-
-    def make(**settings: object) -> Engine:
-        loaded = tiny_loaded(num_hidden_layers=LAYERS)
-        made.append(tiny_engine(loaded, **({"disk_folder": folder, "disk_budget_bytes": 64 << 20} | settings)))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.stop(1.0)
-    assert not list(folder.glob("worker-*"))
 
 
 def decoding(engine: Engine, pipeline: str, tokens: int = 10) -> Drive:

@@ -25,7 +25,7 @@ from workers.stages.selecting import BlockView, Digest, Selector
 
 
 @dataclass
-class _Saved:
+class Saved:
     """What a layer's tables say when nobody reads."""
 
     layer: int
@@ -77,7 +77,7 @@ class SelectiveReader:
         self.pool = RecallPool(device, backend, self._shape, self._layers, fmt, recalls)
         self._asked: dict[int, _Asked] = {}
         self._guessed: dict[int, _Asked] = {}
-        self._saved: _Saved | None = None
+        self._saved: Saved | None = None
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class SelectiveReader:
         read = self._choose(layer, q[0], length, scaling, self._asked.get(layer))
         self._guessed[layer] = _Asked(q[0], read)
         if read.numel():
-            self._bring(layer, _host(read), length, ahead=True)
+            self._bring(layer, on_host(read), length, ahead=True)
 
     def before(self, layer: int, q: torch.Tensor, scaling: float) -> Partial | None:
         """See ``workers.cache.reading.Reader.before``."""
@@ -147,11 +147,11 @@ class SelectiveReader:
         if not chosen.numel():
             return None
         self._asked[layer] = guess or _Asked(q[0], chosen)
-        read, blocks = _host(chosen), chosen.shape[1]
+        read, blocks = on_host(chosen), chosen.shape[1]
         older = np.arange(blocks) < self._older(length)[:, None]
         self._recalls.note_chosen(int((read & older).sum()), int((~read).sum()))
         here = (slot, layer, slice(None), slice(0, blocks))
-        self._saved = _Saved(layer, tables.address[here].copy(), tables.tier[here].copy())
+        self._saved = Saved(layer, tables.address[here].copy(), tables.tier[here].copy())
         found = self._bring(layer, read, length)
         if found is not None:
             np.copyto(tables.address[here], found, where=found >= 0)
@@ -310,6 +310,7 @@ class SelectiveReader:
         return seen
 
 
-def _host(read: torch.Tensor) -> Mask:
+def on_host(read: torch.Tensor) -> Mask:
+    """What is read, [H, B], where tables are."""
     found: Mask = read.cpu().numpy()
     return found

@@ -16,7 +16,7 @@ from workers.cache.arrangement import Mask
 from workers.cache.blocks import BlockStore
 from workers.cache.formats import format_of
 from workers.cache.pool import I64, RecallPool
-from workers.cache.recall import SelectiveReader, _host, _Saved
+from workers.cache.recall import Saved, SelectiveReader, on_host
 from workers.cache.recalls import Recalls
 from workers.cache.records import Piece, Records, load_piece
 from workers.stages.attended import attend_blocks
@@ -269,7 +269,7 @@ class ReconstructingReader(SelectiveReader):
             return None
         valid = np.arange(blocks * CHUNKS) < (covered * CHUNKS)[:, None]
         exact = self._exact_at[layer, :, : blocks * CHUNKS] >= 0
-        chosen = _host(self._chosen(layer, q[0], scaling, valid & ~exact))
+        chosen = on_host(self._chosen(layer, q[0], scaling, valid & ~exact))
         self._recalls.note_chosen(int((chosen | exact).sum()), int((valid & ~chosen & ~exact).sum()))
         head, chunk = np.nonzero(chosen)
         keys, values = self._reconstruct(layer, head, chunk), self._bring_values(layer, chosen, head, chunk)
@@ -285,7 +285,7 @@ class ReconstructingReader(SelectiveReader):
         found = attend_blocks(score, of_head, len(queries), lambda powers: powers @ values)
         self._read_now[layer] = score, head, chunk
         here = (self._slot, layer, slice(None), slice(0, blocks))
-        self._saved = _Saved(layer, self._tables.address[here].copy(), self._tables.tier[here].copy())
+        self._saved = Saved(layer, self._tables.address[here].copy(), self._tables.tier[here].copy())
         self._tables.tier[here][np.arange(blocks) < covered[:, None]] = Tier.DISK
         return Partial(found.output.view(1, q.shape[1], -1), found.lse.view(1, -1))
 
