@@ -14,8 +14,9 @@ import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
@@ -34,6 +35,7 @@ from bench.quality_rows import Row, Table
 from bench.quality_subjects import Subject, all_subjects
 from bench.quality_tables import FULL_SIZES, QUICK_SIZES, Sizes, Tables
 from bench.quality_tasks import Words, conversations, long_answers, needles, texts
+from cli import tether
 from cli.errors import BadInputError, FailedError
 from cli.profile import make
 from kvpilot.log import LogFormat, LogLevel, configure_logging
@@ -127,35 +129,55 @@ def _measure_together(
     said: Console,
     processes: int,
 ) -> Report:
-    """The report, by this process and others; arguments as for :func:`measure`."""
+    """The report, by this process or by several others; arguments as for :func:`measure`."""
     if processes == 1:
         return measure(loaded, sizes, only, command, said)
-    began, whole = time.perf_counter(), describe_machine(torch.get_num_threads())
-    threads = max(1, torch.get_num_threads() // processes)
-    with ProcessPoolExecutor(processes - 1, get_context("spawn")) as others:
+    began, threads = time.perf_counter(), max(1, torch.get_num_threads() // processes)
+    with (
+        _environment(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="passive"),
+        ProcessPoolExecutor(processes, get_context("spawn"), _tied, (os.getpid(),)) as pool,
+    ):
         parts = [
-            others.submit(_measure_part, folder, sizes, only, command, threads, Part(index, processes))
-            for index in range(1, processes)
+            pool.submit(_measure_part, folder, sizes, only, command, Part(index, processes))
+            for index in range(processes)
         ]
-        _hold_to(threads)
-        mine = measure(loaded, sizes, only, command, said, Part(0, processes))
-        report = joined([mine, *(part.result() for part in parts)])
-    report.machine, report.seconds = whole, time.perf_counter() - began
+        report = joined([part.result() for part in parts])
+    report.machine, report.seconds = describe_machine(torch.get_num_threads()), time.perf_counter() - began
     return report
 
 
-def _measure_part(folder: Path, sizes: Sizes, only: Sequence[str], command: str, threads: int, part: Part) -> Report:
-    """The same in a process of its own, which says nothing."""
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets variables for the processes that are started meanwhile. Threads are counted before torch is loaded there:
+    counted down later, its own go on waiting for work at the cost of the other processes."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _tied(parent: int) -> None:
+    """A process of several does not outlive the one that gathers their rows."""
+    if tether.SUPPORTED:
+        tether.tether(parent)
+
+
+def _measure_part(folder: Path, sizes: Sizes, only: Sequence[str], command: str, part: Part) -> Report:
+    """One process's share; the first one tells how far it is."""
     configure_logging(LogLevel.WARNING, LogFormat.AUTO)
     import_module("transformers.utils.logging").disable_progress_bar()
-    _hold_to(threads)
-    loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), torch.float32)
-    return measure(loaded, sizes, only, command, Console(quiet=True), part)
-
-
-def _hold_to(threads: int) -> None:
+    threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, numba.get_num_threads()))
+    loaded = load_model(folder, store.model_name(folder), torch.device("cpu"), torch.float32)
+    said = Console(stderr=True, quiet=part.index > 0, highlight=False)
+    return measure(loaded, sizes, only, command, said, part)
 
 
 def joined(parts: Sequence[Report]) -> Report:

@@ -634,7 +634,7 @@ def bench_quality(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures into this PNG file.")] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="One text of 1,024 tokens, two needles at 1,024 and 2,048: minutes, not hours."),
+        typer.Option("--quick", help="One text of 1,024 tokens, needles at 1,024 and 2,048: about ten minutes."),
     ] = False,
     model: ModelOption = None,
     only: Annotated[

@@ -122,7 +122,17 @@ def test_a_divergence_is_that_of_the_models_own_distributions(measured) -> None:
         assert entry.full_loss == pytest.approx(float(-exact[:-1].gather(1, following).mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize("pipeline", ["kivi(bits=4)", "h2o(keep=0.25)", "snapkv(keep=0.5) | int8 | host(recent=64)"])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "kivi(bits=4)",
+        "h2o(keep=0.25)",
+        "snapkv(keep=0.5) | int8 | host(recent=64)",
+        "snapkv(keep=0.43, budgets=ada)",  # heads of other lengths, whose last blocks hold what nobody wrote
+        "h2o(keep=0.37, budgets=pyramid) | kivi(bits=4)",
+        "fastgen | turboquant",
+    ],
+)
 def test_scoring_equals_decoding_token_by_token(pipeline: str) -> None:
     engine = tiny_engine()
     cache, runner = engine.cache, engine._runner
@@ -131,12 +141,14 @@ def test_scoring_equals_decoding_token_by_token(pipeline: str) -> None:
     runner.prefill(base, TEXT[:320], 320, all_queries=True)
     fork = cache.fork(base)
     cache.apply(fork, build(pipeline, engine.shape), Occasion.SWITCH)
-    scored = runner.score(cache.context(fork), fork.seen, TEXT[320:340])
-    decoded = []
-    for token in TEXT[320:340]:
-        cache.reserve(fork, 1)
-        decoded.append(runner.decode([fork], [token])[0][0])
-    assert torch.allclose(scored, torch.stack(decoded), atol=2e-4, rtol=1e-4)
+    for start in (320, 340):  # behind what the switch built, and behind what was generated since
+        ids = TEXT[start : start + 20]
+        scored = runner.score(cache.context(fork), fork.seen, ids)
+        decoded = []
+        for token in ids:
+            cache.reserve(fork, 1)
+            decoded.append(runner.decode([fork], [token])[0][0])
+        assert torch.allclose(scored, torch.stack(decoded), atol=2e-4, rtol=1e-4)
 
 
 def test_bytes_are_those_after_the_switch(measured) -> None:

@@ -28,10 +28,11 @@ class CacheContext:
         """[layers, kv_heads, tokens] original positions; not defined beyond ``length``."""
         self.tokens = int(blocks.length.max(initial=0))
         self.length = blocks.length
-        """[layers, kv_heads] tokens kept; what :meth:`read` gives beyond them is not defined."""
+        """[layers, kv_heads] tokens kept."""
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer, each [kv_heads, tokens, head_dim], ``tokens`` being the longest table's."""
+        """K and V of one layer, each [kv_heads, tokens, head_dim], ``tokens`` being the longest table's; zeros behind
+        what a head keeps, where its last block may hold anything."""
         blocks = self._blocks
         heads, count = blocks.address.shape[1:]
         spread = (heads * count, BLOCK_TOKENS)
@@ -40,7 +41,8 @@ class CacheContext:
             return np.repeat(values[layer].reshape(-1), BLOCK_TOKENS).reshape(spread)
 
         row = np.broadcast_to(np.arange(BLOCK_TOKENS, dtype=np.uint8), spread).copy()
-        address = np.where(blocks.valid[layer].reshape(-1, 1), repeat(blocks.address), np.int32(-1))
+        kept = np.arange(count * BLOCK_TOKENS) < self.length[layer][:, None]
+        address = np.where(kept.reshape(spread), repeat(blocks.address), np.int32(-1))
         source = TokenSource(address, repeat(blocks.format), repeat(blocks.tier), row)
         position = np.zeros((heads, count * BLOCK_TOKENS), np.int32)
         position[:, : self.tokens] = self.position[layer]

@@ -27,7 +27,7 @@ class Context(Protocol):
     """What says which of them a query reads; None: all."""
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer, each [kv_heads, tokens, head_dim]; not defined beyond ``length``."""
+        """K and V of one layer, each [kv_heads, tokens, head_dim]; zeros beyond ``length``."""
         ...
 
 
