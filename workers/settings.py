@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from kvpilot.bus.keys import Priority
 from kvpilot.configuration import FileSettings
 from kvpilot.log import LogFormat, LogLevel
 from kvpilot.pipeline import parse_pipeline
@@ -143,6 +144,16 @@ class WorkerSettings(FileSettings):
     def _pipeline_parses(cls, value: str) -> str:
         parse_pipeline(value)
         return value
+
+    @model_validator(mode="after")
+    def _name_is_no_queue_of_another(self) -> WorkerSettings:
+        for priority in Priority:
+            if priority.suffix and self.served_name.endswith(priority.suffix):
+                raise ValueError(
+                    f"model_name {self.served_name!r}: a name that does not end in {priority.suffix!r} is needed, or"
+                    " its jobs would share a queue with another model's"
+                )
+        return self
 
     @model_validator(mode="after")
     def _a_step_holds_every_decode(self) -> WorkerSettings:

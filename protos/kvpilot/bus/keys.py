@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 PREFIX = "kvpilot:"
 GROUP = "workers"
 """Consumer group of every queue."""
 
 WORKERS = f"{PREFIX}workers"
 """Hash: worker name -> model name."""
+TAKERS = f"{PREFIX}takers"
+"""Hash: worker name -> model name; of workers that read the queues of all priorities."""
+LEAVING = f"{PREFIX}leaving"
+"""Set: names of workers that take no more jobs."""
 MODELS = f"{PREFIX}models"
 """Hash: model name -> Model as last published by a worker that serves it."""
 OUTCOMES = f"{PREFIX}outcomes"
@@ -38,14 +44,37 @@ def events(job_id: str) -> str:
     return f"{PREFIX}events:{job_id}"
 
 
-def queue(model: str) -> str:
+class Priority(StrEnum):
+    """Priorities of waiting jobs, highest first; how they share the workers: ``scripts.CLAIM``."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+    @property
+    def suffix(self) -> str:
+        """What it adds to a queue's name: nothing for normal, which workers without priorities read too."""
+        return "" if self is Priority.NORMAL else f":{self.value}"
+
+
+def queue(model: str, priority: Priority = Priority.NORMAL) -> str:
     """Stream of job ids that any worker of the model may take."""
-    return f"{PREFIX}jobs:{model}"
+    return f"{PREFIX}jobs:{model}{priority.suffix}"
 
 
-def queue_for(worker: str) -> str:
+def queue_for(worker: str, priority: Priority = Priority.NORMAL) -> str:
     """Stream of job ids whose session's cache is on this worker; others take them when it is busy or gone."""
-    return f"{PREFIX}jobs-for:{worker}"
+    return f"{PREFIX}jobs-for:{worker}{priority.suffix}"
+
+
+def turns(model: str) -> str:
+    """Number of jobs that the model's workers have taken; says whose turn it is."""
+    return f"{PREFIX}turns:{model}"
+
+
+def released(model: str) -> str:
+    """Stream that wakes the model's waiting workers when jobs were handed back."""
+    return f"{PREFIX}released:{model}"
 
 
 def card(worker: str) -> str:
