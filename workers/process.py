@@ -81,7 +81,13 @@ async def _work(
         client = SteeringClient(
             engine,
             settings.controllers,
-            SteeringSettings(settings.reconnect_min_ms, settings.reconnect_max_ms, settings.welcome_timeout_ms),
+            SteeringSettings(
+                reconnect_min_ms=settings.reconnect_min_ms,
+                reconnect_max_ms=settings.reconnect_max_ms,
+                connect_timeout_ms=settings.connect_timeout_ms,
+                welcome_timeout_ms=settings.welcome_timeout_ms,
+                balance_s=settings.balance_s,
+            ),
         )
     died: asyncio.Future[None] = loop.create_future()
 

@@ -55,7 +55,9 @@ class WorkerSettings(FileSettings):
     model_name: str = Field("", description="name clients ask for; empty: the directory's name")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="job store")
     controllers: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="host:port of controllers, comma-separated, tried in turn; none: the static rule steers"
+        (),
+        description="host:port of controllers, comma-separated; every address of a name counts as one, and one of them "
+        "has this worker at a time; none: the static rule steers",
     )
     device: str = Field("cpu", description="torch device")
     dtype: ModelDtype = Field(ModelDtype.AUTO, description="dtype of weights and raw blocks")
@@ -111,8 +113,18 @@ class WorkerSettings(FileSettings):
         10.0, ge=1, description="a worker that is silent for this long loses its jobs to another; the same everywhere"
     )
     health_listen: str = Field("127.0.0.1:0", description="host:port of the health service; port 0 takes a free one")
-    reconnect_min_ms: float = Field(100.0, gt=0, description="first wait before a lost controller is tried again")
+    reconnect_min_ms: float = Field(
+        100.0, gt=0, description="first wait before controllers are tried again where none took the worker on"
+    )
     reconnect_max_ms: float = Field(2000.0, gt=0, description="longest such wait, milliseconds")
+    connect_timeout_ms: float = Field(
+        1000.0, gt=0, description="longest wait for a connection to a controller, milliseconds"
+    )
+    balance_s: float = Field(
+        5.0,
+        ge=0,
+        description="time between two looks for a controller that has fewer workers, to move there; 0: never, seconds",
+    )
     welcome_timeout_ms: float = Field(5000.0, gt=0, description="longest wait for a controller's Welcome")
     stop_timeout_s: float = Field(5.0, ge=0, description="time the step at work gets to end on shutdown, seconds")
     ready_file: Path | None = Field(None, description="file to write the health service's host:port to once serving")
