@@ -126,6 +126,12 @@ class WorkerSettings(FileSettings):
         description="time between two looks for a controller that has fewer workers, to move there; 0: never, seconds",
     )
     welcome_timeout_ms: float = Field(5000.0, gt=0, description="longest wait for a controller's Welcome")
+    drain_timeout_s: float = Field(
+        20.0,
+        ge=0,
+        description="time that running jobs get to finish after SIGTERM; the rest is handed over to other workers, and "
+        "all at once by a second SIGTERM, seconds. With stop_timeout_s it must fit an orchestrator's grace period",
+    )
     stop_timeout_s: float = Field(5.0, ge=0, description="time the step at work gets to end on shutdown, seconds")
     ready_file: Path | None = Field(None, description="file to write the health service's host:port to once serving")
     log_level: LogLevel = Field(LogLevel.INFO, description="least severe events that are logged")
