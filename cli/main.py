@@ -614,6 +614,29 @@ def bench_serve(
         command.bench(json, model, requests, max_tokens, prompt_tokens, rounds, threads)
 
 
+@bench_app.command("latency")
+def bench_latency(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    model: ModelOption = None,
+    streams: Annotated[
+        str, typer.Option(metavar="LIST", help="How many streams at once, one row of figures each.")
+    ] = "1,4,8",
+    tokens: Annotated[int, typer.Option(min=8, metavar="N", help="Tokens that each stream generates.")] = 128,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="CPU threads of the worker. Default: one fewer than cores.")
+    ] = None,
+) -> None:
+    """How long a token takes from the worker's choice of it to the client, beside the least that the hops can cost.
+
+    More streams have lower rates each. The floor, an entry in the job store and a gRPC message, is measured at the same
+    time, with as many streams at the same rate.
+    """
+    with reported():
+        from bench import latency as command
+
+        command.bench(json, model, streams, tokens, threads)
+
+
 @bench_app.command("decode")
 def bench_decode(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
