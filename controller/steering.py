@@ -501,6 +501,24 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             self.state.overrides |= overrides
         self._replan_all()
 
+    def follow(self, mode: SteeringMode | None, overrides: Mapping[str, Override], settled: Collection[str]) -> None:
+        """Takes up what another controller has set."""
+        if mode is not None and mode is not self.mode:
+            log.info("mode", before=self.mode.value, now=mode.value, by="another controller")
+            self.mode = mode
+            self._replan_all()
+        for request_id in settled:
+            ours, theirs = self.state.overrides.get(request_id), overrides.get(request_id)
+            if theirs is None:
+                self.state.overrides.pop(request_id, None)
+            elif ours is None or (ours.pipeline, ours.reason) != (theirs.pipeline, theirs.reason):
+                self.state.overrides[request_id] = theirs
+            else:
+                continue
+            found = self.state.find(request_id)
+            if found is not None:
+                self._replan(found[0].name)
+
     def overridden(self) -> Collection[str]:
         """Ids of the requests with an override."""
         return self.state.overrides.keys()

@@ -97,7 +97,7 @@ class Cluster:
         options = (("grpc.use_local_subchannel_pool", 1),)
         async with grpc.aio.insecure_channel(self.addresses[controller], options) as channel:
             stub: Any = operator_pb2_grpc.OperatorServiceStub(channel)
-            request = operator_pb2.ListWorkersRequest()
+            request = operator_pb2.ListWorkersRequest(only_here=True)
             try:
                 listed = await stub.ListWorkers(request, timeout=TIMEOUT_S)
             except grpc.aio.AioRpcError:

@@ -25,6 +25,11 @@ MODE = f"{PREFIX}mode"
 OVERRIDES = f"{PREFIX}overrides"
 """Hash: job id -> Override. Without expiry: controllers remove what has ended."""
 
+CONTROLLERS = f"{PREFIX}controllers"
+"""Set: names of controllers, some of which may be gone."""
+ORDERS_CHANGED = f"{PREFIX}orders-changed"
+"""Channel: says that the mode or the overrides are worth reading again."""
+
 POINTERS_MOVED = f"{PREFIX}pointers-moved"
 """Channel: names of pointers that were moved."""
 
@@ -80,6 +85,11 @@ def released(model: str) -> str:
 def card(worker: str) -> str:
     """WorkerCard; expires with the worker's lease."""
     return f"{PREFIX}worker:{worker}"
+
+
+def controller(name: str) -> str:
+    """ControllerCard; expires unless renewed."""
+    return f"{PREFIX}controller:{name}"
 
 
 def idempotency(key: str) -> str:
