@@ -184,7 +184,11 @@ class Ledger:
             await self._load(bus)
         if self._stale or time.monotonic() >= self._sweep_s:
             self._stale = False
-            await self._follow(bus)
+            try:
+                await self._follow(bus)
+            except BaseException:
+                self._stale = True
+                raise
         if time.monotonic() >= self._sweep_s:
             await self._sweep(bus)
         while self._unwritten:

@@ -13,8 +13,8 @@ from workers.process import run_worker
 from workers.settings import WorkerSettings
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long the engine's thread may keep the interpreter from the event loop's: with Python's 5 ms each turn of the loop,
-of which a token's delivery takes several, may wait that long beside a busy engine."""
+"""How long the engine's thread may keep the interpreter from the event loop's: with Python's 5 ms each turn of the
+loop, of which a token's delivery takes several, may wait that long beside a busy engine."""
 
 
 def main() -> int:

@@ -171,7 +171,12 @@ class SteeringClient:
         self._answers.clear()
         self._engine.configure(stream.welcome)
         self._engine.steered(True)
-        self._log.info("controller attached", controller=stream.welcome.controller, address=stream.address.target)
+        self._log.info(
+            "controller attached",
+            controller=stream.welcome.controller,
+            address=stream.address.target,
+            workers=stream.welcome.workers,
+        )
         exchange = asyncio.create_task(self._exchange(stream), name="steering exchange")
         better = asyncio.create_task(self._find_better(stream), name="steering balance")
         kept = False
