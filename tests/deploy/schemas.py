@@ -1,4 +1,4 @@
-"""Schemas of Kubernetes' objects and of the common custom ones, all of them closed: a key that is not known is an error."""
+"""Schemas of Kubernetes' objects and of the common custom ones, all closed: a key that is not known is an error."""
 
 from __future__ import annotations
 
