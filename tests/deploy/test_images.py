@@ -53,10 +53,8 @@ class Image:
     def build(self) -> None:
         """Carries out the stage that installs."""
         # pip's own settings stay as they are here; compiling to bytecode is most of the work, and shows nothing.
-        kept = {
-            name: value for name, value in os.environ.items() if name in ("PATH", "HOME") or "PROXY" in name.upper()
-        }
-        kept |= {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
+        passed_on = re.compile(r"PATH$|HOME$|PIP_|SSL_|.*proxy$", re.IGNORECASE)
+        kept = {name: value for name, value in os.environ.items() if passed_on.match(name)}
         carry_out(self._build, self._folders, kept | {"PIP_NO_COMPILE": "no", "PYTHON": sys.executable})
 
     @contextmanager
