@@ -67,7 +67,7 @@ def test_values_of_a_pool_become_its_workers_settings(monkeypatch: pytest.Monkey
     settings = WorkerSettings()
     assert settings.served_name == "llama-8b"
     assert settings.model == Path("/models/llama-8b")
-    assert settings.controllers == ("kvpilot-steering:7450",)
+    assert settings.controllers == ("kvpilot-steering-pods:7450",)
     assert settings.device == "cuda"
     assert settings.host_budget_bytes == 16 << 30
     assert settings.disk_budget_bytes == 100 << 30
@@ -126,6 +126,7 @@ def test_names_that_objects_call_each_other_are_there(values: str) -> None:
         if "KVPILOT_WORKER_CONTROLLERS" in variables:
             host, port = variables["KVPILOT_WORKER_CONTROLLERS"].split(":")
             assert int(port) in [each["port"] for each in services[host]]
+            assert find(objects, "Service", host)["spec"]["clusterIP"] == "None", "an address for each controller"
         for name, value in variables.items():
             if name.endswith("REDIS_URL") and isinstance(value, str):
                 (host,) = re.findall(r"^redis://(?:.*@)?([^:/]+):6379/0$", value)

@@ -120,7 +120,7 @@ spec:
             {{- include "kvpilot.settings" (list "KVPILOT_WORKER_" (merge (deepCopy $values.settings) (dict
               "MODEL" (include "kvpilot.modelFolder" $model)
               "MODEL_NAME" $model.name
-              "CONTROLLERS" (printf "%s-steering:%v" (include "kvpilot.fullname" $root) $root.Values.controller.steering.service.port)
+              "CONTROLLERS" (printf "%s-steering-pods:7450" (include "kvpilot.fullname" $root))
               "DEVICE" $values.device
               "DTYPE" $values.dtype
               "DEVICE_BUDGET_BYTES" $values.deviceBudget
