@@ -29,6 +29,8 @@ dependencies() {
         pip install --quiet --constraint "$here/worker.txt" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
     fi
     pip install --quiet --no-deps --requirement "$here/$role.txt"
+    # The lock was made with one Python: another may need packages that it does not name.
+    pip check
 }
 
 program() {

@@ -113,7 +113,5 @@ def _copy(sources: list[Path], target: str) -> None:
 
 def elsewhere(text: str, folders: Mapping[str, Path]) -> str:
     """A text of the image with paths of this machine."""
-    for image, here in folders.items():
-        if image != ".":
-            text = re.sub(rf"(?<![\w.]){re.escape(image)}(?=[/\s:\"',]|$)", str(here), text)
-    return text
+    known = "|".join(re.escape(image) for image in folders if image != ".")
+    return re.sub(rf"(?<![\w./-])({known})(?=[/\s:\"',]|$)", lambda found: str(folders[found[1]]), text)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.building import FILES, IMAGES, BuildFile, context
+from tests.deploy.building import FILES, IMAGES, BuildFile, context, elsewhere
 from tests.deploy.rendering import ROOT, find, rendered, run
 
 
@@ -134,3 +134,12 @@ def test_the_account_owns_its_cache_and_no_more(tmp_path: Path) -> None:
     assert "kvpilot:x:10001:10001" in (tmp_path / "etc" / "passwd").read_text()
     assert (tmp_path / "var" / "cache" / "kvpilot").stat().st_uid == 10001
     assert (tmp_path / "models").stat().st_uid == 0
+
+
+def test_paths_of_an_image_are_found_where_they_begin() -> None:
+    folders = {"/opt/kvpilot": Path("/tmp/x/opt/kvpilot"), "/tmp": Path("/tmp/x/tmp"), "/build": Path("/tmp/x/build")}
+    said = "sh /build/install.sh program /src /opt/kvpilot && /opt/kvpilot/bin/python /tmp/a /my/tmp"
+    here = "/tmp/x/opt/kvpilot"
+    assert elsewhere(said, folders) == (
+        f"sh /tmp/x/build/install.sh program /src {here} && {here}/bin/python /tmp/x/tmp/a /my/tmp"
+    )
