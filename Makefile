@@ -12,7 +12,7 @@ PYTEST_WORKERS ?= logical
 PYTEST := $(BIN)/pytest --numprocesses $(PYTEST_WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-fast lint bench-serve bench-decode bench-kernels bench-quality protos fmt clean
+.PHONY: help setup model demo test test-fast test-deploy lint bench-serve bench-decode bench-kernels bench-quality protos fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -42,6 +42,9 @@ test: lint model ## everything CI checks: lint, types, stubs, protos, all tests
 
 test-fast: $(READY) ## the tests that need neither the model nor patience
 	$(PYTEST) -m "not slow and not model"
+
+test-deploy: $(READY) ## the images' steps, the chart, its manifests, rules and dashboards (a part of `make test`)
+	$(PYTEST) tests/deploy
 
 lint: $(READY) ## style, types, and whether the checked-in stubs are fresh
 	$(BIN)/ruff check .
