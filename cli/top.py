@@ -34,6 +34,8 @@ class Snapshot:
     workers: list[operator_pb2.Worker] = field(default_factory=list)
     requests: list[operator_pb2.LiveRequest] = field(default_factory=list)
     bundles: list[operator_pb2.Bundle] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
+    """Names of controllers that the one asked got no answer from: what they have is missing."""
 
 
 def take_snapshot(endpoint: str) -> Snapshot:
@@ -43,9 +45,11 @@ def take_snapshot(endpoint: str) -> Snapshot:
         grpc.RpcError: it does not answer, or refuses.
     """
     with operator_stub(endpoint) as stub:
+        listed = stub.ListWorkers(operator_pb2.ListWorkersRequest(), timeout=CALL_TIMEOUT_S)
         return Snapshot(
             mode=stub.GetMode(operator_pb2.GetModeRequest(), timeout=CALL_TIMEOUT_S).mode,
-            workers=list(stub.ListWorkers(operator_pb2.ListWorkersRequest(), timeout=CALL_TIMEOUT_S).workers),
+            workers=list(listed.workers),
+            silent=list(listed.silent_controllers),
             requests=list(stub.ListRequests(operator_pb2.ListRequestsRequest(), timeout=CALL_TIMEOUT_S).requests),
             bundles=list(stub.ListBundles(operator_pb2.ListBundlesRequest(), timeout=CALL_TIMEOUT_S).bundles),
         )
@@ -73,6 +77,8 @@ def render(snapshot: Snapshot, endpoint: str) -> RenderableType:
         f"  {text.count(len(snapshot.workers), 'worker')}, {text.count(len(snapshot.requests), 'live request')}",
         f", {sum(worker.state.tokens_per_s for worker in snapshot.workers):.1f} tokens/s",
     )
+    if snapshot.silent:
+        head.append(f"\nno answer from {', '.join(snapshot.silent)}: what they steer is missing here", style="yellow")
     workers = sorted(snapshot.workers, key=lambda worker: str(worker.hello.worker))
     sessions = [_sessions(worker) for worker in workers if worker.state.sessions.parked]
     took = [(worker.hello.worker, text.recalls(worker.state.recalls)) for worker in workers]

@@ -139,6 +139,11 @@ def test_empty_controller() -> None:
     assert "0 workers, 0 live requests" in said
 
 
+def test_controllers_that_do_not_answer_are_named() -> None:
+    assert "no answer from a, b: what they steer is missing here" in shown(Snapshot(silent=["a", "b"]))
+    assert "no answer" not in shown(Snapshot())
+
+
 def test_parked_sessions_are_a_line() -> None:
     picture = snapshot()
     assert "parked" not in shown(picture)

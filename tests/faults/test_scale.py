@@ -112,7 +112,7 @@ async def test_workers_join_and_leave_under_load(
             jobs = [Following(client.generate(token_ids=asked, max_tokens=ENDLESS, **EXACT)) for asked in ids]
             await begun(jobs[:2])  # w0 has no room for the others
             firsts = [asyncio.create_task(job.until(lambda job=job: bool(job.workers))) for job in jobs[2:]]
-            await made.start_worker("w1", **few)
+            await made.start_worker("w1", max_running=3)
             ready_at = time.monotonic()
             async with asyncio.timeout(BOUND_S):
                 await asyncio.wait(firsts, return_when=asyncio.FIRST_COMPLETED)
@@ -124,15 +124,15 @@ async def test_workers_join_and_leave_under_load(
             await asyncio.gather(*(client.cancel(job.job_id) for job in jobs if job.job_id))
 
         await leave(made, transformers_model, hand_over=False)
-        await made.start_worker("w0", **few, drain_timeout_s=0.5)
+        await made.start_worker("w0", **few, drain_timeout_s=0.2)
         await leave(made, transformers_model, hand_over=True)
 
 
 async def leave(made: Cluster, model: Any, hand_over: bool) -> None:
     """SIGTERM to w0 under load: its jobs finish there, or go over to w1 where they take longer than it waits."""
-    tokens = 4000 if hand_over else TOKENS
+    tokens = 1500 if hand_over else TOKENS
     async with AsyncClient(made.endpoint) as client:
-        ids = prompts(4)
+        ids = prompts(4)  # one more than w1 has room for
         jobs = [Following(client.generate(token_ids=asked, max_tokens=tokens, **EXACT)) for asked in ids]
         await begun(jobs)
         mine = [job for job in jobs if job.workers == ["w0"]]

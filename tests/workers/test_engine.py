@@ -25,6 +25,28 @@ def test_greedy_equals_generate_whatever_the_chunk_size_and_batch(step_tokens: i
     assert {name: outcome.token_ids for name, outcome in outcomes.items()} == expected
 
 
+def test_tokens_are_out_before_the_step_computes_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(step_tokens=32, max_running=4)
+    drive = Drive(engine)
+    drive.submit("talking", PROMPTS["short"], max_tokens=40)
+    drive.until(lambda: drive.generated("talking") >= 2)
+    drive.submit("reading", PROMPTS["long"], max_tokens=2)
+    prefill, seen = engine._runner.prefill, []
+
+    def look(*arguments: object) -> torch.Tensor:
+        seen.append(drive.generated("talking"))
+        return prefill(*arguments)
+
+    monkeypatch.setattr(engine._runner, "prefill", look)
+    before = drive.generated("talking")
+    drive.until(lambda: len(seen) == 3)
+    assert seen == [before + 1, before + 2, before + 3]
+    outcomes = drive.finish()
+    assert [event.HasField("finished") for event in outcomes["talking"].events].index(True) + 1 == len(
+        outcomes["talking"].events
+    )
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_backends_agree(backend: str, expected) -> None:
     outcomes = run(tiny_engine(kernel_backend=backend), PROMPTS, max_tokens=40)

@@ -393,6 +393,7 @@ class Engine:
             self._reporter.decoded(seq, plan, rows[seq.job_id])
         for seq, choice in zip(sequences, self._sample(logits, sequences), strict=True):
             self._take_token(seq, choice)
+        self._hand_out()
         for seq in sequences:
             if seq.cache and seq.cache.seen % BLOCK_TOKENS == 0 and not self._switching.prepares(seq):
                 self._keeper.settle(seq)
@@ -434,6 +435,7 @@ class Engine:
         else:
             self._begin_decoding(seq)
         self._take_token(seq, self._sample(logits, [seq])[0])
+        self._hand_out()
 
     def _repeat(self, seq: Sequence, count: int) -> None:
         """Feeds the next tokens of a text that the model repeats; behind a prompt's last ones its pipeline follows."""
@@ -544,6 +546,17 @@ class Engine:
 
     def _emit(self, seq: Sequence | Replay, **event: object) -> None:
         self._events.append((seq.job_id, generation_pb2.GenerationEvent(**event)))  # type: ignore[arg-type]
+
+    def _hand_out(self) -> None:
+        """Gives events out before the step is over: what else it has to do, prompts and upkeep, may take long.
+
+        Those of requests that have ended wait for the step's report, which their outcome keeps.
+        """
+        ended = {job_id for job_id, event in self._events if event.HasField("finished")}
+        ready = [one for one in self._events if one[0] not in ended]
+        if ready:
+            self._events = [one for one in self._events if one[0] in ended]
+            self._on_events(ready)
 
     def _flush(self) -> None:
         if self._events:
