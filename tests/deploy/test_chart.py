@@ -207,7 +207,10 @@ def test_images_are_told_apart_by_variant_unless_a_digest_says_which() -> None:
     }
     assert images["cpu"].endswith("/kvpilot-worker:0.1.0-cpu")
     assert images["gpu"].endswith("/kvpilot-worker:0.1.0-cuda")
-    assert "@sha256:" in _main(find(rendered("full"), "Deployment", "kvpilot-worker-long"))["image"]
+    full = rendered("full")
+    assert "/kvpilot-worker@sha256:" in _main(find(full, "Deployment", "kvpilot-worker-long"))["image"]
+    assert _main(find(full, "Deployment", "kvpilot-worker-small"))["image"].endswith("/kvpilot-worker:0.1.0-cpu")
+    assert _main(find(full, "Deployment", "kvpilot-steering"))["image"].endswith("/kvpilot-controller:0.1.0-rc.1")
 
 
 def test_no_update_takes_a_replica_away_before_there_is_another_unless_gpus_are_scarce() -> None:

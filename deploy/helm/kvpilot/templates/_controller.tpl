@@ -37,7 +37,7 @@ spec:
       terminationGracePeriodSeconds: {{ add $values.controller.preStopSleepSeconds $values.controller.graceSeconds 10 }}
       containers:
         - name: controller
-          image: {{ include "kvpilot.image" (list $root "controller" "") | quote }}
+          image: {{ include "kvpilot.image" (list $root "controller" "" $values.image.controller.digest) | quote }}
           imagePullPolicy: {{ $values.image.pullPolicy }}
           securityContext:
             {{- include "kvpilot.containerSecurity" $root | nindent 12 }}
