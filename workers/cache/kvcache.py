@@ -2,7 +2,7 @@
 
 Used by the engine thread alone. Every method that can run out of memory raises TierFullError and then has changed
 nothing that a reader could see. This is what others speak to; what it lives in, exact copies, readers and transactions
-have files of their own (``memory``, ``copies``, ``readers``, ``transaction``).
+have files of their own (``memory``, ``copies``, ``readers``, ``transaction``, ``commit``, ``evacuation``).
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from kernels.layout import BLOCK_TOKENS, BlockFormat, Format, Tier
 from workers.cache.accounting import CacheUse
 from workers.cache.arena import Region, TierFullError
 from workers.cache.arrangement import Tokens, block_count, blocks_of
+from workers.cache.commit import Commits
 from workers.cache.context import CacheContext, TokenContext
 from workers.cache.copies import ExactCopies
+from workers.cache.evacuation import Evacuation
 from workers.cache.memory import CacheMemory
 from workers.cache.noting import Noting
 from workers.cache.prefix import PrefixRow
@@ -54,7 +56,15 @@ class KVCache(CacheMemory):
 
     @cached_property
     def _transactions(self) -> Transactions:
-        return Transactions(self, self._copies, self._readers, self._noting)
+        return Transactions(self, self._copies, self._readers, self._noting, self._commits)
+
+    @cached_property
+    def _commits(self) -> Commits:
+        return Commits(self, self._copies, self._readers)
+
+    @cached_property
+    def _evacuation(self) -> Evacuation:
+        return Evacuation(self, self._copies, self._commits, self.abandon)
 
     # -- life of a request ---------------------------------------------------------------------------------------------
 
@@ -355,8 +365,8 @@ class KVCache(CacheMemory):
         return self._copies.context(seq, tokens)
 
     def evacuate(self, seq: SequenceCache, pipeline: Pipeline | None = None) -> int:
-        """See :meth:`Transactions.evacuate`."""
-        return self._transactions.evacuate(seq, pipeline)
+        """See :meth:`Evacuation.evacuate`."""
+        return self._evacuation.evacuate(seq, pipeline)
 
     def note_inputs(self, seq: SequenceCache, pipeline: Pipeline) -> None:
         """Has what layers are given for the keys and values of a request's coming tokens noted, if its pipeline, which
