@@ -55,6 +55,14 @@ class ScenarioName(StrEnum):
     HARDWARE_SPECIFIC = "hardware-specific"
 
 
+class PriorityName(StrEnum):
+    """Priorities as flags spell them; see Priority in generation.proto."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
 class PlannerName(StrEnum):
     """Planners as flags spell them; see PlannerKind in controller/settings.py."""
 
@@ -99,6 +107,10 @@ Pipeline = Annotated[
 Scenario = Annotated[
     ScenarioName | None,
     typer.Option(help="What kind of work this is, for the planner. Default: mixed.", case_sensitive=False),
+]
+Priority = Annotated[
+    PriorityName | None,
+    typer.Option(help="Which waiting jobs are taken first. Default: normal.", case_sensitive=False),
 ]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Most tokens to generate. Default: 256.")]
 Temperature = Annotated[float | None, typer.Option(metavar="T", help="0 is greedy. Default: 0.")]
@@ -224,6 +236,7 @@ def generate(
     ] = None,
     session: Annotated[str | None, typer.Option(metavar="ID", help="Session whose cache to reuse.")] = None,
     key: Annotated[str | None, typer.Option(metavar="KEY", help="Idempotency key: the same call is one job.")] = None,
+    priority: Priority = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end instead of text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary on stderr.")] = False,
     endpoint: Endpoint = None,
@@ -266,6 +279,7 @@ def generate(
                 top_logprobs=(5 if logprobs is None else logprobs) if json else 0,
                 session_id=session,
                 idempotency_key=key,
+                priority=priority.value if priority else None,
             ),
             as_json=json,
             quiet=quiet,
@@ -281,6 +295,7 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    priority: Priority = None,
     endpoint: Endpoint = None,
 ) -> None:
     """Talk to the model, turn by turn, in one session.
@@ -301,6 +316,7 @@ def chat(
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=seed,
+                priority=priority.value if priority else None,
             ),
         )
 
@@ -596,6 +612,29 @@ def bench_serve(
         from bench import serve as command
 
         command.bench(json, model, requests, max_tokens, prompt_tokens, rounds, threads)
+
+
+@bench_app.command("latency")
+def bench_latency(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    model: ModelOption = None,
+    streams: Annotated[
+        str, typer.Option(metavar="LIST", help="How many streams at once, one row of figures each.")
+    ] = "1,4,8",
+    tokens: Annotated[int, typer.Option(min=8, metavar="N", help="Tokens that each stream generates.")] = 128,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="CPU threads of the worker. Default: one fewer than cores.")
+    ] = None,
+) -> None:
+    """How long a token takes from the worker's choice of it to the client, beside the least that the hops can cost.
+
+    More streams have lower rates each. The floor, an entry in the job store and a gRPC message, is measured at the same
+    time, with as many streams at the same rate.
+    """
+    with reported():
+        from bench import latency as command
+
+        command.bench(json, model, streams, tokens, threads)
 
 
 @bench_app.command("decode")

@@ -32,6 +32,7 @@ class Order:
     ignore_eos: bool = False
     top_logprobs: int = 0
     session_id: str | None = None
+    priority: str | None = None
     idempotency_key: str | None = None
 
     def options(self) -> Options:

@@ -54,7 +54,7 @@ def plan_stack(settings: CliSettings) -> StackPlan:
     workers = tuple(
         _environment(
             WorkerSettings,
-            defaults=share,
+            defaults=share | {"drain_timeout_s": 0},  # all workers stop together: nobody would take over
             table=settings.worker,
             fixed=fixed | {"name": f"worker-{number}", "model": model, "model_name": store.model_name(model)},
         )

@@ -143,7 +143,8 @@ class Stack:
         """Stops the workers, then the controller, then the job store. May be called again."""
         self._stopping = True
         workers = [child for child in self.children if child.name.startswith("worker-")]
-        await asyncio.gather(*(child.stop(STOP_TIMEOUT_S) for child in workers))
+        drain_s = max(float(worker[f"{WORKER_PREFIX}DRAIN_TIMEOUT_S"]) for worker in self._plan.workers)
+        await asyncio.gather(*(child.stop(drain_s + STOP_TIMEOUT_S) for child in workers))
         for child in reversed(self.children):
             await child.stop(STOP_TIMEOUT_S)
         if self._redis is not None:

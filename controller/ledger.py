@@ -44,6 +44,10 @@ class Owner(Protocol):
     def restore(self, mode: SteeringMode | None, overrides: Mapping[str, Override]) -> None:
         """Takes up what was kept; a mode of None leaves the present one."""
 
+    def follow(self, mode: SteeringMode | None, overrides: Mapping[str, Override], settled: Collection[str]) -> None:
+        """Takes up what another controller has set: a mode of None leaves the present one; of the requests named in
+        ``settled`` the overrides are as given, and none where none is given."""
+
     def overridden(self) -> Collection[str]:
         """Ids of the requests with an override."""
 
@@ -69,13 +73,16 @@ class Ledger:
         self._loaded = False
         self._reachable = True
         self._sweep_s = 0.0  # when, monotonic
+        self._stale = False  # another controller may have changed something
         self._news = asyncio.Event()
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Loads what is kept. Returns when it is loaded, the store fails, or LOAD_PATIENCE_S are over."""
         if self._bus is not None:
+            self._listening = asyncio.create_task(self._listen(self._bus), name="orders")
             self._task = asyncio.create_task(self._run(self._bus), name="ledger")
             await self.settle(LOAD_PATIENCE_S)
 
@@ -84,8 +91,10 @@ class Ledger:
         if self._task is None:
             return
         await self.settle()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._task, self._listening) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._unwritten:
             log.warning("orders end with this process", mode=self._mode, overrides=sorted(self._overrides))
 
@@ -173,7 +182,14 @@ class Ledger:
         """Whatever is due at the store. Ends without a wait after the last write."""
         if not self._loaded:
             await self._load(bus)
-        elif time.monotonic() >= self._sweep_s:
+        if self._stale or time.monotonic() >= self._sweep_s:
+            self._stale = False
+            try:
+                await self._follow(bus)
+            except BaseException:
+                self._stale = True
+                raise
+        if time.monotonic() >= self._sweep_s:
             await self._sweep(bus)
         while self._unwritten:
             await self._write(bus)
@@ -191,6 +207,31 @@ class Ledger:
         mode = STEERING_MODES.get(orders.mode) if orders.mode is not None and self._mode is None else None
         self._loaded, self._sweep_s = True, time.monotonic() + SWEEP_S
         self._owner.restore(mode, overrides)
+
+    async def _listen(self, bus: Bus) -> None:
+        """Notes when orders change; a message that is lost is made up for by the next sweep."""
+        while True:
+            try:
+                async for _ in bus.order_changes():
+                    self._stale = True
+                    self._news.set()
+            except BusError:
+                await asyncio.sleep(_LAST_BACKOFF_S)
+                self._stale = True
+                self._news.set()
+
+    async def _follow(self, bus: Bus) -> None:
+        """Takes up what other controllers have changed. What was changed here and is not written yet stays."""
+        known = set(self._owner.overridden()) - self._overrides.keys()  # before the read: later ones are not in it
+        orders = await bus.orders()
+        overrides = {
+            request_id: Override(kept.pipeline, kept.reason, restored=True)
+            for request_id, kept in orders.overrides.items()
+            if request_id not in self._overrides
+        }
+        settled = (known | overrides.keys()) - self._overrides.keys()
+        mode = STEERING_MODES.get(orders.mode) if orders.mode is not None and self._mode is None else None
+        self._owner.follow(mode, overrides, settled)
 
     async def _sweep(self, bus: Bus) -> None:
         """Drops the overrides of ended requests, also those that only the store has: another controller's, say."""

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 
 from controller.bundles import BundleHolder
 from controller.guard import Guard
 from controller.journal import OUTCOMES
 from controller.ledger import MODES, STEERING_MODES
+from controller.peers import Peers
 from controller.refusals import abort, bad_fields
 from controller.state import DecisionRecord
 from controller.steering import DirectiveRefusedError, RequestNotLiveError, SteeringService
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
 
+LIST_S = 1.0
+"""How long another controller may take to list what it has."""
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
 
 class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
-    """Acts on the streams of the SteeringService in the same process."""
+    """Acts on the streams of the SteeringService in the same process, and asks the other controllers for theirs."""
 
-    def __init__(self, steering: SteeringService) -> None:
+    def __init__(self, steering: SteeringService, peers: Peers, name: str, override_s: float) -> None:
         self._steering = steering
+        self._peers = peers
+        self._name = name
+        self._override_s = override_s
 
     async def ListWorkers(  # noqa: N802  # gRPC's spelling, as below
         self, request: operator_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
@@ -27,10 +37,18 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         """See ``operator.proto``."""
         response = operator_pb2.ListWorkersResponse()
         for worker in self._steering.state.workers.values():
-            entry = response.workers.add(hello=worker.hello, state=worker.state)
+            entry = response.workers.add(hello=worker.hello, state=worker.state, controller=self._name)
             entry.attach_time.FromDatetime(worker.attach_time)
             if worker.report_time is not None:
                 entry.report_time.FromDatetime(worker.report_time)
+        if not request.only_here:
+            for answer in await self._lists("ListWorkers", request, response):
+                response.workers.extend(answer.workers)
+            newest = {entry.hello.worker: entry for entry in sorted(response.workers, key=_attached_at)}
+            if len(newest) < len(response.workers):  # one is on its way from a controller to another
+                kept = list(newest.values())
+                del response.workers[:]
+                response.workers.extend(kept)
         return response
 
     async def ListRequests(  # noqa: N802
@@ -46,6 +64,12 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                     state=live.state,
                     decision=_decision(live.decision),
                     overridden=live.state.request_id in state.overrides,
+                )
+        if not request.only_here:
+            known = {(live.worker, live.state.request_id) for live in response.requests}
+            for answer in await self._lists("ListRequests", request, response):
+                response.requests.extend(
+                    live for live in answer.requests if (live.worker, live.state.request_id) not in known
                 )
         return response
 
@@ -64,7 +88,10 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 request.request_id, request.pipeline, request.reason or "operator override"
             )
         except RequestNotLiveError as error:
-            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            elsewhere: operator_pb2.OverridePipelineResponse = await self._elsewhere(
+                "OverridePipeline", request, context, error
+            )
+            return elsewhere
         except PipelineError as error:
             await abort(context, bad_fields({"pipeline": str(error)}).problem)
         except DirectiveRefusedError as error:
@@ -84,7 +111,10 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         try:
             self._steering.release(request.request_id)
         except RequestNotLiveError as error:
-            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            there: operator_pb2.ReleasePipelineResponse = await self._elsewhere(
+                "ReleasePipeline", request, context, error
+            )
+            return there
         await self._steering.ledger.settle()
         return operator_pb2.ReleasePipelineResponse()
 
@@ -106,6 +136,38 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._steering.set_mode(wanted)
         await self._steering.ledger.settle()
         return operator_pb2.SetModeResponse(previous=previous)
+
+    async def _lists(self, method: str, request: Any, response: Any) -> list[Any]:
+        """What the other controllers list; those that do not answer are named in the response."""
+        answers = await self._peers.ask(method, request, LIST_S)
+        response.silent_controllers.extend(
+            name for name, answer in answers.items() if isinstance(answer, grpc.aio.AioRpcError)
+        )
+        return [answer for answer in answers.values() if not isinstance(answer, grpc.aio.AioRpcError)]
+
+    async def _elsewhere(self, method: str, request: Any, context: Any, not_live: RequestNotLiveError) -> Any:
+        """The answer of the controller that has the request."""
+        if request.only_here:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(not_live))
+        answers = await self._peers.ask(method, request, self._override_s + LIST_S)
+        silent = []
+        for name, answer in answers.items():
+            if not isinstance(answer, grpc.aio.AioRpcError):
+                return answer
+            if answer.code() in _SILENT:
+                silent.append(f"{name} ({answer.code().name})")
+            elif answer.code() is not grpc.StatusCode.NOT_FOUND:
+                details = f"controller {name}: {answer.details()}"
+                await context.abort(answer.code(), details, tuple(answer.trailing_metadata() or ()))
+        if silent:
+            others = ", ".join(silent)
+            message = f"{not_live} of controller {self._name}; others that may have it do not answer: {others}"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, message)
+        await context.abort(grpc.StatusCode.NOT_FOUND, str(not_live))
+
+
+def _attached_at(worker: operator_pb2.Worker) -> tuple[int, int]:
+    return worker.attach_time.seconds, worker.attach_time.nanos
 
 
 def _bundles(holder: BundleHolder | None, guard: Guard | None) -> list[operator_pb2.Bundle]:

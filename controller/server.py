@@ -14,6 +14,7 @@ from controller.guard import Calibrator, Guard, GuardSettings
 from controller.ladders import Thresholds
 from controller.learned import LearnedPlanner
 from controller.operator import OperatorService
+from controller.peers import Peers, reachable
 from controller.planner import Planner
 from controller.rule import RulePlanner
 from controller.settings import ControllerSettings, PlannerKind, Role
@@ -80,6 +81,7 @@ class ControllerServer:
         self.generation: GenerationService | None = None
         if bus is not None and Role.GENERATION in settings.roles:
             self.generation = GenerationService(bus, Limits(max_queued=settings.max_queued))
+        self._peers = Peers(bus if Role.OPERATOR in settings.roles else None, settings.name)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
 
@@ -107,6 +109,7 @@ class ControllerServer:
         for name in ("", *names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self.address = f"{host}:{port}"
+        self._peers.start(reachable(self.settings.advertise, self.address))
         if self.settings.ready_file is not None:
             write_ready_file(self.settings.ready_file, self.address)
         mode = self.steering.mode if self.steering is not None else self.settings.mode
@@ -119,13 +122,16 @@ class ControllerServer:
         if self.steering is not None:
             policy_pb2_grpc.add_SteeringServiceServicer_to_server(self.steering, server)  # type: ignore[no-untyped-call]
             if Role.OPERATOR in self.settings.roles:
-                operator_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(self.steering), server)  # type: ignore[no-untyped-call]
+                override_s = self.settings.override_timeout_ms / 1e3
+                operator = OperatorService(self.steering, self._peers, self.settings.name, override_s)
+                operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)  # type: ignore[no-untyped-call]
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Reports NOT_SERVING, ends the open streams, and gives other calls ``grace_s`` to end by themselves."""
         if self._server is None:
             return
         await self._health.enter_graceful_shutdown()
+        await self._peers.stop()
         if self.generation is not None:
             self.generation.drain()
         if self.steering is not None:

@@ -50,8 +50,13 @@ class ControllerSettings(FileSettings):
     model_config = SettingsConfigDict(env_prefix="KVPILOT_CONTROLLER_")
 
     config: Path | None = Field(None, description="TOML file with these settings")
-    name: str = Field(default_factory=_process_name, description="name of this process, told to workers")
+    name: str = Field(default_factory=_process_name, description="unique name of this process")
     listen: str = Field("127.0.0.1:7450", description="host:port to serve gRPC on; port 0 takes a free one")
+    advertise: str = Field(
+        "",
+        description="host:port at which the other controllers of the job store reach this one; empty: that of listen, "
+        "or this machine's name where it listens everywhere",
+    )
     roles: Annotated[frozenset[Role], NoDecode] = Field(
         frozenset(Role), description="services to run, comma-separated: generation, steering, operator"
     )
@@ -122,6 +127,13 @@ class ControllerSettings(FileSettings):
     @classmethod
     def _is_address(cls, value: str) -> str:
         split_address(value)
+        return value
+
+    @field_validator("advertise")
+    @classmethod
+    def _is_address_or_empty(cls, value: str) -> str:
+        if value:
+            split_address(value)
         return value
 
     @field_validator("roles", mode="before")

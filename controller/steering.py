@@ -31,6 +31,7 @@ from controller.state import (
     Override,
 )
 from kvpilot.bus import Bus
+from kvpilot.steering import common_version
 from kvpilot.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from kvpilot.v1.common_pb2 import Orderer
 from models.footprint import CacheLayout
@@ -44,6 +45,7 @@ LAST_WRITE_S = 1.0
 DEADLINE_TOKENS = 64
 """A planner's directive is not worth carrying out this many generated tokens after the report that caused it."""
 
+STOPPING = "this controller is stopping; another one may take the worker on"
 
 QUIET_TICKS = 10
 """Ticks after which is planned for a worker that has no news."""
@@ -118,6 +120,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         self._nonces = (f"{prefix}-{count}" for prefix in (secrets.token_hex(4),) for count in itertools.count(1))
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -128,11 +131,12 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
 
     async def stop(self) -> None:
         """Stops planning and ends the streams with UNAVAILABLE, so that the workers look for another controller."""
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         for stream in self._streams.values():
-            stream.end(grpc.StatusCode.UNAVAILABLE, "this controller is stopping")
+            stream.end(grpc.StatusCode.UNAVAILABLE, STOPPING)
         await self.journal.stop()
 
     # --- the stream ---------------------------------------------------------------------------------------------------
@@ -148,6 +152,8 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         except _ProtocolError as error:
             await context.abort(error.code, str(error))
             return
+        if self._stopping:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, STOPPING)
         stream = self._attach(hello)
         reading = asyncio.create_task(self._read(stream, request_iterator), name="steering read")
         writing = asyncio.create_task(self._write(stream, context), name="steering write")
@@ -164,6 +170,14 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             if violation := ended.result():
                 await context.abort(violation.code, str(violation))
 
+    async def GetLoad(  # noqa: N802
+        self, request: policy_pb2.GetLoadRequest, context: grpc.aio.ServicerContext
+    ) -> policy_pb2.GetLoadResponse:
+        """See ``policy.proto``."""
+        if self._stopping:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, STOPPING)
+        return policy_pb2.GetLoadResponse(controller=self._settings.name, workers=len(self._streams))
+
     def _attach(self, hello: policy_pb2.Hello) -> _Stream:
         if older := self._streams.get(hello.worker):
             log.warning("worker attached twice", worker=hello.worker)
@@ -175,6 +189,8 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             report_interval_tokens=self._settings.report_interval_tokens,
             default_pipeline=stream.worker.catalog.expand(self._settings.default_pipeline),
             version=version("kvpilot"),
+            protocol_version=common_version(hello.protocol_version),
+            workers=len(self._streams),
         )
         stream.outbound.put_nowait(policy_pb2.SteerResponse(welcome=welcome))
         log.info("worker attached", worker=hello.worker, version=hello.version, requests=len(hello.epochs))
@@ -484,6 +500,24 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             log.info("overrides restored", requests=sorted(overrides))
             self.state.overrides |= overrides
         self._replan_all()
+
+    def follow(self, mode: SteeringMode | None, overrides: Mapping[str, Override], settled: Collection[str]) -> None:
+        """Takes up what another controller has set."""
+        if mode is not None and mode is not self.mode:
+            log.info("mode", before=self.mode.value, now=mode.value, by="another controller")
+            self.mode = mode
+            self._replan_all()
+        for request_id in settled:
+            ours, theirs = self.state.overrides.get(request_id), overrides.get(request_id)
+            if theirs is None:
+                self.state.overrides.pop(request_id, None)
+            elif ours is None or (ours.pipeline, ours.reason) != (theirs.pipeline, theirs.reason):
+                self.state.overrides[request_id] = theirs
+            else:
+                continue
+            found = self.state.find(request_id)
+            if found is not None:
+                self._replan(found[0].name)
 
     def overridden(self) -> Collection[str]:
         """Ids of the requests with an override."""

@@ -69,6 +69,8 @@ def check_generate(request: generation_pb2.GenerateRequest, models: ServedModels
     check_name("idempotency_key", request.idempotency_key, bad)
     if request.scenario not in common_pb2.Scenario.values():
         bad.add("scenario", request.scenario, ", ".join(common_pb2.Scenario.keys()))
+    if request.priority not in generation_pb2.Priority.values():
+        bad.add("priority", request.priority, ", ".join(generation_pb2.Priority.keys()))
     if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
         bad.add("top_logprobs", request.top_logprobs, f"0 to {MAX_TOP_LOGPROBS}")
     if bad or model is None:
@@ -193,6 +195,8 @@ def _check_replay(request: generation_pb2.GenerateRequest, model: generation_pb2
     for field in ("pipeline", "session_id", "top_logprobs"):
         if getattr(request, field):
             bad.add(field, getattr(request, field), "unset with replay, which generates nothing")
+    if request.priority not in (generation_pb2.PRIORITY_UNSPECIFIED, generation_pb2.PRIORITY_LOW):
+        bad.add("priority", request.priority, "unset or PRIORITY_LOW with replay")
     if request.HasField("sampling"):
         bad["sampling"] = "given; accepted: unset with replay, which generates nothing"
     if not 0 <= replay.horizon_tokens <= MAX_HORIZON_TOKENS:

@@ -12,6 +12,10 @@ from kvpilot.log import configure_logging
 from workers.process import run_worker
 from workers.settings import WorkerSettings
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long the engine's thread may keep the interpreter from the event loop's: with Python's 5 ms each turn of the
+loop, of which a token's delivery takes several, may wait that long beside a busy engine."""
+
 
 def main() -> int:
     """Reads settings and works; returns the exit code."""
@@ -22,6 +26,7 @@ def main() -> int:
         return 2
     configure_logging(settings.log_level, settings.log_format)
     structlog.contextvars.bind_contextvars(process=settings.name)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         asyncio.run(run_worker(settings))
     except Exception:

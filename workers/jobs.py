@@ -92,6 +92,7 @@ class JobRunner:
         self._stopping = asyncio.Event()
         self._stopped = asyncio.Event()
         self._drain_s = 0.0
+        self._hurry = asyncio.Event()
         self._take_over_from = 0.0
 
     def on_events(self, events: list[Event]) -> None:
@@ -115,19 +116,23 @@ class JobRunner:
                     tasks.create_task(self._watch_cancellations(), name="cancellations"),
                 ]
                 await self._stopping.wait()
+                await self._say_goodbye()
                 await claiming
                 await self._drain()
                 for task in others:
                     task.cancel()
-            await self._hand_back()
+            await self._retire()
         finally:
             for task in self._beginnings:
                 task.cancel()
             self._stopped.set()
 
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Claims no more jobs, lets those held finish for up to ``drain_s``, hands back the rest and ends `run`."""
-        self._drain_s = drain_s
+    async def stop(self, drain_s: float = 0.0, hurry: asyncio.Event | None = None) -> None:
+        """Claims no more jobs, lets those held finish for up to ``drain_s``, hands back the rest and ends `run`.
+
+        Replays are handed back at once: they are long, and lose nothing. So is everything once ``hurry`` is set.
+        """
+        self._drain_s, self._hurry = drain_s, hurry or self._hurry
         self._stopping.set()
         await self._stopped.wait()
 
@@ -174,7 +179,9 @@ class JobRunner:
                 continue
             take_over = asyncio.get_running_loop().time() >= self._take_over_from
             try:
-                claims = await self._bus.claim(self.name, model, room, block_ms, take_over=take_over)
+                claims = await self._bus.claim(
+                    self.name, model, room, block_ms, take_over=take_over, stop=self._stopping
+                )
             except BusUnavailableError as error:
                 self._note_outage(error)
                 await _wait(self._stopping, backoff_s)
@@ -345,7 +352,7 @@ class JobRunner:
         self._card.hello.CopyFrom(self._engine.hello())
         self._card.hello.worker = self.name
         claims = {job_id: job.claim for job_id, job in self._jobs.items()}
-        renewal = await self._bus.heartbeat(self._card, list(claims.values()))
+        renewal = await self._bus.heartbeat(self._card, list(claims.values()), leaving=self._stopping.is_set())
         for job_id in renewal.lost:
             job = self._jobs.get(job_id)
             if job is not None and job.claim is claims[job_id]:
@@ -376,21 +383,45 @@ class JobRunner:
 
     # ---- stopping
 
-    async def _drain(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._drain_s):
-                while self._jobs:
-                    self._change.clear()
-                    await self._change.wait()
+    async def _say_goodbye(self) -> None:
+        """Tells the store that we leave, so that nothing more is put into our own queues."""
+        try:
+            await self._renew()
+        except BusUnavailableError as error:
+            self._note_outage(error)
 
-    async def _hand_back(self) -> None:
-        """Releases what is still held; what the store does not have of it is computed again by the next worker."""
-        claims = [job.claim for job in self._jobs.values()]
-        for job in list(self._jobs.values()):
+    async def _drain(self) -> None:
+        """Lets jobs finish."""
+        if not self._drain_s:
+            return
+        await self._hand_back([job for job in self._jobs.values() if job.claim.job.request.HasField("replay")])
+        hurrying = asyncio.ensure_future(self._hurry.wait())
+        try:
+            async with asyncio.timeout(self._drain_s):
+                while self._jobs and not hurrying.done():
+                    self._change.clear()
+                    changing = asyncio.ensure_future(self._change.wait())
+                    await asyncio.wait({changing, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+                    changing.cancel()
+        except TimeoutError:
+            log.info("jobs not finished in time are handed back", worker=self.name, drain_s=self._drain_s)
+        finally:
+            hurrying.cancel()
+
+    async def _retire(self) -> None:
+        """Hands back what is still held and leaves the list of workers."""
+        await self._hand_back(list(self._jobs.values()))
+        try:
+            await self._bus.retire(self.name)
+        except BusUnavailableError as error:
+            log.warning("worker stays listed until its lease ends", worker=self.name, error=str(error))
+
+    async def _hand_back(self, jobs: list[_Job]) -> None:
+        """Releases jobs; what the store does not have of them is computed again by the next worker."""
+        for job in jobs:
             self._drop(job, "worker stops")
         try:
-            await self._bus.release(claims)
-            await self._bus.retire(self.name)
+            await self._bus.release([job.claim for job in jobs])
         except BusUnavailableError as error:
             log.warning("jobs not handed back; their leases will end", worker=self.name, error=str(error))
 

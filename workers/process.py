@@ -37,13 +37,16 @@ def build_engine(settings: WorkerSettings) -> EngineApi:
 async def run_worker(
     settings: WorkerSettings, make_engine: Callable[[WorkerSettings], EngineApi] = build_engine
 ) -> None:
-    """Runs a worker until SIGTERM or SIGINT, then hands its jobs back.
+    """Runs a worker until SIGTERM or SIGINT, lets its jobs finish, and hands back what takes too long.
+
+    From the signal on it takes no jobs and is not ready; a second one ends the wait for its jobs.
 
     Raises:
         EngineDiedError: the step loop failed.
         Exception: the model cannot be loaded, the job store refuses us, or the job runner failed.
     """
-    with stop_on_signals() as asked:
+    hurry = asyncio.Event()
+    with stop_on_signals(hurry) as asked:
         health_service = health.aio.HealthServicer()
         await health_service.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         server, address = await _serve_health(settings.health_listen, health_service)
@@ -55,7 +58,7 @@ async def run_worker(
             log.info("loading the model", worker=settings.name, model=str(settings.model))
             engine = await asyncio.to_thread(make_engine, settings)
             try:
-                await _work(settings, bus, engine, asked, health_service, address)
+                await _work(settings, bus, engine, asked, hurry, health_service, address)
             finally:
                 await health_service.enter_graceful_shutdown()
                 await asyncio.to_thread(engine.stop, settings.stop_timeout_s)
@@ -70,6 +73,7 @@ async def _work(
     bus: Bus,
     engine: EngineApi,
     asked: asyncio.Event,
+    hurry: asyncio.Event,
     health_service: health.aio.HealthServicer,
     address: str,
 ) -> None:
@@ -81,7 +85,13 @@ async def _work(
         client = SteeringClient(
             engine,
             settings.controllers,
-            SteeringSettings(settings.reconnect_min_ms, settings.reconnect_max_ms, settings.welcome_timeout_ms),
+            SteeringSettings(
+                reconnect_min_ms=settings.reconnect_min_ms,
+                reconnect_max_ms=settings.reconnect_max_ms,
+                connect_timeout_ms=settings.connect_timeout_ms,
+                welcome_timeout_ms=settings.welcome_timeout_ms,
+                balance_s=settings.balance_s,
+            ),
         )
     died: asyncio.Future[None] = loop.create_future()
 
@@ -105,20 +115,38 @@ async def _work(
     watched: set[asyncio.Future[object]] = {died, working, stopping}  # type: ignore[arg-type]  # Future is invariant
     if steering is not None:
         watched.add(steering)  # type: ignore[arg-type]
+    leaving: asyncio.Task[None] | None = None
     try:
-        done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-        if died in done:
-            raise EngineDiedError(f"the engine died: {died.exception()!r}") from died.exception()
-        for task in done:
-            task.result()
-        log.info("stopping", worker=settings.name, jobs=len(runner.held_jobs()))
-        await runner.stop()
+        await _until_any(watched, died)
+        await health_service.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+        log.info(
+            "stopping", worker=settings.name, jobs=len(runner.held_jobs()), drain_timeout_s=settings.drain_timeout_s
+        )
+        leaving = asyncio.create_task(runner.stop(settings.drain_timeout_s, hurry), name="leaving")
+        await _until_any({died, leaving}, died)  # type: ignore[arg-type]
+        if working.done():
+            working.result()
     finally:
-        unfinished = [task for task in (steering, stopping, working) if task is not None and not task.done()]
+        tasks = (steering, stopping, working, leaving)
+        unfinished = [task for task in tasks if task is not None and not task.done()]
         for other in unfinished:
             other.cancel()
         await asyncio.gather(*unfinished, return_exceptions=True)
         died.cancel()
+
+
+async def _until_any(watched: set[asyncio.Future[object]], died: asyncio.Future[None]) -> None:
+    """Waits until one of the tasks is done.
+
+    Raises:
+        EngineDiedError: it is that of the engine's death.
+        Exception: what the task raised.
+    """
+    done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+    if died in done:
+        raise EngineDiedError(f"the engine died: {died.exception()!r}") from died.exception()
+    for task in done:
+        task.result()
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, take: Callable[[BaseException], None], error: BaseException) -> None:

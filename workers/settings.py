@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from kvpilot.bus.keys import Priority
 from kvpilot.configuration import FileSettings
 from kvpilot.log import LogFormat, LogLevel
 from kvpilot.pipeline import parse_pipeline
@@ -54,7 +55,9 @@ class WorkerSettings(FileSettings):
     model_name: str = Field("", description="name clients ask for; empty: the directory's name")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="job store")
     controllers: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="host:port of controllers, comma-separated, tried in turn; none: the static rule steers"
+        (),
+        description="host:port of controllers, comma-separated; every address of a name counts as one, and one of them "
+        "has this worker at a time; none: the static rule steers",
     )
     device: str = Field("cpu", description="torch device")
     dtype: ModelDtype = Field(ModelDtype.AUTO, description="dtype of weights and raw blocks")
@@ -110,9 +113,25 @@ class WorkerSettings(FileSettings):
         10.0, ge=1, description="a worker that is silent for this long loses its jobs to another; the same everywhere"
     )
     health_listen: str = Field("127.0.0.1:0", description="host:port of the health service; port 0 takes a free one")
-    reconnect_min_ms: float = Field(100.0, gt=0, description="first wait before a lost controller is tried again")
+    reconnect_min_ms: float = Field(
+        100.0, gt=0, description="first wait before controllers are tried again where none took the worker on"
+    )
     reconnect_max_ms: float = Field(2000.0, gt=0, description="longest such wait, milliseconds")
+    connect_timeout_ms: float = Field(
+        1000.0, gt=0, description="longest wait for a connection to a controller, milliseconds"
+    )
+    balance_s: float = Field(
+        5.0,
+        ge=0,
+        description="time between two looks for a controller that has fewer workers, to move there; 0: never, seconds",
+    )
     welcome_timeout_ms: float = Field(5000.0, gt=0, description="longest wait for a controller's Welcome")
+    drain_timeout_s: float = Field(
+        20.0,
+        ge=0,
+        description="time that running jobs get to finish after SIGTERM; the rest is handed over to other workers, and "
+        "all at once by a second SIGTERM, seconds. With stop_timeout_s it must fit an orchestrator's grace period",
+    )
     stop_timeout_s: float = Field(5.0, ge=0, description="time the step at work gets to end on shutdown, seconds")
     ready_file: Path | None = Field(None, description="file to write the health service's host:port to once serving")
     log_level: LogLevel = Field(LogLevel.INFO, description="least severe events that are logged")
@@ -143,6 +162,16 @@ class WorkerSettings(FileSettings):
     def _pipeline_parses(cls, value: str) -> str:
         parse_pipeline(value)
         return value
+
+    @model_validator(mode="after")
+    def _name_is_no_queue_of_another(self) -> WorkerSettings:
+        for priority in Priority:
+            if priority.suffix and self.served_name.endswith(priority.suffix):
+                raise ValueError(
+                    f"model_name {self.served_name!r}: a name that does not end in {priority.suffix!r} is needed, or"
+                    " its jobs would share a queue with another model's"
+                )
+        return self
 
     @model_validator(mode="after")
     def _a_step_holds_every_decode(self) -> WorkerSettings:

@@ -1,29 +1,27 @@
-"""The worker's side of the steering stream: reports out, directives in, and back again after any loss."""
+"""The worker's side of steering: reports out, directives in, always on a stream to one of the controllers."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import grpc
 import structlog
 
-from kvpilot.v1 import common_pb2, policy_pb2, policy_pb2_grpc
+from kvpilot.v1 import common_pb2, policy_pb2
+from workers.controllers import Address, choose, rank, resolve
 from workers.engine.api import EngineApi
 from workers.errors import INTERNAL, ProblemError
+from workers.report_box import ReportBox
+from workers.steering_stream import SteeringStream, StreamError, Waits, ask_load
 
 log = structlog.get_logger(__name__)
 
-_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # or a new channel would inherit the back-off of the last one
-    ("grpc.enable_retries", 0),
-)
+FALL_OVER_S = 0.1
+"""Longest wait, by chance, before another controller is tried where a stream ended: not all workers at once."""
+_LOAD_S = 1.0
+_RESOLVE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,78 +29,36 @@ class SteeringSettings:
     """How a worker looks for a controller.
 
     Attributes:
-        reconnect_min_ms: first wait after a lost or refused stream; doubles with each failure in a row, plus or minus
+        reconnect_min_ms: first wait after no controller took us on; doubles with each failure in a row, plus or minus
             half of it by chance.
         reconnect_max_ms: longest such wait.
+        connect_timeout_ms: a controller that has not accepted a connection by then is given up.
         welcome_timeout_ms: a controller that has not answered Hello by then is given up.
+        balance_s: time, plus or minus half of it by chance, between two looks for a controller with fewer workers; 0:
+            never.
     """
 
     reconnect_min_ms: float = 100.0
     reconnect_max_ms: float = 2000.0
+    connect_timeout_ms: float = 1000.0
     welcome_timeout_ms: float = 5000.0
+    balance_s: float = 5.0
 
-
-class ReportBox:
-    """Reports not sent yet, newest state of each request only, so that a slow or lost stream costs bounded memory."""
-
-    def __init__(self) -> None:
-        self._worker: policy_pb2.WorkerState | None = None
-        self._newest: policy_pb2.Report | None = None  # the last report put in, until its news are taken
-        self._news: dict[str, policy_pb2.RequestState] = {}
-        self._ended: dict[str, None] = {}
-        self._latest: dict[str, policy_pb2.RequestState] = {}
-
-    def put(self, report: policy_pb2.Report) -> None:
-        """Adds a report of the engine."""
-        self._newest = report
-        if report.HasField("worker"):
-            self._worker = report.worker
-        for state in report.requests:
-            before = self._news.get(state.request_id)
-            if before is not None and before.signals.steps and not state.signals.steps:
-                measured, state = before.signals, _copy(state)  # nothing was decoded since: what was measured holds
-                state.signals.CopyFrom(measured)
-            self._news[state.request_id] = self._latest[state.request_id] = state
-            self._ended.pop(state.request_id, None)
-        for request_id in report.ended_request_ids:
-            self._news.pop(request_id, None)
-            self._latest.pop(request_id, None)
-            self._ended[request_id] = None
-
-    def restart(self, hello: policy_pb2.Hello) -> None:
-        """Prepares for a new stream: the last known state of all that Hello names as alive is news again.
-
-        A state from before the epoch that Hello gives is left out; the engine's next report brings the present one.
-        """
-        epochs = {entry.request_id: entry.epoch for entry in hello.epochs}
-        self._ended.clear()
-        self._latest = {request_id: state for request_id, state in self._latest.items() if request_id in epochs}
-        self._news = {
-            request_id: state for request_id, state in self._latest.items() if state.epoch == epochs[request_id]
-        }
-
-    def take(self) -> policy_pb2.Report | None:
-        """All news as one report, without its number; None if there are none."""
-        if self._newest is None and not self._news and not self._ended:
-            return None
-        report = policy_pb2.Report(
-            worker=self._worker, requests=self._news.values(), ended_request_ids=self._ended.keys()
-        )
-        if self._newest is not None and self._newest.HasField("time"):
-            report.time.CopyFrom(self._newest.time)
-        else:
-            report.time.GetCurrentTime()
-        self._newest = None
-        self._news.clear()
-        self._ended.clear()
-        return report
+    @property
+    def waits(self) -> Waits:
+        """For a stream."""
+        return Waits(self.connect_timeout_ms / 1e3, self.welcome_timeout_ms / 1e3)
 
 
 class SteeringClient:
     """Keeps a stream to one of the controllers for as long as :meth:`run` runs.
 
+    When the stream ends, the other controllers are tried at once. When another one has fewer workers, a stream is
+    opened there first and the old one ended once it is welcomed, so that the worker is never without.
+
     Args:
-        targets: ``host:port`` of controllers, tried in turn.
+        targets: ``host:port`` of controllers; every address of a name counts as one, and names are looked up anew each
+            time.
 
     Construct it on the event loop that will run it, and hand :meth:`on_report` to the engine.
     """
@@ -117,6 +73,8 @@ class SteeringClient:
         self._box = ReportBox()
         self._answers: list[policy_pb2.SteerRequest] = []
         self._wake = asyncio.Event()
+        self._chance = random.Random()
+        self._known: list[Address] = []
         self._log = log
 
     def on_report(self, report: policy_pb2.Report) -> None:
@@ -132,83 +90,140 @@ class SteeringClient:
 
     async def run(self) -> None:
         """Connects, and connects again whenever the stream ends; until cancelled."""
-        failures = 0
-        for target in itertools.cycle(self._targets):
-            welcomed, why = await self._hold_stream(target)
-            failures = 1 if welcomed else failures + 1
-            wait_ms = min(
-                self._settings.reconnect_max_ms, self._settings.reconnect_min_ms * 2.0 ** min(failures - 1, 16)
-            ) * random.uniform(0.5, 1.5)
-            if welcomed or failures in (1, 10) or failures % 100 == 0:
-                self._log.warning("no controller", controller=target, failures=failures, why=why)
-            await asyncio.sleep(wait_ms / 1e3)
-
-    async def _hold_stream(self, target: str) -> tuple[bool, str]:
-        """One stream from connecting to its end: whether the controller took us on, and why it ended."""
-        welcomed = False
-        async with grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS) as channel:
-            call = policy_pb2_grpc.SteeringServiceStub(channel).Steer()  # type: ignore[no-untyped-call]
+        lost: Address | None = None
+        wait_s = 0.0
+        while True:
+            stream: SteeringStream | None = await self._find(lost, wait_s)
             try:
-                hello = self._engine.hello()
-                self._log = log.bind(worker=hello.worker)
-                async with asyncio.timeout(self._settings.welcome_timeout_ms / 1e3):
-                    await call.write(policy_pb2.SteerRequest(hello=hello))
-                    first = await call.read()
-                if first is grpc.aio.EOF or not first.HasField("welcome"):
-                    return False, "the controller's first message was not Welcome"
-                welcomed = True
-                self._box.restart(hello)
-                self._answers.clear()
-                self._engine.configure(first.welcome)
-                self._engine.steered(True)
-                self._log.info("controller attached", controller=first.welcome.controller, address=target)
-                await self._exchange(call)
-                return True, "the controller ended the stream"
-            except grpc.aio.AioRpcError as error:
-                return welcomed, f"{error.code().name}: {error.details()}"
-            except TimeoutError:
-                return False, f"no Welcome within {self._settings.welcome_timeout_ms:g} ms"
+                while stream is not None:
+                    lost = stream.address
+                    stream = await self._hold(stream)
+            except StreamError as error:
+                self._log.warning("controller lost", address=lost.target if lost else "", why=str(error))
+                alone = error.replaced or len(self._known) < 2
+                wait_s = self._back_off_s(1) if alone else self._chance.uniform(0, FALL_OVER_S)
             finally:
-                call.cancel()
-                if welcomed:
-                    self._engine.steered(False)
+                self._engine.steered(False)
 
-    async def _exchange(self, call: grpc.aio.StreamStreamCall) -> None:
+    # --- finding one --------------------------------------------------------------------------------------------------
+
+    async def _find(self, lost: Address | None, wait_s: float) -> SteeringStream:
+        """A stream to the first controller that takes us on; the one that was lost is tried last."""
+        failures = 0
+        while True:
+            await asyncio.sleep(wait_s)
+            # What is known is tried before a look-up, which may take its time.
+            addresses = self._known if lost and not failures else await self._ranked()
+            why = "no address is known"
+            for address in sorted(addresses, key=lambda one: one == lost):
+                try:
+                    return await SteeringStream.open(address, self._engine.hello(), self._settings.waits)
+                except StreamError as error:
+                    why = f"{address.target}: {error}"
+            failures += 1
+            if failures in (1, 10) or failures % 100 == 0:
+                self._log.warning("no controller", tried=len(addresses), failures=failures, why=why)
+            wait_s = self._back_off_s(failures)
+
+    async def _ranked(self) -> list[Address]:
+        """Where controllers may be now; as known before, where the names cannot be looked up."""
+        try:
+            async with asyncio.timeout(_RESOLVE_S):
+                self._known = rank(self._engine.hello().worker, await resolve(self._targets))
+        except OSError as error:  # TimeoutError is one
+            why = str(error) or f"no answer within {_RESOLVE_S:g} s"
+            self._log.warning("controllers' names cannot be looked up", why=why)
+        return self._known
+
+    def _back_off_s(self, failures: int) -> float:
+        settings = self._settings
+        wait_ms = min(settings.reconnect_max_ms, settings.reconnect_min_ms * 2.0 ** min(failures - 1, 16))
+        return wait_ms / 1e3 * self._chance.uniform(0.5, 1.5)
+
+    async def _find_better(self, stream: SteeringStream) -> SteeringStream:
+        """A second stream, to a controller that has fewer workers, once there is one."""
+        if stream.welcome.protocol_version < 1 or not self._settings.balance_s:
+            await asyncio.Event().wait()  # that controller does not tell its load
+        while True:
+            await asyncio.sleep(self._settings.balance_s * self._chance.uniform(0.5, 1.5))
+            addresses = await self._ranked()
+            if len(addresses) < 2:
+                continue
+            answers = await asyncio.gather(*(ask_load(address, _LOAD_S) for address in addresses))
+            better = choose(stream.welcome.controller, dict(filter(None, answers)), self._chance)
+            if better is None:
+                continue
+            try:
+                return await SteeringStream.open(better, self._engine.hello(), self._settings.waits)
+            except StreamError as error:
+                self._log.warning("cannot move to a controller", controller=better.target, why=str(error))
+
+    # --- having one ---------------------------------------------------------------------------------------------------
+
+    async def _hold(self, stream: SteeringStream) -> SteeringStream:
+        """Steers by a stream; returns the one to go on with.
+
+        Raises:
+            StreamError: the stream's end.
+        """
+        self._log = log.bind(worker=stream.hello.worker)
+        self._box.restart(stream.hello)
+        self._answers.clear()
+        self._engine.configure(stream.welcome)
+        self._engine.steered(True)
+        self._log.info(
+            "controller attached",
+            controller=stream.welcome.controller,
+            address=stream.address.target,
+            workers=stream.welcome.workers,
+        )
+        exchange = asyncio.create_task(self._exchange(stream), name="steering exchange")
+        better = asyncio.create_task(self._find_better(stream), name="steering balance")
+        kept = False
+        try:
+            await asyncio.wait({exchange, better}, return_when=asyncio.FIRST_COMPLETED)
+            if not better.done():
+                exchange.result()  # raises
+            kept = True
+            return better.result()
+        finally:
+            for task in (exchange, better):
+                task.cancel()
+            await asyncio.gather(exchange, better, return_exceptions=True)
+            await stream.close()
+            if not kept and not better.cancelled() and better.exception() is None:
+                await better.result().close()
+
+    async def _exchange(self, stream: SteeringStream) -> None:
         """Sends and receives until the stream ends.
 
         Raises:
-            grpc.aio.AioRpcError: its end, where it was not an orderly one.
+            StreamError: its end.
         """
         directives: set[asyncio.Task[None]] = set()
-        sending = asyncio.create_task(self._send(call), name="steering reports")
+        sending = asyncio.create_task(self._send(stream), name="steering reports")
         try:
-            while (message := await call.read()) is not grpc.aio.EOF:
-                if message.HasField("directive"):
-                    task = asyncio.create_task(self._carry_out(message.directive))
-                    directives.add(task)
-                    task.add_done_callback(directives.discard)
+            while True:
+                task = asyncio.create_task(self._carry_out(await stream.read()))
+                directives.add(task)
+                task.add_done_callback(directives.discard)
         finally:
             for task in (sending, *directives):
                 task.cancel()  # an unanswered directive is settled by the epochs of the next Hello
             await asyncio.gather(sending, *directives, return_exceptions=True)
-        code = await call.code()
-        if code is not grpc.StatusCode.OK:
-            raise grpc.aio.AioRpcError(
-                code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-            )
 
-    async def _send(self, call: grpc.aio.StreamStreamCall) -> None:
+    async def _send(self, stream: SteeringStream) -> None:
         """Writes answers and reports as they come; ``write`` waits where the stream is slow, and reports merge."""
         sequence_number = 0
         while True:
             self._wake.clear()
             while self._answers:
-                await call.write(self._answers.pop(0))
+                await stream.write(self._answers.pop(0))
             report = self._box.take()
             if report is not None:
                 sequence_number += 1
                 report.sequence_number = sequence_number
-                await call.write(policy_pb2.SteerRequest(report=report))
+                await stream.write(policy_pb2.SteerRequest(report=report))
             await self._wake.wait()
 
     async def _carry_out(self, directive: policy_pb2.Directive) -> None:
@@ -230,10 +245,3 @@ class SteeringClient:
         return policy_pb2.SteerRequest(
             nack=policy_pb2.Nack(nonce=directive.nonce, request_id=directive.request_id, problem=problem)
         )
-
-
-def _copy(state: policy_pb2.RequestState) -> policy_pb2.RequestState:
-    """A copy that may be changed; the original belongs to the engine's report."""
-    copy = policy_pb2.RequestState()
-    copy.CopyFrom(state)
-    return copy

@@ -24,14 +24,20 @@ def write_ready_file(path: Path, address: str) -> None:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets. A second signal of the kind ends the process at once."""
+def stop_on_signals(hurry: asyncio.Event | None = None) -> Iterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets.
+
+    The second of them sets ``hurry``. Whatever was set before, one more signal of the kind ends the process at once.
+    """
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
 
     def ask(number: signal.Signals) -> None:
+        if hurry is not None and asked.is_set():
+            hurry.set()
         asked.set()
-        loop.remove_signal_handler(number)  # back to the default action
+        if hurry is None or hurry.is_set():
+            loop.remove_signal_handler(number)  # back to the default action
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask, number)

@@ -35,6 +35,8 @@ class Options(TypedDict, total=False):
     pipeline: str
     idempotency_key: str
     top_logprobs: int
+    priority: str
+    """``high``, ``normal`` or ``low``."""
 
 
 class ReplayOptions(TypedDict, total=False):
@@ -53,6 +55,11 @@ SCENARIOS: dict[str, common_pb2.Scenario] = {
     for name in common_pb2.Scenario.keys()[1:]
 }
 """Scenarios by the names people write, e.g. ``long-context``."""
+PRIORITIES: dict[str, generation_pb2.Priority] = {
+    name.removeprefix("PRIORITY_").lower(): generation_pb2.Priority.Value(name)
+    for name in generation_pb2.Priority.keys()[1:]
+}
+"""Priorities by the names people write."""
 
 _SAMPLING = frozenset(field.name for field in generation_pb2.Sampling.DESCRIPTOR.fields)
 _OBJECTIVE = frozenset(field.name for field in common_pb2.Objective.DESCRIPTOR.fields)
@@ -70,7 +77,7 @@ def make_request(
 
     Raises:
         TypeError: none or several inputs, an unknown option, or a value of another type.
-        ValueError: an unknown scenario, a turn without role or content, or a number out of its field's range.
+        ValueError: an unknown scenario or priority, a turn without role or content, a number out of its field's range.
     """
     request = generation_pb2.GenerateRequest()
     if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
@@ -86,6 +93,8 @@ def make_request(
     for name, value in options.items():
         if name == "scenario":
             request.scenario = parse_scenario(str(value))
+        elif name == "priority":
+            request.priority = parse_priority(str(value))
         elif name in _PLAIN:
             setattr(request, name, value)
         elif name in ("stop", "stop_token_ids"):
@@ -144,6 +153,18 @@ def parse_scenario(name: str) -> common_pb2.Scenario:
     if wanted not in SCENARIOS:
         raise ValueError(f"unknown scenario {name!r}; known: {', '.join(SCENARIOS)}")
     return SCENARIOS[wanted]
+
+
+def parse_priority(name: str) -> generation_pb2.Priority:
+    """Reads a priority's name; case does not matter.
+
+    Raises:
+        ValueError: unknown; says which there are.
+    """
+    wanted = name.strip().lower()
+    if wanted not in PRIORITIES:
+        raise ValueError(f"unknown priority {name!r}; known: {', '.join(PRIORITIES)}")
+    return PRIORITIES[wanted]
 
 
 def _message(turn: Turn) -> generation_pb2.Message:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import kernel_cache, kernels, steer
+from bench import kernel_cache, kernels, latency, steer
 from bench.kernel_cache import Case
 from bench.kernel_report import COPY, READ, make_row, make_switch
 from bench.kernel_timing import WARM_UP_ROUNDS, Contestant, time_in_turn
@@ -64,6 +64,22 @@ def test_steering_costs_planning_and_signals() -> None:
     assert (report["planning_overhead_low"], report["planning_overhead_high"]) == (-0.05, 0.02)
     assert (report["controller_share_off"], report["controller_share_advisory"]) == (0.02, 0.04)
     assert steer.render(report).row_count == 1
+
+
+def test_latency_gives_percentiles_beside_the_floors() -> None:
+    row = latency.make_row(2, 50.04, [float(ms) for ms in range(1, 102)], [0.5] * 10)
+    assert row["kvpilot"] == {"count": 101, "p50_ms": 51.0, "p90_ms": 91.0, "p99_ms": 100.0}
+    assert row["floor"] == {"count": 10, "p50_ms": 0.5, "p90_ms": 0.5, "p99_ms": 0.5}
+    assert (row["ratio"], row["tokens_per_s_per_stream"]) == (102.0, 50.0)
+    quick = latency.make_row(1, 10.0, [5.0] * 4, [1.0] * 4)
+    machine = describe_machine(1)
+    assert not latency.make_report(machine, "tiny", 4, [quick, row])["within_bound"]
+    report = latency.make_report(machine, "tiny", 4, [quick])
+    assert report["within_bound"]
+    assert latency.render(report).row_count == 1
+    result = CliRunner().invoke(app, ["bench", "latency", "--streams", "1,none"])
+    assert result.exit_code == 2
+    assert "--streams: '1,none'; numbers of streams" in result.output
 
 
 def test_kernels_are_measured_in_every_format(tmp_path: Path) -> None:

@@ -185,6 +185,19 @@ def test_a_chat_needs_a_template() -> None:
     assert found == {"chat": f"model {MODEL!r} has no chat template; accepted: prompt or token_ids"}
 
 
+def test_priorities() -> None:
+    for priority in generation_pb2.Priority.values():
+        assert violations_of(generation_pb2.GenerateRequest(prompt="hello", priority=priority)) == {}
+    unknown = generation_pb2.GenerateRequest(prompt="hello", priority=7)  # type: ignore[arg-type]
+    assert set(violations_of(unknown)) == {"priority"}
+    assert "7 given; accepted: PRIORITY_UNSPECIFIED, PRIORITY_HIGH" in violations_of(unknown)["priority"]
+    replay = replay_request()
+    replay.priority = generation_pb2.PRIORITY_LOW
+    assert violations_of(replay) == {}
+    replay.priority = generation_pb2.PRIORITY_HIGH
+    assert set(violations_of(replay)) == {"priority"}
+
+
 def test_an_unknown_scenario_number() -> None:
     request = make_request("hello")
     request.scenario = 99  # type: ignore[assignment]

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import decode, steer
+from bench import decode, latency, steer
 from cli import bundles, tether
 from cli.main import app
 
@@ -25,6 +25,16 @@ def test_both_modes_are_measured_while_the_same_requests_decode(tiny_folder: Pat
         assert 0 <= figures["signal_share"] < 1
     assert report["steering_overhead"] == pytest.approx(report["planning_overhead"] + report["signal_share"], abs=2e-4)
     assert "round 3: off " in said.getvalue()
+
+
+def test_tokens_are_timed_from_their_choice_to_the_client(tiny_folder: Path) -> None:
+    report = latency.measure(str(tiny_folder), [1, 2], 24, 1, Console(file=io.StringIO()))
+    assert [row["streams"] for row in report["rows"]] == [1, 2]
+    for row in report["rows"]:
+        assert row["kvpilot"]["count"] == row["floor"]["count"] == 24 * row["streams"]
+        assert 0 < row["floor"]["p50_ms"] <= row["floor"]["p99_ms"]
+        assert 0 < row["kvpilot"]["p50_ms"] <= row["kvpilot"]["p99_ms"] < 60_000  # by one clock, not an unset one
+        assert row["tokens_per_s_per_stream"] > 0
 
 
 def test_evaluate_measures_it_with_the_bundles_model_if_that_is_here(

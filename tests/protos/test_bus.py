@@ -558,9 +558,13 @@ def test_scripts_and_keys_spell_the_same_names() -> None:
         getattr(scripts, name) for name in ("SUBMIT", "CLAIM", "APPEND", "HEARTBEAT", "RELEASE", "CANCEL", "RETIRE")
     )
     spelled = set(re.findall(r"'(kvpilot:[a-z:-]+)'", everything))
-    named = {keys.WORKERS, keys.MODELS, keys.OUTCOMES}
-    named |= {make("") for make in (keys.job, keys.events, keys.queue, keys.queue_for, keys.card, keys.notices)}
+    named = {keys.WORKERS, keys.MODELS, keys.OUTCOMES, keys.TAKERS, keys.LEAVING}
+    makers = (keys.job, keys.events, keys.queue, keys.queue_for, keys.card, keys.notices, keys.turns, keys.released)
+    named |= {make("") for make in makers}
     assert spelled == named
+    suffixes = re.search(r"SUFFIXES = \{(.*)\}", everything)
+    assert suffixes is not None
+    assert re.findall(r"'([a-z:]*)'", suffixes[1]) == [priority.suffix for priority in keys.Priority]
     assert set(re.findall(r"'XGROUP', 'CREATE', queue, '(\w+)'", everything)) == {keys.GROUP}
 
 

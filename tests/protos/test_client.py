@@ -233,6 +233,11 @@ def test_requests_from_python_values() -> None:
         (lambda: make_request("a", token_ids=[1]), TypeError, "exactly one of"),
         (lambda: make_request("a", maxtokens=3), TypeError, "unknown option 'maxtokens'"),  # type: ignore[call-arg]
         (lambda: make_request("a", max_tokens="3"), TypeError, "."),  # type: ignore[arg-type]
+        (
+            lambda: make_request("a", priority="urgent"),
+            ValueError,
+            "unknown priority 'urgent'; known: high",
+        ),
         (lambda: make_request("a", scenario="fast"), ValueError, "unknown scenario 'fast'; known: long-context"),
         (lambda: make_request(messages=[{"role": "user"}]), ValueError, "must have role and content"),
         (lambda: make_request("a", seed=-1), ValueError, "."),

@@ -217,6 +217,55 @@ async def test_stopping_lets_jobs_finish(bus: Bus) -> None:
     assert (await result_of(bus, job.job_id)).token_ids == scripted_tokens("hello", 8)
 
 
+async def test_what_does_not_finish_in_time_is_handed_over(bus: Bus) -> None:
+    job = make_job("hello", max_tokens=8)
+    await bus.submit(job)
+    other = ScriptedEngine()
+    async with working(bus, ScriptedEngine(steps=3), "w1") as leaving:
+        await until_offset(bus, job.job_id, 5)
+        async with working(bus, other, "w2"):
+            await leaving.stop(drain_s=0.2)
+            result = await result_of(bus, job.job_id)
+    assert result.token_ids == scripted_tokens("hello", 8)
+    assert other.submissions == [(job.job_id, tuple(scripted_tokens("hello", 3)))]
+
+
+async def test_a_stopping_worker_takes_no_new_job_and_hurries_when_told(bus: Bus) -> None:
+    held, late = make_job("held", max_tokens=8), make_job("late")
+    await bus.submit(held)
+    engine = ScriptedEngine(steps=3)
+    async with working(bus, engine, "w1") as runner:
+        await until_offset(bus, held.job_id, 5)
+        hurry = asyncio.Event()
+        stop = asyncio.create_task(runner.stop(drain_s=TIMEOUT_S, hurry=hurry))
+        await until(lambda: runner._stopping.is_set())
+        await bus.submit(late)
+        other = ScriptedEngine()
+        async with working(bus, other, "w2"):
+            assert (await result_of(bus, late.job_id)).token_ids == scripted_tokens("late", 4)
+            assert not stop.done()
+            assert [job_id for job_id, _ in engine.submissions] == [held.job_id]
+            hurry.set()
+            await stop
+            assert (await result_of(bus, held.job_id)).token_ids == scripted_tokens("held", 8)
+            assert other.submissions[-1] == (held.job_id, tuple(scripted_tokens("held", 3)))
+
+
+async def test_replays_are_handed_over_at_once(bus: Bus) -> None:
+    replay, plain = make_job("replay", max_tokens=8), make_job("plain", max_tokens=8)
+    replay.request.replay.at_tokens.append(64)
+    for job in (replay, plain):
+        await bus.submit(job)
+    async with working(bus, ScriptedEngine(steps=3), "w1") as runner:
+        await until(lambda: len(runner.held_jobs()) == 2)
+        stop = asyncio.create_task(runner.stop(drain_s=TIMEOUT_S))
+        await until(lambda: runner.held_jobs() == [plain.job_id])
+        claims = await next_claims(bus, "w2")
+        assert [claim.job.job_id for claim in claims] == [replay.job_id]
+        assert not stop.done()
+        stop.cancel()
+
+
 async def test_without_redis_a_generation_goes_on_and_is_delivered_later(durable_redis: RedisProcess) -> None:
     async with connected(durable_redis.url) as bus:
         job = make_job("hello", max_tokens=40)

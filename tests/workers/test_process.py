@@ -18,6 +18,7 @@ from kvpilot.bus import Bus
 from kvpilot.v1 import generation_pb2, job_pb2, policy_pb2
 from tests.controller.scripted import controller, until
 from tests.engines import MODEL, ScriptedEngine, scripted_tokens
+from tests.jobs_help import TIMEOUT_S, result_of, until_offset
 from workers.process import HEALTH_SERVICE, EngineDiedError, run_worker
 from workers.settings import WorkerSettings
 
@@ -88,6 +89,69 @@ async def test_it_serves_jobs_reports_and_stops_when_asked(redis_url: str, tmp_p
         await process
         assert not await bus.cards()
         await bus.close()
+
+
+async def begun_job(bus: Bus, tokens: int) -> None:
+    """Submits job-1 and waits for its first tokens."""
+    request = generation_pb2.GenerateRequest(prompt="hello", model=MODEL)
+    request.sampling.max_tokens = 8
+    await bus.submit(job_pb2.Job(job_id="job-1", request=request))
+    await until_offset(bus, "job-1", 2 + tokens)
+
+
+@pytest.mark.anyio
+async def test_from_the_signal_on_it_is_not_ready_and_its_jobs_finish(redis_url: str, tmp_path: Path) -> None:
+    engine = SteerableEngine(steps=3)
+    process = asyncio.create_task(run_worker(worker_settings(redis_url, tmp_path), lambda _: engine))
+    await until((tmp_path / "ready").exists)
+    bus = await Bus.connect(redis_url)
+    await begun_job(bus, 3)
+    async with grpc.aio.insecure_channel((tmp_path / "ready").read_text().strip()) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=HEALTH_SERVICE))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(TIMEOUT_S):
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1  # alive: it has work to finish
+        assert (await bus.record("job-1")).state == generation_pb2.JOB_STATE_RUNNING
+        engine.allow(100)
+        await process
+    assert (await result_of(bus, "job-1")).token_ids == scripted_tokens("hello", 8)
+    await bus.close()
+
+
+@pytest.mark.anyio
+async def test_a_second_signal_hands_its_jobs_over(redis_url: str, tmp_path: Path) -> None:
+    settings = worker_settings(redis_url, tmp_path, drain_timeout_s=TIMEOUT_S)
+    process = asyncio.create_task(run_worker(settings, lambda _: SteerableEngine(steps=3)))
+    await until((tmp_path / "ready").exists)
+    bus = await Bus.connect(redis_url)
+    await begun_job(bus, 3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.2)
+    assert not process.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await process
+    (claim,) = await bus.claim("other", MODEL, 1)
+    assert claim.progress.token_ids == scripted_tokens("hello", 3)
+    await bus.close()
+
+
+@pytest.mark.anyio
+async def test_an_engine_that_dies_while_jobs_finish_ends_it(redis_url: str, tmp_path: Path) -> None:
+    engine = SteerableEngine(steps=3)
+    settings = worker_settings(redis_url, tmp_path, drain_timeout_s=10 * TIMEOUT_S)
+    process = asyncio.create_task(run_worker(settings, lambda _: engine))
+    await until((tmp_path / "ready").exists)
+    bus = await Bus.connect(redis_url)
+    await begun_job(bus, 3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.1)
+    engine.die(MemoryError("the arena is gone"))
+    with pytest.raises(EngineDiedError, match="the arena is gone"):
+        await process
+    await bus.close()
 
 
 @pytest.mark.anyio

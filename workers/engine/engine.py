@@ -458,7 +458,8 @@ class Engine:
     def _take_token(self, seq: Sequence, choice: Choice) -> None:
         index = seq.generated
         seq.token_ids.append(choice.token_id)
-        now = time.time()
+        now_ns = time.time_ns()
+        now = now_ns / 1e9
         seq.first_token_time_s = seq.first_token_time_s or now
         seq.last_token_time_s = now
         self._reporter.chose(seq, choice)
@@ -470,7 +471,10 @@ class Engine:
         reason = self._finish_reason(seq)
         if reason and seq.text:
             text += seq.text.finish()
-        self._emit(seq, tokens=generation_pb2.Tokens(first_index=index, tokens=[events.token(choice)], text=text))
+        tokens = generation_pb2.Tokens(
+            first_index=index, tokens=[events.token(choice)], text=text, sampled_unix_ns=now_ns
+        )
+        self._emit(seq, tokens=tokens)
         if reason:
             self._finish(seq, reason)
 

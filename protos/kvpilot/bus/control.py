@@ -1,13 +1,13 @@
-"""What controllers do: keep what operators have ordered, and ask which of the jobs it is about have ended."""
+"""What controllers do: find each other, keep what operators have ordered, and ask which of its jobs have ended."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from kvpilot.bus import keys
-from kvpilot.bus.connection import STATES, Connection, translated_errors
+from kvpilot.bus.connection import STATES, Connection, milliseconds, translated_errors
 from kvpilot.bus.values import BusError, Orders
 from kvpilot.v1 import generation_pb2, job_pb2, operator_pb2
 
@@ -52,7 +52,61 @@ class ControlRoom(Connection):
                     pipeline.hset(keys.OVERRIDES, mapping=kept)
                 if removed:
                     pipeline.hdel(keys.OVERRIDES, *removed)
+                pipeline.publish(keys.ORDERS_CHANGED, "")
                 await pipeline.execute()
+
+    async def order_changes(self) -> AsyncIterator[None]:
+        """Yields whenever orders may have changed. Messages get lost: read them now and then all the same.
+
+        Ends with an exception when the connection does; call it again then.
+
+        Raises:
+            BusUnavailableError: Redis is out of reach.
+        """
+        with translated_errors():
+            async with self._client.pubsub(ignore_subscribe_messages=True) as channel:
+                await channel.subscribe(keys.ORDERS_CHANGED)
+                while True:
+                    if await channel.get_message(timeout=self.settings.block_s) is not None:
+                        yield
+
+    async def show_controller(self, card: job_pb2.ControllerCard, life_s: float) -> None:
+        """Publishes a controller for ``life_s``; call it again before that is over.
+
+        Raises:
+            BusUnavailableError: Redis is out of reach.
+        """
+        with translated_errors():
+            async with self._client.pipeline(transaction=True) as pipeline:
+                pipeline.sadd(keys.CONTROLLERS, card.name)
+                pipeline.set(keys.controller(card.name), card.SerializeToString(), px=milliseconds(life_s))
+                await pipeline.execute()
+
+    async def withdraw_controller(self, name: str) -> None:
+        """Takes a controller that stops off the list.
+
+        Raises:
+            BusUnavailableError: Redis is out of reach; it leaves the list by itself.
+        """
+        with translated_errors():
+            async with self._client.pipeline(transaction=True) as pipeline:
+                pipeline.srem(keys.CONTROLLERS, name)
+                pipeline.delete(keys.controller(name))
+                await pipeline.execute()
+
+    async def controllers(self) -> list[job_pb2.ControllerCard]:
+        """Returns the cards of controllers that are there, by name.
+
+        Raises:
+            BusUnavailableError: Redis is out of reach.
+        """
+        with translated_errors():
+            names = sorted(name.decode() for name in await self._client.smembers(keys.CONTROLLERS))
+            cards = await self._client.mget([keys.controller(name) for name in names]) if names else []
+            gone = [name for name, card in zip(names, cards, strict=True) if card is None]
+            if gone:
+                await self._client.srem(keys.CONTROLLERS, *gone)  # one that is back adds itself again
+        return [job_pb2.ControllerCard.FromString(card) for card in cards if card is not None]
 
     async def overridden(self) -> set[str]:
         """Returns the ids of the jobs whose overrides are kept.

@@ -30,6 +30,11 @@ _CHECK_S = 5.0
 _RETRY_S = 0.25
 _NOTICES_MS = 3_600_000
 _CANCEL_ATTEMPTS = 16
+PRIORITIES = {
+    generation_pb2.PRIORITY_HIGH: keys.Priority.HIGH,
+    generation_pb2.PRIORITY_NORMAL: keys.Priority.NORMAL,
+    generation_pb2.PRIORITY_LOW: keys.Priority.LOW,
+}
 
 
 class FrontDoor(Connection):
@@ -57,7 +62,7 @@ class FrontDoor(Connection):
             The job's id and whether it is new; not new is the job that the same key and digest became before.
 
         Raises:
-            QueueFullError: ``max_queued`` jobs of the model wait already.
+            QueueFullError: ``max_queued`` jobs of the model wait already that are of its priority or a higher one.
             IdempotencyConflictError: the key belongs to a request with another digest.
             BusUnavailableError: Redis is out of reach.
         """
@@ -76,6 +81,7 @@ class FrontDoor(Connection):
             milliseconds(self.settings.idempotency_s),
             keys.session(request.model, request.session_id) if request.session_id else "",
             job.create_time.ToMilliseconds(),
+            priority_of(request).suffix,
         ]
         with translated_errors():
             verdict, value = await self._submit(args=arguments)
@@ -199,6 +205,13 @@ def new_job_id() -> str:
     number = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
     digits = ("0123456789abcdefghjkmnpqrstvwxyz"[number >> shift & 31] for shift in range(125, -1, -5))
     return f"job-{''.join(digits)}"
+
+
+def priority_of(request: generation_pb2.GenerateRequest) -> keys.Priority:
+    """The priority of a request: low for a replay, else what it says, and normal where it says nothing."""
+    if request.HasField("replay"):
+        return keys.Priority.LOW
+    return PRIORITIES.get(request.priority, keys.Priority.NORMAL)
 
 
 def digest_of(request: generation_pb2.GenerateRequest) -> str:

@@ -8,8 +8,12 @@ from __future__ import annotations
 _COMMON = """
 local function job_key(id) return 'kvpilot:job:' .. id end
 local function events_key(id) return 'kvpilot:events:' .. id end
-local function queue_for(worker) return 'kvpilot:jobs-for:' .. worker end
+local SUFFIXES = {':high', '', ':low'}
+local function shared_queue(model, suffix) return 'kvpilot:jobs:' .. model .. suffix end
+local function queue_for(worker, suffix) return 'kvpilot:jobs-for:' .. worker .. suffix end
 local function live(worker) return redis.call('EXISTS', 'kvpilot:worker:' .. worker) == 1 end
+local function taker(worker) return redis.call('HGET', 'kvpilot:takers', worker) end
+local function leaving(worker) return redis.call('SISMEMBER', 'kvpilot:leaving', worker) == 1 end
 
 local function make_queue(queue)
   if redis.call('EXISTS', queue) == 0 then redis.call('XGROUP', 'CREATE', queue, 'workers', '0', 'MKSTREAM') end
@@ -21,6 +25,21 @@ local function workers_of(model)
     if all[i + 1] == model then found[#found + 1] = all[i] end
   end
   return found
+end
+
+local function reads_all(model)  -- whether a job of any priority is sure to be read
+  local old = false
+  for _, worker in ipairs(workers_of(model)) do
+    if live(worker) and not leaving(worker) then
+      if taker(worker) == model then return true end
+      old = true
+    end
+  end
+  return not old
+end
+
+local function wake(model)
+  redis.call('XADD', 'kvpilot:released:' .. model, 'MAXLEN', 1, '*', 'wake', 1)
 end
 
 local function waiting_in(queue)
@@ -47,8 +66,8 @@ SUBMIT = (
     _COMMON
     + """
 -- ARGV: job id, job, Accepted event, model, most waiting, idempotency key, digest, its life ms, session key,
---       now ms
-local id, model, queue = ARGV[1], ARGV[4], 'kvpilot:jobs:' .. ARGV[4]
+--       now ms, suffix of its priority's queues
+local id, model, suffix = ARGV[1], ARGV[4], ARGV[11]
 if redis.call('EXISTS', job_key(id)) == 1 then return {'created', id} end
 if ARGV[6] ~= '' then
   local held = redis.call('HMGET', ARGV[6], 'digest', 'job')
@@ -57,16 +76,24 @@ if ARGV[6] ~= '' then
     return {'conflict', held[2]}
   end
 end
-local waiting = waiting_in(queue)
-for _, worker in ipairs(workers_of(model)) do waiting = waiting + waiting_in(queue_for(worker)) end
+local waiting = 0
+for _, ahead in ipairs(SUFFIXES) do  -- of its own priority and above
+  waiting = waiting + waiting_in(shared_queue(model, ahead))
+  for _, worker in ipairs(workers_of(model)) do waiting = waiting + waiting_in(queue_for(worker, ahead)) end
+  if ahead == suffix then break end
+end
 if waiting >= tonumber(ARGV[5]) then return {'full', waiting} end
 
+if suffix ~= '' and not reads_all(model) then suffix = '' end  -- only workers without priorities are there
+local queue = shared_queue(model, suffix)
 make_queue(queue)
 if ARGV[9] ~= '' then
   local worker = redis.call('GET', ARGV[9])
   if worker and live(worker) and redis.call('HGET', 'kvpilot:workers', worker) == model then
-    queue = queue_for(worker)
-    make_queue(queue)
+    if not leaving(worker) and (suffix == '' or taker(worker) == model) then
+      queue = queue_for(worker, suffix)
+      make_queue(queue)
+    end
   end
 end
 local entry = redis.call('XADD', queue, '*', 'job', id)
@@ -88,10 +115,9 @@ CLAIM = (
     + """
 -- ARGV: worker, model, most jobs, lease ms, 1 to take over ended leases, affinity ms, session life ms
 local me, model, room, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local shared, own = 'kvpilot:jobs:' .. model, queue_for(me)
 local claims = {}
-make_queue(shared)
-make_queue(own)
+for _, suffix in ipairs(SUFFIXES) do make_queue(shared_queue(model, suffix)) end
+make_queue(queue_for(me, ''))
 
 local function take(queue, entries)
   for _, entry in ipairs(entries or {}) do
@@ -108,12 +134,13 @@ local function take(queue, entries)
       if job[4] ~= '' then redis.call('SET', job[4], me, 'PX', ARGV[7]) end
       claims[#claims + 1] = {job[1], epoch, attempts, tonumber(job[2]), tonumber(job[3])}
       room = room - 1
+      redis.call('INCR', 'kvpilot:turns:' .. model)
     end
   end
 end
 
 local function read(queue, count)
-  if count < 1 then return end
+  if count < 1 or redis.call('EXISTS', queue) == 0 then return end
   local found = redis.call('XREADGROUP', 'GROUP', 'workers', me, 'COUNT', count, 'STREAMS', queue, '>')
   if found then take(queue, found[1][2]) end
 end
@@ -125,7 +152,16 @@ local function take_over(queue)
   end
 end
 
+-- Of 16 turns the low queue comes first in one and the normal one in three, so that neither waits for ever.
+local function order()
+  local turn = tonumber(redis.call('GET', 'kvpilot:turns:' .. model) or 0) % 16
+  if turn == 15 then return {':low', ':high', ''} end
+  if turn % 4 == 3 then return {'', ':high', ':low'} end
+  return SUFFIXES
+end
+
 local function delivered(queue)
+  if redis.call('EXISTS', queue) == 0 then return '0-0' end
   local group = redis.call('XINFO', 'GROUPS', queue)[1]
   for i = 1, #group, 2 do
     if group[i] == 'last-delivered-id' then return group[i + 1] end
@@ -139,38 +175,84 @@ end
 
 local function forget(worker)  -- a gone worker without queued jobs; its name stays where it still holds any
   redis.call('HDEL', 'kvpilot:workers', worker)
-  redis.call('DEL', queue_for(worker))
-  if #redis.call('XPENDING', shared, 'workers', '-', '+', 1, worker) == 0 then
-    redis.call('XGROUP', 'DELCONSUMER', shared, 'workers', worker)
+  redis.call('HDEL', 'kvpilot:takers', worker)
+  redis.call('SREM', 'kvpilot:leaving', worker)
+  for _, suffix in ipairs(SUFFIXES) do
+    local shared = shared_queue(model, suffix)
+    redis.call('DEL', queue_for(worker, suffix))
+    if #redis.call('XPENDING', shared, 'workers', '-', '+', 1, worker) == 0 then
+      redis.call('XGROUP', 'DELCONSUMER', shared, 'workers', worker)
+    end
   end
 end
 
-local others = {}
-for _, worker in ipairs(workers_of(model)) do
-  if worker ~= me then others[#others + 1] = worker end
+local others, known = {}, {[me] = true}
+local function other(worker)
+  if not known[worker] then others[#others + 1] = worker end
+  known[worker] = true
 end
-take_over(shared)
-take_over(own)
-for _, worker in ipairs(others) do take_over(queue_for(worker)) end
-read(own, room)
-read(shared, room)
+for _, worker in ipairs(workers_of(model)) do other(worker) end
+local takers = redis.call('HGETALL', 'kvpilot:takers')
+for i = 1, #takers, 2 do  -- a worker without priorities forgets others without a look at all their queues
+  if takers[i + 1] == model then other(takers[i]) end
+end
+
+for _, suffix in ipairs(SUFFIXES) do
+  take_over(shared_queue(model, suffix))
+  take_over(queue_for(me, suffix))
+  for _, worker in ipairs(others) do take_over(queue_for(worker, suffix)) end
+end
+
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
-for _, worker in ipairs(others) do
-  local queue = queue_for(worker)
-  if redis.call('EXISTS', queue) == 0 then
-    if not live(worker) then forget(worker) end
-  elseif not live(worker) then
-    read(queue, room)
-    if redis.call('XLEN', queue) == 0 then forget(worker) end
-  elseif room > 0 and oldest_waiting_ms(queue, now_ms) > tonumber(ARGV[6]) then
-    read(queue, 1)
+local function read_others(suffix)  -- one job that another worker keeps waiting
+  for _, worker in ipairs(others) do
+    local queue = queue_for(worker, suffix)
+    if redis.call('EXISTS', queue) == 1 then
+      local stays = live(worker) and not leaving(worker)
+      if not stays or oldest_waiting_ms(queue, now_ms) > tonumber(ARGV[6]) then
+        local before = room
+        read(queue, 1)
+        if room < before then return end
+      end
+    end
   end
 end
-return {claims, delivered(shared), delivered(own)}
+
+while room > 0 do
+  local before = room
+  for _, suffix in ipairs(order()) do
+    read(queue_for(me, suffix), 1)
+    if room == before then read(shared_queue(model, suffix), 1) end
+    if room == before then read_others(suffix) end
+    if room < before then break end
+  end
+  if room == before then break end
+end
+
+for _, worker in ipairs(others) do
+  if not live(worker) then
+    local left = 0
+    for _, suffix in ipairs(SUFFIXES) do left = left + redis.call('XLEN', queue_for(worker, suffix)) end
+    if left == 0 then forget(worker) end
+  end
+end
+
+local after = {}
+for _, suffix in ipairs(SUFFIXES) do
+  for _, queue in ipairs({shared_queue(model, suffix), queue_for(me, suffix)}) do
+    after[#after + 1] = queue
+    after[#after + 1] = delivered(queue)
+  end
+end
+local released = redis.call('XREVRANGE', 'kvpilot:released:' .. model, '+', '-', 'COUNT', 1)[1]
+after[#after + 1] = 'kvpilot:released:' .. model
+after[#after + 1] = released and released[1] or '0-0'
+return {claims, after}
 """
 )
-"""Jobs whose lease has ended first, then the worker's own queue, the shared one, and what waits too long elsewhere."""
+"""Jobs whose lease has ended first; then one by one in the order of priorities, of each from the worker's own queue,
+the shared one, and what waits too long elsewhere. Gives the claims, and behind which entries of streams to wait."""
 
 APPEND = (
     _COMMON
@@ -207,12 +289,18 @@ return answers
 HEARTBEAT = (
     _COMMON
     + """
--- ARGV: worker, model, card, Model, lease ms, then per claim: job id, epoch
+-- ARGV: worker, model, card, Model, lease ms, 1 if it is leaving, then per claim: job id, epoch
 local me, lost, cancelled = ARGV[1], {}, {}
+redis.call('HSET', 'kvpilot:takers', me, ARGV[2])
+if ARGV[6] == '0' then
+  redis.call('SREM', 'kvpilot:leaving', me)
+elseif redis.call('SADD', 'kvpilot:leaving', me) == 1 then
+  wake(ARGV[2])  -- for what waits in its own queues
+end
 redis.call('SET', 'kvpilot:worker:' .. me, ARGV[3], 'PX', ARGV[5])
 redis.call('HSET', 'kvpilot:workers', me, ARGV[2])
 redis.call('HSET', 'kvpilot:models', ARGV[2], ARGV[4])
-for at = 6, #ARGV, 2 do
+for at = 7, #ARGV, 2 do
   local id = ARGV[at]
   local job = redis.call('HMGET', job_key(id), 'owner', 'epoch', 'state', 'cancel', 'queue', 'entry')
   if job[1] ~= me or job[2] ~= ARGV[at + 1] then
@@ -239,6 +327,7 @@ for at = 1, #ARGV, 3 do
     redis.call('HINCRBY', key, 'attempts', -1)
     redis.call('HSET', key, 'state', 'queued', 'owner', '')
     redis.call('XCLAIM', job[4], 'workers', 'released', 0, job[5], 'IDLE', 31536000000, 'JUSTID')
+    wake(redis.call('HGET', key, 'model'))
   end
 end
 """

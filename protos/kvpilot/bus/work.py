@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -26,10 +27,11 @@ class Workshop(Connection):
         self._release = self._client.register_script(scripts.RELEASE)
         self._retire = self._client.register_script(scripts.RETIRE)
 
-    async def heartbeat(self, card: job_pb2.WorkerCard, claims: Sequence[Claim]) -> Renewal:
+    async def heartbeat(self, card: job_pb2.WorkerCard, claims: Sequence[Claim], *, leaving: bool = False) -> Renewal:
         """Publishes a worker and renews the leases of its claims.
 
-        Call it at a third of ``settings.lease_s``, and once before the first claim.
+        Call it at a third of ``settings.lease_s``, and once before the first claim. A worker that is ``leaving`` is
+        sent no more sessions' turns, and what waits for it alone is left to others at once.
 
         Raises:
             BusUnavailableError: Redis is out of reach.
@@ -41,6 +43,7 @@ class Workshop(Connection):
             card.SerializeToString(),
             hello.model.SerializeToString(),
             milliseconds(self.settings.lease_s),
+            int(leaving),
         ]
         for claim in claims:
             arguments += [claim.job.job_id, claim.epoch]
@@ -49,12 +52,20 @@ class Workshop(Connection):
         return Renewal(tuple(name.decode() for name in lost), tuple(name.decode() for name in stopped))
 
     async def claim(
-        self, worker: str, model: str, count: int, block_ms: int = 0, *, take_over: bool = True
+        self,
+        worker: str,
+        model: str,
+        count: int,
+        block_ms: int = 0,
+        *,
+        take_over: bool = True,
+        stop: asyncio.Event | None = None,
     ) -> list[Claim]:
-        """Takes up to ``count`` jobs: those whose worker's lease has ended first, then queued ones.
+        """Takes up to ``count`` jobs: those whose worker's lease has ended first, then queued ones by priority.
 
-        Waits up to ``block_ms`` for a job where there is none. ``take_over=False`` leaves ended leases alone, for the
-        time after an outage of Redis in which workers could not renew theirs.
+        Waits up to ``block_ms`` for a job where there is none, and takes none once ``stop`` is set.
+        ``take_over=False`` leaves ended leases alone, for the time after an outage of Redis in which workers could not
+        renew theirs.
 
         Raises:
             BusUnavailableError: Redis is out of reach. Jobs claimed by a call whose answer was lost come back when
@@ -70,15 +81,32 @@ class Workshop(Connection):
             milliseconds(self.settings.session_s),
         ]
         deadline = time.monotonic() + block_ms / 1000
-        while True:
+        while stop is None or not stop.is_set():
             with translated_errors():
-                found, shared, own = await self._claim(args=arguments)
+                found, seen = await self._claim(args=arguments)
             left_ms = int(1000 * (deadline - time.monotonic()))
             if found or left_ms <= 0:
                 return [await self._read_claim(worker, *claim) for claim in found]
-            after: dict[Any, Any] = {keys.queue(model): shared, keys.queue_for(worker): own}
-            with translated_errors():
-                await self._client.xread(after, count=1, block=min(left_ms, milliseconds(self.settings.block_s)))
+            after = dict(zip(seen[::2], seen[1::2], strict=True))
+            await self._wait_for_entries(after, min(left_ms, milliseconds(self.settings.block_s)), stop)
+        return []
+
+    async def _wait_for_entries(self, after: dict[Any, Any], block_ms: int, stop: asyncio.Event | None) -> None:
+        """Returns when one of the streams has an entry behind that named, ``block_ms`` are over or ``stop`` is set."""
+        with translated_errors():
+            reading = asyncio.ensure_future(self._client.xread(after, count=1, block=block_ms))
+            stopped = asyncio.ensure_future(stop.wait()) if stop is not None else None
+            try:
+                await asyncio.wait(
+                    {reading} if stopped is None else {reading, stopped}, return_when=asyncio.FIRST_COMPLETED
+                )
+                if reading.done():
+                    reading.result()
+            finally:
+                pending = [task for task in (reading, stopped) if task is not None and not task.done()]
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*pending, return_exceptions=True)
 
     async def append(self, batch: Sequence[Append]) -> list[Appended]:
         """Adds events to the streams of claimed jobs, all in one transaction, and moves the claims' offsets on.

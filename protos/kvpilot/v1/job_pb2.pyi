@@ -31,6 +31,14 @@ class WorkerCard(_message.Message):
     start_time: _timestamp_pb2.Timestamp
     def __init__(self, hello: _Optional[_Union[_policy_pb2.Hello, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
+class ControllerCard(_message.Message):
+    __slots__ = ("name", "address")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
 class Outcome(_message.Message):
     __slots__ = ("job_id", "worker", "last_state", "finished", "audits")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]

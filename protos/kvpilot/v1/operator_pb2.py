@@ -26,53 +26,53 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from kvpilot.v1 import policy_pb2 as kvpilot_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvpilot/v1/operator.proto\x12\nkvpilot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvpilot/v1/policy.proto\"\x14\n\x12ListWorkersRequest\":\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.kvpilot.v1.Worker\"\xb4\x01\n\x06Worker\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Hello\x12&\n\x05state\x18\x02 \x01(\x0b\x32\x17.kvpilot.v1.WorkerState\x12/\n\x0b\x61ttach_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0breport_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"%\n\x13ListRequestsRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"A\n\x14ListRequestsResponse\x12)\n\x08requests\x18\x01 \x03(\x0b\x32\x17.kvpilot.v1.LiveRequest\"\x82\x01\n\x0bLiveRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0b\x32\x18.kvpilot.v1.RequestState\x12&\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x14.kvpilot.v1.Decision\x12\x12\n\noverridden\x18\x04 \x01(\x08\"\xe5\x01\n\x08\x44\x65\x63ision\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07outcome\x18\x04 \x01(\x0e\x32\x1b.kvpilot.v1.DecisionOutcome\x12\x0f\n\x07refusal\x18\x05 \x01(\t\x12\x0e\n\x06\x62undle\x18\x06 \x01(\t\x12\x1c\n\x14predicted_divergence\x18\x07 \x01(\x01\x12\r\n\x05\x62ound\x18\x08 \x01(\x01\x12\x11\n\trunner_up\x18\t \x01(\t\"O\n\x17OverridePipelineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"8\n\x18OverridePipelineResponse\x12\x1c\n\x03\x61\x63k\x18\x01 \x01(\x0b\x32\x0f.kvpilot.v1.Ack\",\n\x16ReleasePipelineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x19\n\x17ReleasePipelineResponse\"\x14\n\x12ListBundlesRequest\":\n\x13ListBundlesResponse\x12#\n\x07\x62undles\x18\x01 \x03(\x0b\x32\x12.kvpilot.v1.Bundle\"\xd1\x01\n\x06\x42undle\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tive\x18\x02 \x01(\x08\x12\x0e\n\x06shadow\x18\x03 \x01(\x08\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\r\n\x05\x61lpha\x18\x05 \x01(\x01\x12\x0e\n\x06\x61udits\x18\x06 \x01(\x03\x12\x10\n\x08\x65xceeded\x18\x07 \x01(\x03\x12\x0e\n\x06\x61larms\x18\x08 \x01(\x03\x12\x0e\n\x06\x64rifts\x18\t \x01(\x03\x12\x1e\n\x11mean_log_residual\x18\n \x01(\x01H\x00\x88\x01\x01\x42\x14\n\x12_mean_log_residual\"\x10\n\x0eGetModeRequest\"1\n\x0fGetModeResponse\x12\x1e\n\x04mode\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode\"0\n\x0eSetModeRequest\x12\x1e\n\x04mode\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode\"5\n\x0fSetModeResponse\x12\"\n\x08previous\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode*N\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0c\n\x08MODE_OFF\x10\x01\x12\x11\n\rMODE_ADVISORY\x10\x02\x12\x0f\n\x0bMODE_ACTIVE\x10\x03*\xc3\x01\n\x0f\x44\x65\x63isionOutcome\x12 \n\x1c\x44\x45\x43ISION_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45\x43ISION_OUTCOME_KEEP\x10\x01\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_ADVISED\x10\x02\x12\x19\n\x15\x44\x45\x43ISION_OUTCOME_SENT\x10\x03\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_APPLIED\x10\x04\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_REFUSED\x10\x05\x32\xc7\x04\n\x0fOperatorService\x12N\n\x0bListWorkers\x12\x1e.kvpilot.v1.ListWorkersRequest\x1a\x1f.kvpilot.v1.ListWorkersResponse\x12Q\n\x0cListRequests\x12\x1f.kvpilot.v1.ListRequestsRequest\x1a .kvpilot.v1.ListRequestsResponse\x12]\n\x10OverridePipeline\x12#.kvpilot.v1.OverridePipelineRequest\x1a$.kvpilot.v1.OverridePipelineResponse\x12Z\n\x0fReleasePipeline\x12\".kvpilot.v1.ReleasePipelineRequest\x1a#.kvpilot.v1.ReleasePipelineResponse\x12N\n\x0bListBundles\x12\x1e.kvpilot.v1.ListBundlesRequest\x1a\x1f.kvpilot.v1.ListBundlesResponse\x12\x42\n\x07GetMode\x12\x1a.kvpilot.v1.GetModeRequest\x1a\x1b.kvpilot.v1.GetModeResponse\x12\x42\n\x07SetMode\x12\x1a.kvpilot.v1.SetModeRequest\x1a\x1b.kvpilot.v1.SetModeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvpilot/v1/operator.proto\x12\nkvpilot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvpilot/v1/policy.proto\"\'\n\x12ListWorkersRequest\x12\x11\n\tonly_here\x18\x01 \x01(\x08\"V\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.kvpilot.v1.Worker\x12\x1a\n\x12silent_controllers\x18\x02 \x03(\t\"\xc8\x01\n\x06Worker\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Hello\x12&\n\x05state\x18\x02 \x01(\x0b\x32\x17.kvpilot.v1.WorkerState\x12/\n\x0b\x61ttach_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0breport_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ncontroller\x18\x05 \x01(\t\"8\n\x13ListRequestsRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x11\n\tonly_here\x18\x02 \x01(\x08\"]\n\x14ListRequestsResponse\x12)\n\x08requests\x18\x01 \x03(\x0b\x32\x17.kvpilot.v1.LiveRequest\x12\x1a\n\x12silent_controllers\x18\x02 \x03(\t\"\x82\x01\n\x0bLiveRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0b\x32\x18.kvpilot.v1.RequestState\x12&\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x14.kvpilot.v1.Decision\x12\x12\n\noverridden\x18\x04 \x01(\x08\"\xe5\x01\n\x08\x44\x65\x63ision\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07outcome\x18\x04 \x01(\x0e\x32\x1b.kvpilot.v1.DecisionOutcome\x12\x0f\n\x07refusal\x18\x05 \x01(\t\x12\x0e\n\x06\x62undle\x18\x06 \x01(\t\x12\x1c\n\x14predicted_divergence\x18\x07 \x01(\x01\x12\r\n\x05\x62ound\x18\x08 \x01(\x01\x12\x11\n\trunner_up\x18\t \x01(\t\"b\n\x17OverridePipelineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\tonly_here\x18\x04 \x01(\x08\"8\n\x18OverridePipelineResponse\x12\x1c\n\x03\x61\x63k\x18\x01 \x01(\x0b\x32\x0f.kvpilot.v1.Ack\"?\n\x16ReleasePipelineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tonly_here\x18\x02 \x01(\x08\"\x19\n\x17ReleasePipelineResponse\"\x14\n\x12ListBundlesRequest\":\n\x13ListBundlesResponse\x12#\n\x07\x62undles\x18\x01 \x03(\x0b\x32\x12.kvpilot.v1.Bundle\"\xd1\x01\n\x06\x42undle\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tive\x18\x02 \x01(\x08\x12\x0e\n\x06shadow\x18\x03 \x01(\x08\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\r\n\x05\x61lpha\x18\x05 \x01(\x01\x12\x0e\n\x06\x61udits\x18\x06 \x01(\x03\x12\x10\n\x08\x65xceeded\x18\x07 \x01(\x03\x12\x0e\n\x06\x61larms\x18\x08 \x01(\x03\x12\x0e\n\x06\x64rifts\x18\t \x01(\x03\x12\x1e\n\x11mean_log_residual\x18\n \x01(\x01H\x00\x88\x01\x01\x42\x14\n\x12_mean_log_residual\"\x10\n\x0eGetModeRequest\"1\n\x0fGetModeResponse\x12\x1e\n\x04mode\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode\"0\n\x0eSetModeRequest\x12\x1e\n\x04mode\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode\"5\n\x0fSetModeResponse\x12\"\n\x08previous\x18\x01 \x01(\x0e\x32\x10.kvpilot.v1.Mode*N\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0c\n\x08MODE_OFF\x10\x01\x12\x11\n\rMODE_ADVISORY\x10\x02\x12\x0f\n\x0bMODE_ACTIVE\x10\x03*\xc3\x01\n\x0f\x44\x65\x63isionOutcome\x12 \n\x1c\x44\x45\x43ISION_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45\x43ISION_OUTCOME_KEEP\x10\x01\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_ADVISED\x10\x02\x12\x19\n\x15\x44\x45\x43ISION_OUTCOME_SENT\x10\x03\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_APPLIED\x10\x04\x12\x1c\n\x18\x44\x45\x43ISION_OUTCOME_REFUSED\x10\x05\x32\xc7\x04\n\x0fOperatorService\x12N\n\x0bListWorkers\x12\x1e.kvpilot.v1.ListWorkersRequest\x1a\x1f.kvpilot.v1.ListWorkersResponse\x12Q\n\x0cListRequests\x12\x1f.kvpilot.v1.ListRequestsRequest\x1a .kvpilot.v1.ListRequestsResponse\x12]\n\x10OverridePipeline\x12#.kvpilot.v1.OverridePipelineRequest\x1a$.kvpilot.v1.OverridePipelineResponse\x12Z\n\x0fReleasePipeline\x12\".kvpilot.v1.ReleasePipelineRequest\x1a#.kvpilot.v1.ReleasePipelineResponse\x12N\n\x0bListBundles\x12\x1e.kvpilot.v1.ListBundlesRequest\x1a\x1f.kvpilot.v1.ListBundlesResponse\x12\x42\n\x07GetMode\x12\x1a.kvpilot.v1.GetModeRequest\x1a\x1b.kvpilot.v1.GetModeResponse\x12\x42\n\x07SetMode\x12\x1a.kvpilot.v1.SetModeRequest\x1a\x1b.kvpilot.v1.SetModeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvpilot.v1.operator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=1515
-  _globals['_MODE']._serialized_end=1593
-  _globals['_DECISIONOUTCOME']._serialized_start=1596
-  _globals['_DECISIONOUTCOME']._serialized_end=1791
+  _globals['_MODE']._serialized_start=1667
+  _globals['_MODE']._serialized_end=1745
+  _globals['_DECISIONOUTCOME']._serialized_start=1748
+  _globals['_DECISIONOUTCOME']._serialized_end=1943
   _globals['_LISTWORKERSREQUEST']._serialized_start=99
-  _globals['_LISTWORKERSREQUEST']._serialized_end=119
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=121
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=179
-  _globals['_WORKER']._serialized_start=182
-  _globals['_WORKER']._serialized_end=362
-  _globals['_LISTREQUESTSREQUEST']._serialized_start=364
-  _globals['_LISTREQUESTSREQUEST']._serialized_end=401
-  _globals['_LISTREQUESTSRESPONSE']._serialized_start=403
-  _globals['_LISTREQUESTSRESPONSE']._serialized_end=468
-  _globals['_LIVEREQUEST']._serialized_start=471
-  _globals['_LIVEREQUEST']._serialized_end=601
-  _globals['_DECISION']._serialized_start=604
-  _globals['_DECISION']._serialized_end=833
-  _globals['_OVERRIDEPIPELINEREQUEST']._serialized_start=835
-  _globals['_OVERRIDEPIPELINEREQUEST']._serialized_end=914
-  _globals['_OVERRIDEPIPELINERESPONSE']._serialized_start=916
-  _globals['_OVERRIDEPIPELINERESPONSE']._serialized_end=972
-  _globals['_RELEASEPIPELINEREQUEST']._serialized_start=974
-  _globals['_RELEASEPIPELINEREQUEST']._serialized_end=1018
-  _globals['_RELEASEPIPELINERESPONSE']._serialized_start=1020
-  _globals['_RELEASEPIPELINERESPONSE']._serialized_end=1045
-  _globals['_LISTBUNDLESREQUEST']._serialized_start=1047
-  _globals['_LISTBUNDLESREQUEST']._serialized_end=1067
-  _globals['_LISTBUNDLESRESPONSE']._serialized_start=1069
-  _globals['_LISTBUNDLESRESPONSE']._serialized_end=1127
-  _globals['_BUNDLE']._serialized_start=1130
-  _globals['_BUNDLE']._serialized_end=1339
-  _globals['_GETMODEREQUEST']._serialized_start=1341
-  _globals['_GETMODEREQUEST']._serialized_end=1357
-  _globals['_GETMODERESPONSE']._serialized_start=1359
-  _globals['_GETMODERESPONSE']._serialized_end=1408
-  _globals['_SETMODEREQUEST']._serialized_start=1410
-  _globals['_SETMODEREQUEST']._serialized_end=1458
-  _globals['_SETMODERESPONSE']._serialized_start=1460
-  _globals['_SETMODERESPONSE']._serialized_end=1513
-  _globals['_OPERATORSERVICE']._serialized_start=1794
-  _globals['_OPERATORSERVICE']._serialized_end=2377
+  _globals['_LISTWORKERSREQUEST']._serialized_end=138
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=140
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=226
+  _globals['_WORKER']._serialized_start=229
+  _globals['_WORKER']._serialized_end=429
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=431
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=487
+  _globals['_LISTREQUESTSRESPONSE']._serialized_start=489
+  _globals['_LISTREQUESTSRESPONSE']._serialized_end=582
+  _globals['_LIVEREQUEST']._serialized_start=585
+  _globals['_LIVEREQUEST']._serialized_end=715
+  _globals['_DECISION']._serialized_start=718
+  _globals['_DECISION']._serialized_end=947
+  _globals['_OVERRIDEPIPELINEREQUEST']._serialized_start=949
+  _globals['_OVERRIDEPIPELINEREQUEST']._serialized_end=1047
+  _globals['_OVERRIDEPIPELINERESPONSE']._serialized_start=1049
+  _globals['_OVERRIDEPIPELINERESPONSE']._serialized_end=1105
+  _globals['_RELEASEPIPELINEREQUEST']._serialized_start=1107
+  _globals['_RELEASEPIPELINEREQUEST']._serialized_end=1170
+  _globals['_RELEASEPIPELINERESPONSE']._serialized_start=1172
+  _globals['_RELEASEPIPELINERESPONSE']._serialized_end=1197
+  _globals['_LISTBUNDLESREQUEST']._serialized_start=1199
+  _globals['_LISTBUNDLESREQUEST']._serialized_end=1219
+  _globals['_LISTBUNDLESRESPONSE']._serialized_start=1221
+  _globals['_LISTBUNDLESRESPONSE']._serialized_end=1279
+  _globals['_BUNDLE']._serialized_start=1282
+  _globals['_BUNDLE']._serialized_end=1491
+  _globals['_GETMODEREQUEST']._serialized_start=1493
+  _globals['_GETMODEREQUEST']._serialized_end=1509
+  _globals['_GETMODERESPONSE']._serialized_start=1511
+  _globals['_GETMODERESPONSE']._serialized_end=1560
+  _globals['_SETMODEREQUEST']._serialized_start=1562
+  _globals['_SETMODEREQUEST']._serialized_end=1610
+  _globals['_SETMODERESPONSE']._serialized_start=1612
+  _globals['_SETMODERESPONSE']._serialized_end=1665
+  _globals['_OPERATORSERVICE']._serialized_start=1946
+  _globals['_OPERATORSERVICE']._serialized_end=2529
 # @@protoc_insertion_point(module_scope)

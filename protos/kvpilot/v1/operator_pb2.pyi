@@ -38,38 +38,48 @@ DECISION_OUTCOME_APPLIED: DecisionOutcome
 DECISION_OUTCOME_REFUSED: DecisionOutcome
 
 class ListWorkersRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("only_here",)
+    ONLY_HERE_FIELD_NUMBER: _ClassVar[int]
+    only_here: bool
+    def __init__(self, only_here: _Optional[bool] = ...) -> None: ...
 
 class ListWorkersResponse(_message.Message):
-    __slots__ = ("workers",)
+    __slots__ = ("workers", "silent_controllers")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_CONTROLLERS_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
-    def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ...) -> None: ...
+    silent_controllers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., silent_controllers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("hello", "state", "attach_time", "report_time")
+    __slots__ = ("hello", "state", "attach_time", "report_time", "controller")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ATTACH_TIME_FIELD_NUMBER: _ClassVar[int]
     REPORT_TIME_FIELD_NUMBER: _ClassVar[int]
+    CONTROLLER_FIELD_NUMBER: _ClassVar[int]
     hello: _policy_pb2.Hello
     state: _policy_pb2.WorkerState
     attach_time: _timestamp_pb2.Timestamp
     report_time: _timestamp_pb2.Timestamp
-    def __init__(self, hello: _Optional[_Union[_policy_pb2.Hello, _Mapping]] = ..., state: _Optional[_Union[_policy_pb2.WorkerState, _Mapping]] = ..., attach_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., report_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    controller: str
+    def __init__(self, hello: _Optional[_Union[_policy_pb2.Hello, _Mapping]] = ..., state: _Optional[_Union[_policy_pb2.WorkerState, _Mapping]] = ..., attach_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., report_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., controller: _Optional[str] = ...) -> None: ...
 
 class ListRequestsRequest(_message.Message):
-    __slots__ = ("worker",)
+    __slots__ = ("worker", "only_here")
     WORKER_FIELD_NUMBER: _ClassVar[int]
+    ONLY_HERE_FIELD_NUMBER: _ClassVar[int]
     worker: str
-    def __init__(self, worker: _Optional[str] = ...) -> None: ...
+    only_here: bool
+    def __init__(self, worker: _Optional[str] = ..., only_here: _Optional[bool] = ...) -> None: ...
 
 class ListRequestsResponse(_message.Message):
-    __slots__ = ("requests",)
+    __slots__ = ("requests", "silent_controllers")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_CONTROLLERS_FIELD_NUMBER: _ClassVar[int]
     requests: _containers.RepeatedCompositeFieldContainer[LiveRequest]
-    def __init__(self, requests: _Optional[_Iterable[_Union[LiveRequest, _Mapping]]] = ...) -> None: ...
+    silent_controllers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, requests: _Optional[_Iterable[_Union[LiveRequest, _Mapping]]] = ..., silent_controllers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LiveRequest(_message.Message):
     __slots__ = ("worker", "state", "decision", "overridden")
@@ -106,14 +116,16 @@ class Decision(_message.Message):
     def __init__(self, pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., outcome: _Optional[_Union[DecisionOutcome, str]] = ..., refusal: _Optional[str] = ..., bundle: _Optional[str] = ..., predicted_divergence: _Optional[float] = ..., bound: _Optional[float] = ..., runner_up: _Optional[str] = ...) -> None: ...
 
 class OverridePipelineRequest(_message.Message):
-    __slots__ = ("request_id", "pipeline", "reason")
+    __slots__ = ("request_id", "pipeline", "reason", "only_here")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    ONLY_HERE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     pipeline: str
     reason: str
-    def __init__(self, request_id: _Optional[str] = ..., pipeline: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    only_here: bool
+    def __init__(self, request_id: _Optional[str] = ..., pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., only_here: _Optional[bool] = ...) -> None: ...
 
 class OverridePipelineResponse(_message.Message):
     __slots__ = ("ack",)
@@ -122,10 +134,12 @@ class OverridePipelineResponse(_message.Message):
     def __init__(self, ack: _Optional[_Union[_policy_pb2.Ack, _Mapping]] = ...) -> None: ...
 
 class ReleasePipelineRequest(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "only_here")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ONLY_HERE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    only_here: bool
+    def __init__(self, request_id: _Optional[str] = ..., only_here: _Optional[bool] = ...) -> None: ...
 
 class ReleasePipelineResponse(_message.Message):
     __slots__ = ()

@@ -26,15 +26,16 @@ if _version_not_supported:
 
 
 class OperatorServiceStub:
-    """Served by the controller that holds the workers' steering streams.
+    """Served by the controllers that hold the workers' steering streams. Where several controllers share a job store, it does
+    not matter which of them is called: it lists what all of them have, passes orders on to the one that has the request,
+    and what is set holds for all of them within a moment. A request's `only_here` leaves the others out.
 
     Durability: what an operator sets, overrides and the mode, is kept in the job store, and a controller takes both up
     again when it starts. OverridePipeline, ReleasePipeline and SetMode take effect in this controller at once and return
     when the store has the change too. With the store out of reach, or slower than a second, they succeed all the same:
     the controller logs a warning and goes on trying to write, the newest value of each, for as long as it runs; only if it
     dies before that is the change lost. A controller that runs without a job store forgets both when it ends. Everything
-    else here is rebuilt from the workers' reports. Controllers that share a store read each other's settings when they
-    start, not while they run.
+    else here is rebuilt from the workers' reports.
     """
 
     def __init__(self, channel):
@@ -81,19 +82,20 @@ class OperatorServiceStub:
 
 
 class OperatorServiceServicer:
-    """Served by the controller that holds the workers' steering streams.
+    """Served by the controllers that hold the workers' steering streams. Where several controllers share a job store, it does
+    not matter which of them is called: it lists what all of them have, passes orders on to the one that has the request,
+    and what is set holds for all of them within a moment. A request's `only_here` leaves the others out.
 
     Durability: what an operator sets, overrides and the mode, is kept in the job store, and a controller takes both up
     again when it starts. OverridePipeline, ReleasePipeline and SetMode take effect in this controller at once and return
     when the store has the change too. With the store out of reach, or slower than a second, they succeed all the same:
     the controller logs a warning and goes on trying to write, the newest value of each, for as long as it runs; only if it
     dies before that is the change lost. A controller that runs without a job store forgets both when it ends. Everything
-    else here is rebuilt from the workers' reports. Controllers that share a store read each other's settings when they
-    start, not while they run.
+    else here is rebuilt from the workers' reports.
     """
 
     def ListWorkers(self, request, context):
-        """Lists the workers attached to this controller.
+        """Lists the attached workers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,8 +112,9 @@ class OperatorServiceServicer:
         """Sends a request to a pipeline and pins it there until ReleasePipeline or the end of the request, whatever happens to
         the controller meanwhile. Returns once the worker has answered.
 
-        Errors: NOT_FOUND for a request that is not live here; INVALID_ARGUMENT for a pipeline that does not parse; the
-        worker's own status where it refuses; DEADLINE_EXCEEDED when it does not answer in time.
+        Errors: NOT_FOUND for a request that is not live; INVALID_ARGUMENT for a pipeline that does not parse; the worker's
+        own status where it refuses; DEADLINE_EXCEEDED when it does not answer in time; UNAVAILABLE where a controller that
+        may have the request does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,7 +123,7 @@ class OperatorServiceServicer:
     def ReleasePipeline(self, request, context):
         """Gives an overridden request back to the planner.
 
-        Errors: NOT_FOUND for a request that is not live here.
+        Errors: NOT_FOUND for a request that is not live; UNAVAILABLE where a controller that may have it does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,15 +137,16 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetMode(self, request, context):
-        """Says how much this controller steers: what SetMode last set, also before a restart, else the mode it was configured
-        to start with.
+        """Says how much is steered: what SetMode last set, also before a restart, else the mode this controller was
+        configured to start with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetMode(self, request, context):
-        """Sets how much this controller steers. Kept: from now on it wins over the configured mode at every start.
+        """Sets how much is steered, by all controllers of the job store. Kept: from now on it wins over the configured mode at
+        every start.
 
         Errors: INVALID_ARGUMENT for MODE_UNSPECIFIED.
         """
@@ -197,15 +201,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class OperatorService:
-    """Served by the controller that holds the workers' steering streams.
+    """Served by the controllers that hold the workers' steering streams. Where several controllers share a job store, it does
+    not matter which of them is called: it lists what all of them have, passes orders on to the one that has the request,
+    and what is set holds for all of them within a moment. A request's `only_here` leaves the others out.
 
     Durability: what an operator sets, overrides and the mode, is kept in the job store, and a controller takes both up
     again when it starts. OverridePipeline, ReleasePipeline and SetMode take effect in this controller at once and return
     when the store has the change too. With the store out of reach, or slower than a second, they succeed all the same:
     the controller logs a warning and goes on trying to write, the newest value of each, for as long as it runs; only if it
     dies before that is the change lost. A controller that runs without a job store forgets both when it ends. Everything
-    else here is rebuilt from the workers' reports. Controllers that share a store read each other's settings when they
-    start, not while they run.
+    else here is rebuilt from the workers' reports.
     """
 
     @staticmethod

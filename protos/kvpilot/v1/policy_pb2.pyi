@@ -11,6 +11,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("controller", "workers")
+    CONTROLLER_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    controller: str
+    workers: int
+    def __init__(self, controller: _Optional[str] = ..., workers: _Optional[int] = ...) -> None: ...
+
 class SteerRequest(_message.Message):
     __slots__ = ("hello", "report", "ack", "nack")
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -32,7 +44,7 @@ class SteerResponse(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., directive: _Optional[_Union[Directive, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker", "version", "model", "layers", "kv_heads", "query_heads", "head_dim", "raw_dtype", "formats", "tiers", "feature_schema_hash", "far_horizons_tokens", "epochs")
+    __slots__ = ("worker", "version", "model", "layers", "kv_heads", "query_heads", "head_dim", "raw_dtype", "formats", "tiers", "feature_schema_hash", "far_horizons_tokens", "epochs", "protocol_version")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +58,7 @@ class Hello(_message.Message):
     FEATURE_SCHEMA_HASH_FIELD_NUMBER: _ClassVar[int]
     FAR_HORIZONS_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     worker: str
     version: str
     model: _generation_pb2.Model
@@ -59,7 +72,8 @@ class Hello(_message.Message):
     feature_schema_hash: str
     far_horizons_tokens: _containers.RepeatedScalarFieldContainer[int]
     epochs: _containers.RepeatedCompositeFieldContainer[RequestEpoch]
-    def __init__(self, worker: _Optional[str] = ..., version: _Optional[str] = ..., model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., query_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., raw_dtype: _Optional[str] = ..., formats: _Optional[_Iterable[str]] = ..., tiers: _Optional[_Iterable[_Union[Tier, _Mapping]]] = ..., feature_schema_hash: _Optional[str] = ..., far_horizons_tokens: _Optional[_Iterable[int]] = ..., epochs: _Optional[_Iterable[_Union[RequestEpoch, _Mapping]]] = ...) -> None: ...
+    protocol_version: int
+    def __init__(self, worker: _Optional[str] = ..., version: _Optional[str] = ..., model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., query_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., raw_dtype: _Optional[str] = ..., formats: _Optional[_Iterable[str]] = ..., tiers: _Optional[_Iterable[_Union[Tier, _Mapping]]] = ..., feature_schema_hash: _Optional[str] = ..., far_horizons_tokens: _Optional[_Iterable[int]] = ..., epochs: _Optional[_Iterable[_Union[RequestEpoch, _Mapping]]] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Tier(_message.Message):
     __slots__ = ("name", "budget_bytes", "bandwidth_bytes_per_s")
@@ -314,16 +328,20 @@ class Signals(_message.Message):
     def __init__(self, steps: _Optional[int] = ..., far_mass: _Optional[_Iterable[float]] = ..., far_mass_max: _Optional[_Iterable[float]] = ..., sink_mass: _Optional[float] = ..., attention_entropy: _Optional[float] = ..., next_token_entropy: _Optional[float] = ..., top1_probability: _Optional[float] = ..., repeat_rate: _Optional[float] = ..., far_mass_last: _Optional[_Iterable[float]] = ..., far_mass_worst_layer: _Optional[_Iterable[float]] = ..., dropped_votes: _Optional[_Iterable[float]] = ..., dropped_votes_max: _Optional[_Iterable[float]] = ..., surprise: _Optional[float] = ..., next_token_entropy_max: _Optional[float] = ..., far_votes: _Optional[_Iterable[float]] = ..., far_votes_max: _Optional[_Iterable[float]] = ..., far_votes_by_depth: _Optional[_Iterable[float]] = ..., repeat_beyond: _Optional[_Iterable[float]] = ..., copied_tokens: _Optional[int] = ..., copied_from_tokens: _Optional[int] = ..., far_mass_by_depth: _Optional[_Iterable[float]] = ..., missed_votes: _Optional[_Iterable[float]] = ..., missed_votes_max: _Optional[_Iterable[float]] = ..., missed_votes_by_depth: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("controller", "report_interval_tokens", "default_pipeline", "version")
+    __slots__ = ("controller", "report_interval_tokens", "default_pipeline", "version", "protocol_version", "workers")
     CONTROLLER_FIELD_NUMBER: _ClassVar[int]
     REPORT_INTERVAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_PIPELINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     controller: str
     report_interval_tokens: int
     default_pipeline: str
     version: str
-    def __init__(self, controller: _Optional[str] = ..., report_interval_tokens: _Optional[int] = ..., default_pipeline: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    protocol_version: int
+    workers: int
+    def __init__(self, controller: _Optional[str] = ..., report_interval_tokens: _Optional[int] = ..., default_pipeline: _Optional[str] = ..., version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., workers: _Optional[int] = ...) -> None: ...
 
 class Directive(_message.Message):
     __slots__ = ("nonce", "epoch", "request_id", "pipeline", "reason", "bundle", "deadline_token", "ordered_by")

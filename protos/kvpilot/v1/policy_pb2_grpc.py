@@ -40,6 +40,11 @@ class SteeringServiceStub:
                 request_serializer=kvpilot_dot_v1_dot_policy__pb2.SteerRequest.SerializeToString,
                 response_deserializer=kvpilot_dot_v1_dot_policy__pb2.SteerResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/kvpilot.v1.SteeringService/GetLoad',
+                request_serializer=kvpilot_dot_v1_dot_policy__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=kvpilot_dot_v1_dot_policy__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
 
 
 class SteeringServiceServicer:
@@ -54,6 +59,15 @@ class SteeringServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoad(self, request, context):
+        """Says how many workers this controller has, for workers that look for one that has fewer. Answered at once.
+
+        Errors: UNAVAILABLE from a controller that is stopping; UNIMPLEMENTED from one of version 0.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SteeringServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +75,11 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     servicer.Steer,
                     request_deserializer=kvpilot_dot_v1_dot_policy__pb2.SteerRequest.FromString,
                     response_serializer=kvpilot_dot_v1_dot_policy__pb2.SteerResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=kvpilot_dot_v1_dot_policy__pb2.GetLoadRequest.FromString,
+                    response_serializer=kvpilot_dot_v1_dot_policy__pb2.GetLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +110,33 @@ class SteeringService:
             '/kvpilot.v1.SteeringService/Steer',
             kvpilot_dot_v1_dot_policy__pb2.SteerRequest.SerializeToString,
             kvpilot_dot_v1_dot_policy__pb2.SteerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpilot.v1.SteeringService/GetLoad',
+            kvpilot_dot_v1_dot_policy__pb2.GetLoadRequest.SerializeToString,
+            kvpilot_dot_v1_dot_policy__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,
