@@ -44,6 +44,8 @@ spec:
           env:
             - name: KVPILOT_CONTROLLER_NAME
               valueFrom: {fieldRef: {fieldPath: metadata.name}}
+            - name: POD_IP
+              valueFrom: {fieldRef: {fieldPath: status.podIP}}
             {{- if $values.metrics.enabled }}
             - name: KVPILOT_CONTROLLER_METRICS_LISTEN
               value: 0.0.0.0:{{ $values.metrics.port }}
