@@ -6,7 +6,8 @@
 #
 # Environment, for the worker's dependencies:
 #   TORCH        requirement of the build to install (default: torch at the version of worker.txt)
-#   TORCH_INDEX  package index that holds it; empty: pip's usual one, whose build for Linux is CUDA's
+#   TORCH_INDEX  a further package index with builds of it, such as PyTorch's for the CPU, whose versions (2.13.0+cpu)
+#                win over the usual index's (2.13.0, for Linux CUDA's); empty: the usual one alone
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -26,7 +27,7 @@ dependencies() {
     if [ "$role" = worker ]; then
         torch=${TORCH:-torch==$(sed -n 's/^# torch==//p' "$here/worker.txt")}
         # With its own dependencies: CUDA's libraries differ from build to build. What the lock names stays as there.
-        pip install --quiet --constraint "$here/worker.txt" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
+        pip install --quiet --constraint "$here/worker.txt" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch"
     fi
     pip install --quiet --no-deps --requirement "$here/$role.txt"
     # The lock was made with one Python: another may need packages that it does not name.

@@ -23,7 +23,7 @@ from tests.deploy.rendering import (
 from workers.process import HEALTH_SERVICE
 from workers.settings import WorkerSettings
 
-UPCOMING = {"METRICS_LISTEN", "DRAIN_TIMEOUT_S"}
+UPCOMING = {"METRICS_LISTEN"}
 """Settings that processes have or ignore: variables that they do not know do no harm."""
 
 
@@ -73,6 +73,15 @@ def test_values_of_a_pool_become_its_workers_settings(monkeypatch: pytest.Monkey
     assert settings.disk_budget_bytes == 100 << 30
     assert settings.default_pipeline == "kivi(bits=4) | host(recent=2048)"
     assert settings.max_running == 4, "a pool's own settings win"
+
+
+def test_replicas_of_steering_find_each_other_by_their_pods_addresses() -> None:
+    container = _main(find(rendered("gpu"), "Deployment", "kvpilot-steering"))
+    names = [each["name"] for each in container["env"]]
+    variables = environment(container)
+    assert variables["KVPILOT_CONTROLLER_ADVERTISE"] == "$(POD_IP):7450"
+    assert variables["POD_IP"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert names.index("POD_IP") < names.index("KVPILOT_CONTROLLER_ADVERTISE"), "or it is not put in"
 
 
 def test_roles_are_split_so_that_planning_delays_no_token() -> None:
@@ -207,7 +216,10 @@ def test_images_are_told_apart_by_variant_unless_a_digest_says_which() -> None:
     }
     assert images["cpu"].endswith("/kvpilot-worker:0.1.0-cpu")
     assert images["gpu"].endswith("/kvpilot-worker:0.1.0-cuda")
-    assert "@sha256:" in _main(find(rendered("full"), "Deployment", "kvpilot-worker-long"))["image"]
+    full = rendered("full")
+    assert "/kvpilot-worker@sha256:" in _main(find(full, "Deployment", "kvpilot-worker-long"))["image"]
+    assert _main(find(full, "Deployment", "kvpilot-worker-small"))["image"].endswith("/kvpilot-worker:0.1.0-cpu")
+    assert _main(find(full, "Deployment", "kvpilot-steering"))["image"].endswith("/kvpilot-controller:0.1.0-rc.1")
 
 
 def test_no_update_takes_a_replica_away_before_there_is_another_unless_gpus_are_scarce() -> None:
@@ -232,6 +244,13 @@ def test_network_policies_open_the_ports_that_are_used_and_no_other() -> None:
     }
     for spec in policies.values():
         assert spec["policyTypes"] == ["Ingress", "Egress"]
+    to_steering = {
+        name
+        for name, spec in policies.items()
+        if any(peer.get("podSelector") == policies["kvpilot-steering"]["podSelector"]
+               for rule in spec["egress"] for peer in rule.get("to", ()))
+    }  # fmt: skip
+    assert to_steering == {"kvpilot-steering", "kvpilot-worker"}, "its replicas call each other"
     for workload in of_kind(objects, "Deployment", "StatefulSet"):
         labels = pod_of(workload)["metadata"]["labels"]
         assert [spec for spec in policies.values() if _matches(labels, spec["podSelector"]["matchLabels"])]

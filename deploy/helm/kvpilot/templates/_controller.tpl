@@ -37,13 +37,15 @@ spec:
       terminationGracePeriodSeconds: {{ add $values.controller.preStopSleepSeconds $values.controller.graceSeconds 10 }}
       containers:
         - name: controller
-          image: {{ include "kvpilot.image" (list $root "controller" "") | quote }}
+          image: {{ include "kvpilot.image" (list $root "controller" "" $values.image.controller.digest) | quote }}
           imagePullPolicy: {{ $values.image.pullPolicy }}
           securityContext:
             {{- include "kvpilot.containerSecurity" $root | nindent 12 }}
           env:
             - name: KVPILOT_CONTROLLER_NAME
               valueFrom: {fieldRef: {fieldPath: metadata.name}}
+            - name: POD_IP
+              valueFrom: {fieldRef: {fieldPath: status.podIP}}
             {{- if $values.metrics.enabled }}
             - name: KVPILOT_CONTROLLER_METRICS_LISTEN
               value: 0.0.0.0:{{ $values.metrics.port }}

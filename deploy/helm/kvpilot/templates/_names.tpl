@@ -44,13 +44,13 @@ app.kubernetes.io/part-of: kvpilot
 {{- end }}
 {{- end -}}
 
-{{/* An image of ours. Takes a list: root, key below `image`, and what is appended to the tag. */}}
+{{/* An image of ours. Takes a list: root, key below `image`, what is appended to the tag, digest or none. */}}
 {{- define "kvpilot.image" -}}
 {{- $root := index . 0 -}}
 {{- $image := index $root.Values.image (index . 1) -}}
 {{- $base := printf "%s/%s" $root.Values.image.registry $image.name -}}
-{{- if $image.digest -}}
-{{- printf "%s@%s" $base $image.digest -}}
+{{- if index . 3 -}}
+{{- printf "%s@%s" $base (index . 3) -}}
 {{- else -}}
 {{- printf "%s:%s%s" $base (default $root.Chart.AppVersion $image.tag) (index . 2) -}}
 {{- end -}}

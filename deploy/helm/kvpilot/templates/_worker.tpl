@@ -10,7 +10,8 @@
 {{/* The image of a pool's workers. Takes a list: root, the pool's values. */}}
 {{- define "kvpilot.workerImage" -}}
 {{- $values := index . 1 -}}
-{{- include "kvpilot.image" (list (index . 0) "worker" (default (printf "-%s" $values.device) $values.imageTagSuffix)) -}}
+{{- $suffix := default (printf "-%s" $values.device) $values.imageTagSuffix -}}
+{{- include "kvpilot.image" (list (index . 0) "worker" $suffix $values.imageDigest) -}}
 {{- end -}}
 
 {{/* What brings the weights into the pod. Takes a dictionary: root, values. */}}
