@@ -111,7 +111,7 @@ def heat(title: str, description: str, histogram: Metric, unit: str, width: int 
     """A histogram over time, as Prometheus counts it: no bucket is made up."""
     query = Query(buckets(histogram, **labels), "{{le}}")
     colours = heatmap.HeatmapColorOptions().mode(heatmap_model.HeatmapColorMode.SCHEME).scheme("Turbo")
-    panel = heatmap.Panel().title(title).description(description).datasource(SOURCE).span(width).height(8)
+    panel = heatmap.Panel().title(title).description(description).datasource(SOURCE).span(width).height(8).unit(unit)
     panel = panel.calculate(False).color(colours.exponent(0.5).steps(64).fill("dark-orange"))
     panel = panel.y_axis(heatmap.YAxisConfig().unit(unit).axis_placement(shared.AxisPlacement.LEFT))
     panel = panel.mode(shared.TooltipDisplayMode.SINGLE).show_legend()
@@ -120,7 +120,9 @@ def heat(title: str, description: str, histogram: Metric, unit: str, width: int 
 
 def listing(title: str, description: str, query: Query, columns: tuple[str, ...], width: int = 8) -> Panel:
     """A table of series of now: these labels."""
-    panel = table.Panel().title(title).description(description).datasource(SOURCE).span(width).height(8)
+    panel = (
+        table.Panel().title(title).description(description).datasource(SOURCE).span(width).height(8).no_value("none")
+    )
     kept = model.DataTransformerConfig(id_val="filterFieldsByName", options={"include": {"names": list(columns)}})
     return panel.with_target(query.target(0, instant=True).format(PromQueryFormat.TABLE)).with_transformation(kept)
 
