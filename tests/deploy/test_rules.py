@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from cli.main import app
 from tests.deploy.prometheus import needs_prometheus
 from tests.deploy.promql import TARGET_LABELS, known_series, labels_of
 from tests.deploy.sources import DEPLOY, RULES, alerts, labels_named, recorded, rules
@@ -91,20 +94,23 @@ def runbook(alert: str) -> str:
 
 def test_runbooks_name_commands_that_exist() -> None:
     """Every ``kvpilot ...`` in a runbook is a command of the tool, with options that it has."""
-    import click
-    import typer
+    text = RUNBOOKS.read_text(encoding="utf-8")
+    lines = re.findall(r"^kvpilot (.+?)(?:\s+#.*)?$", text, re.M) + re.findall(r"`kvpilot ([^`]+)`", text)
+    assert len(lines) > 30
+    for line in lines:
+        assert not (wrong := what_is_wrong(shlex.split(line))), f"kvpilot {line}: {wrong}"
+    assert what_is_wrong(["models", "demote"]) == "no command demote"
+    assert what_is_wrong(["top", "--twice"]) == "no option --twice"
 
-    from cli.main import app
 
-    tool = typer.main.get_command(app)
-    for line in re.findall(r"^kvpilot (.+?)(?:\s+#.*)?$", RUNBOOKS.read_text(encoding="utf-8"), re.M):
-        command: Any = tool
-        words = line.split()
-        while isinstance(getattr(command, "commands", None), dict) and words:
-            name = words.pop(0)
-            assert name in command.commands, f"kvpilot {line}: no command {name}"
-            command = command.commands[name]
-        options = {option for parameter in command.params for option in getattr(parameter, "opts", ())}
-        given = {word.partition("=")[0] for word in words if word.startswith("-")}
-        assert given <= options, f"kvpilot {line}: no option {given - options}"
-        assert isinstance(command, click.Command) or hasattr(command, "callback")
+def what_is_wrong(words: list[str]) -> str:
+    """Why the tool would not understand these arguments; empty if it would."""
+    command: Any = typer.main.get_command(app)
+    while words and hasattr(command, "commands"):
+        name, *words = words
+        if name not in command.commands:
+            return f"no command {name}"
+        command = command.commands[name]
+    options = {option for parameter in command.params for option in parameter.opts}
+    unknown = [word for word in words if word.startswith("-") and word not in options]
+    return f"no option {unknown[0]}" if unknown else ""

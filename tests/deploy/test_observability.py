@@ -1,0 +1,143 @@
+"""A real Prometheus scrapes a real stack, and is asked all that the dashboards and the rules ask."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+
+from cli import tether
+from kvpilot import AsyncClient
+from tests.deploy.prometheus import Prometheus, needs_prometheus, prometheus
+from tests.deploy.promql import metrics_in
+from tests.deploy.sources import DEPLOY, Query, all_queries, rules
+from tests.e2e.serving import ENDLESS, TIMEOUT_S, Following, Running, operator_of, serving
+from tests.tiny import prompt
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.timeout(3 * TIMEOUT_S),
+    pytest.mark.slow,
+    pytest.mark.skipif(not tether.SUPPORTED, reason="needs Linux"),
+    needs_prometheus,
+]
+ADMITTED = 1000.0
+"""Nats per token that the steered request admits: the random model loses much."""
+SEEN_S = 60
+"""How far back queries look: to before the stack began."""
+QUIET = {
+    "kvpilot_requests_total": "no request of the run fails",
+}
+"""Metrics whose queries may find nothing after the run, and why; all others must find numbers."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A stack that has served some requests, and serves one more; and who watches it."""
+
+    stack: Running
+    watcher: Prometheus
+    live: str
+    """The job that runs meanwhile."""
+
+
+@pytest.fixture(scope="module")
+async def observed(
+    anyio_backend: str, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Observed]:
+    folder = tmp_path_factory.mktemp("observed")
+    worker = {
+        "audit_every_tokens": 32,
+        "audit_tokens": 8,
+        "audit_budget": 100.0,
+        "disk_folder": folder / "blocks",
+        "disk_budget_bytes": 16 << 20,
+    }
+    settings = {"planner": "auto", "host_budget": 16 << 20, "worker": worker, "controller": {"dwell_tokens": 32}}
+    async with AsyncExitStack() as stack:
+        running = await stack.enter_async_context(serving(tiny_folder, folder, **settings))
+        watcher = stack.enter_context(prometheus(folder, configuration(running, folder)))
+        client = await stack.enter_async_context(AsyncClient(running.endpoint))
+        live = await run_requests(client, running)
+        yield Observed(running, watcher, live.job_id)
+        await client.cancel(live.job_id)
+
+
+def configuration(running: Running, folder: Path) -> dict[str, Any]:
+    """The example's, with this stack's addresses, more often; beside the rules a copy of the alerts that all fire."""
+    example = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text(encoding="utf-8"))
+    addresses = [running.child(name).metrics for name in ("controller", "worker-0")]
+    assert all(addresses), addresses
+    example["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    example["scrape_configs"][0]["static_configs"] = [{"targets": addresses}]
+    firing = folder / "firing.yaml"
+    firing.write_text(yaml.safe_dump({"groups": [{"name": "firing", "rules": firing_alerts()}]}), encoding="utf-8")
+    example["rule_files"] = [str(DEPLOY / "prometheus" / file) for file in example["rule_files"]] + [str(firing)]
+    return example
+
+
+def firing_alerts() -> list[dict[str, Any]]:
+    """The alerts with an expression that is always so and has the labels that their annotations speak of."""
+    made = []
+    for rule in rules():
+        if "alert" not in rule:
+            continue
+        expression = "vector(0.25)"
+        for label in sorted(set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))):
+            expression = f'label_replace({expression}, "{label}", "the-{label}", "", "")'
+        labels = rule["labels"] | {"made": "firing"}
+        made.append({"alert": rule["alert"], "expr": expression, "labels": labels, "annotations": rule["annotations"]})
+    return made
+
+
+async def run_requests(client: AsyncClient, running: Running) -> Following:
+    """Has the stack do what dashboards show: turns of a session, pipelines on all tiers, switches, a Nack, audits."""
+    text = prompt(400, 1)
+    for turn in (text, text + prompt(40, 2)):
+        await client.complete(turn, max_tokens=16, ignore_eos=True, session_id="talk")
+    for pipeline in ("host(recent=64)", "arkvale(recent=64, share=0.5)", "disk(recent=64)"):
+        await client.complete(prompt(600, 3), max_tokens=48, ignore_eos=True, pipeline=pipeline)
+    steered = Following(client.generate(prompt(500, 4), max_tokens=400, ignore_eos=True, max_divergence=ADMITTED))
+    await steered.until(lambda: steered.tokens >= 300)
+    await steered.cancel(client)
+    live = Following(client.generate(prompt(300, 5), max_tokens=ENDLESS, ignore_eos=True))
+    async with operator_of(running) as operator:
+        await live.more(32)
+        await operator.override(live.job_id, "kivi(bits=4)", "to be seen")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await operator.override(live.job_id, "shadowkv(recent=64, share=0.5, rank=0.5)")
+    await live.more(64)
+    return live
+
+
+async def test_every_query_finds_what_it_is_for(observed: Observed) -> None:
+    waiting = {query.where: query for query in all_queries()}
+    end = time.monotonic() + TIMEOUT_S / 2
+    while waiting:
+        for query in list(waiting.values()):
+            if found(observed.watcher, query):
+                del waiting[query.where]
+        empty = [query for query in waiting.values() if not metrics_in(query.expression) & QUIET.keys()]
+        if not empty:
+            break
+        assert time.monotonic() < end, "\n".join(f"{query.where}: {query.expression}" for query in empty)
+        await asyncio.sleep(0.5)
+
+
+def found(watcher: Prometheus, query: Query) -> bool:
+    """Whether it gives a number; any error fails."""
+    if query.instant:
+        values = [series["value"] for series in watcher.now(query.expression)]
+    else:
+        values = [pair for series in watcher.lately(query.expression, SEEN_S) for pair in series["values"]]
+    return any(math.isfinite(float(value)) for _, value in values)
