@@ -26,7 +26,6 @@ from tests.tiny import prompt
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.timeout(3 * TIMEOUT_S),
     pytest.mark.slow,
     pytest.mark.skipif(not tether.SUPPORTED, reason="needs Linux"),
     needs_prometheus,
@@ -74,12 +73,10 @@ async def observed(
 
 
 def configuration(running: Running, folder: Path) -> dict[str, Any]:
-    """The example's, with this stack's addresses, more often; beside the rules a copy of the alerts that all fire."""
+    """The example's, with this stack's targets, more often; beside the rules a copy of the alerts that all fire."""
     example = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text(encoding="utf-8"))
-    addresses = [running.child(name).metrics for name in ("controller", "worker-0")]
-    assert all(addresses), addresses
     example["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    example["scrape_configs"][0]["static_configs"] = [{"targets": addresses}]
+    example["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(running.stack.targets_file)]}]
     firing = folder / "firing.yaml"
     firing.write_text(yaml.safe_dump({"groups": [{"name": "firing", "rules": firing_alerts()}]}), encoding="utf-8")
     example["rule_files"] = [str(DEPLOY / "prometheus" / file) for file in example["rule_files"]] + [str(firing)]
@@ -104,13 +101,13 @@ async def run_requests(client: AsyncClient, running: Running) -> Following:
     """Has the stack do what dashboards show: turns of a session, pipelines on all tiers, switches, a Nack, audits."""
     text = prompt(400, 1)
     for turn in (text, text + prompt(40, 2)):
-        await client.complete(turn, max_tokens=16, ignore_eos=True, session_id="talk")
+        await client.complete(token_ids=turn, max_tokens=16, ignore_eos=True, session_id="talk")
     for pipeline in ("host(recent=64)", "arkvale(recent=64, share=0.5)", "disk(recent=64)"):
-        await client.complete(prompt(600, 3), max_tokens=48, ignore_eos=True, pipeline=pipeline)
-    steered = Following(client.generate(prompt(500, 4), max_tokens=400, ignore_eos=True, max_divergence=ADMITTED))
+        await client.complete(token_ids=prompt(600, 3), max_tokens=48, ignore_eos=True, pipeline=pipeline)
+    steered = Following(client.generate(token_ids=prompt(500, 4), max_tokens=400, ignore_eos=True, max_divergence=ADMITTED))
     await steered.until(lambda: steered.tokens >= 300)
     await steered.cancel(client)
-    live = Following(client.generate(prompt(300, 5), max_tokens=ENDLESS, ignore_eos=True))
+    live = Following(client.generate(token_ids=prompt(300, 5), max_tokens=ENDLESS, ignore_eos=True))
     async with operator_of(running) as operator:
         await live.more(32)
         await operator.override(live.job_id, "kivi(bits=4)", "to be seen")
@@ -141,3 +138,73 @@ def found(watcher: Prometheus, query: Query) -> bool:
     else:
         values = [pair for series in watcher.lately(query.expression, SEEN_S) for pair in series["values"]]
     return any(math.isfinite(float(value)) for _, value in values)
+
+
+async def test_variables_offer_what_there_is(observed: Observed) -> None:
+    worker = observed.stack.child("worker-0").metrics
+    for file in DASHBOARDS:
+        variables = {variable["name"]: variable for variable in load(file)["templating"]["list"]}
+        assert await offered(observed.watcher, variables["namespace"]) == [], "there is none without Kubernetes"
+        assert await offered(observed.watcher, variables["model"]) == ["tiny"]
+        [shown] = await offered(observed.watcher, variables["worker"])
+        matched = re.search(variables["worker"]["regex"].strip("/").replace("(?<", "(?P<"), shown)
+        assert matched, shown
+        assert matched.groupdict() == {"text": "worker-0", "value": worker}
+
+
+async def offered(watcher: Prometheus, variable: dict[str, Any]) -> list[str]:
+    """What Grafana finds for a variable: values of a label, or series with value and time behind them."""
+    query = filled(variable["query"])
+    if of_label := re.fullmatch(r"label_values\((.+), (\w+)\)", query):
+        series, label = of_label.groups()
+        return watcher.get(f"label/{label}/values", **{"match[]": series})
+    inside = query.removeprefix("query_result(").removesuffix(")")
+    return [written(series) for series in watcher.now(inside)]
+
+
+def written(series: dict[str, Any]) -> str:
+    """A series as Grafana writes it before a variable's regular expression is applied."""
+    name = series["metric"].pop("__name__")
+    labels = ",".join(f'{label}="{value}"' for label, value in series["metric"].items())
+    at, value = series["value"]
+    return f"{name}{{{labels}}} {value} {int(at * 1000)}"
+
+
+async def test_rules_are_evaluated_and_nothing_is_wrong_with_a_healthy_stack(observed: Observed) -> None:
+    groups = await evaluated(observed.watcher)
+    made = [rule for group in groups if group["name"] != "firing" for rule in group["rules"]]
+    assert [rule["name"] for rule in made] == [rule.get("alert") or rule["record"] for rule in rules()]
+    assert {rule["name"]: rule["lastError"] for rule in made if rule["health"] != "ok"} == {}
+    assert [rule["name"] for rule in made if rule.get("state") == "firing"] == []
+    for name in recorded():
+        assert observed.watcher.lately(name, SEEN_S), f"{name} records nothing"
+
+
+async def evaluated(watcher: Prometheus) -> list[dict[str, Any]]:
+    """Groups of rules, once each has been evaluated."""
+    end = time.monotonic() + TIMEOUT_S / 2
+    while True:
+        groups = watcher.get("rules")["groups"]
+        if all(rule["health"] != "unknown" for group in groups for rule in group["rules"]):
+            return groups
+        assert time.monotonic() < end, "rules are not evaluated"
+        await asyncio.sleep(0.2)
+
+
+async def test_every_alert_can_be_told(observed: Observed) -> None:
+    """Annotations of alerts that fire, as Prometheus fills them in."""
+    await evaluated(observed.watcher)
+    told = [alert for alert in observed.watcher.get("alerts")["alerts"] if alert["labels"].get("made") == "firing"]
+    assert len(told) == len(firing_alerts())
+    for alert in told:
+        for text in (alert["annotations"]["summary"], alert["annotations"]["description"]):
+            assert "<error" not in text, text
+            assert "<no value>" not in text, text
+            assert "  " not in text.strip(), text
+
+
+async def test_processes_expose_what_the_module_names(observed: Observed) -> None:
+    seen = {metric_of(name) for name in observed.watcher.get("label/__name__/values") if name.startswith("kvpilot_")}
+    assert seen <= {metric.name for metric in METRICS}
+    absent = {metric.name for metric in METRICS} - seen
+    assert absent == set(), "nothing of the run shows these"
