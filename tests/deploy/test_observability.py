@@ -18,9 +18,10 @@ import yaml
 
 from cli import tether
 from kvpilot import AsyncClient
+from kvpilot.metrics import METRICS
 from tests.deploy.prometheus import Prometheus, needs_prometheus, prometheus
-from tests.deploy.promql import metrics_in
-from tests.deploy.sources import DEPLOY, Query, all_queries, rules
+from tests.deploy.promql import metric_of, metrics_in
+from tests.deploy.sources import DASHBOARDS, DEPLOY, Query, all_queries, filled, load, recorded, rules
 from tests.e2e.serving import ENDLESS, TIMEOUT_S, Following, Running, operator_of, serving
 from tests.tiny import prompt
 
@@ -104,7 +105,9 @@ async def run_requests(client: AsyncClient, running: Running) -> Following:
         await client.complete(token_ids=turn, max_tokens=16, ignore_eos=True, session_id="talk")
     for pipeline in ("host(recent=64)", "arkvale(recent=64, share=0.5)", "disk(recent=64)"):
         await client.complete(token_ids=prompt(600, 3), max_tokens=48, ignore_eos=True, pipeline=pipeline)
-    steered = Following(client.generate(token_ids=prompt(500, 4), max_tokens=400, ignore_eos=True, max_divergence=ADMITTED))
+    steered = Following(
+        client.generate(token_ids=prompt(500, 4), max_tokens=400, ignore_eos=True, max_divergence=ADMITTED)
+    )
     await steered.until(lambda: steered.tokens >= 300)
     await steered.cancel(client)
     live = Following(client.generate(token_ids=prompt(300, 5), max_tokens=ENDLESS, ignore_eos=True))
