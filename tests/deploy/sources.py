@@ -23,12 +23,13 @@ VARIABLES = {"$__rate_interval": "10s", "$namespace": ".*", "$model": ".*", "$wo
 
 @dataclass(frozen=True)
 class Query:
-    """A panel's query with variables filled in."""
+    """A query of a panel or an annotation, with variables filled in."""
 
     where: str
     expression: str
     legend: str
-    instant: bool
+    instant: bool = False
+    is_annotation: bool = False
 
 
 def filled(text: str) -> str:
@@ -51,7 +52,7 @@ def queries(file: Path) -> Iterator[Query]:
             where = f"{file.stem}, {panel['title']}, {target['refId']}"
             yield Query(where, filled(target["expr"]), target.get("legendFormat", ""), target["instant"])
     for annotation in dashboard["annotations"]["list"]:
-        yield Query(f"{file.stem}, {annotation['name']}", filled(annotation["expr"]), "", False)
+        yield Query(f"{file.stem}, {annotation['name']}", filled(annotation["expr"]), "", is_annotation=True)
 
 
 def all_queries() -> list[Query]:

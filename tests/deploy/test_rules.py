@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import subprocess
@@ -103,9 +104,15 @@ def test_runbooks_name_commands_that_exist() -> None:
     assert what_is_wrong(["top", "--twice"]) == "no option --twice"
 
 
+@functools.cache
+def tool() -> Any:
+    """The ``kvpilot`` command."""
+    return typer.main.get_command(app)
+
+
 def what_is_wrong(words: list[str]) -> str:
     """Why the tool would not understand these arguments; empty if it would."""
-    command: Any = typer.main.get_command(app)
+    command = tool()
     while words and hasattr(command, "commands"):
         name, *words = words
         if name not in command.commands:
