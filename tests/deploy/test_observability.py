@@ -136,8 +136,10 @@ async def test_every_query_finds_what_it_is_for(observed: Observed) -> None:
 
 
 def found(watcher: Prometheus, query: Query) -> bool:
-    """Whether it gives a number; any error fails. Annotations mark events, of which there may be none: what they look at
-    is asked for instead, once their own query has been accepted."""
+    """Whether it gives a number; any error fails.
+
+    Annotations mark events, of which there may be none: what they look at is asked for, once their query was accepted.
+    """
     if query.is_annotation:
         watcher.lately(query.expression, SEEN_S)
         query = replace(query, expression=query.expression.removesuffix(" > 0"), is_annotation=False)
