@@ -71,6 +71,8 @@ async def observed(
         watcher = stack.enter_context(prometheus(folder, configuration(running, folder)))
         client = await stack.enter_async_context(AsyncClient(running.endpoint))
         work = asyncio.create_task(run_requests(client, running))
+        while len(watcher.now("up == 1")) < 2:
+            await asyncio.sleep(0.2)
         yield Observed(running, watcher, work)
         work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -224,5 +226,15 @@ async def test_every_alert_can_be_told(observed: Observed) -> None:
 
 
 async def test_processes_expose_what_the_module_names(observed: Observed) -> None:
-    names = [name for name in observed.watcher.get("label/__name__/values") if name.startswith("kvpilot_")]
-    assert {metric_of(name) for name in names} == {metric.name for metric in METRICS}
+    named = {metric.name for metric in METRICS}
+    end = time.monotonic() + 2 * TIMEOUT_S
+    while missing := named - (seen := metrics_seen(observed.watcher)):
+        assert time.monotonic() < end, f"no process shows {sorted(missing)}"
+        await asyncio.sleep(0.5)
+    assert seen == named
+
+
+def metrics_seen(watcher: Prometheus) -> set[str]:
+    """Metrics of kvpilot's that were scraped."""
+    names = watcher.get("label/__name__/values")
+    return {metric_of(name) for name in names if name.startswith("kvpilot_")}
