@@ -46,11 +46,13 @@ test-fast: $(READY) ## the tests that need neither the model nor patience
 test-deploy: $(READY) ## the images' steps, the chart, its manifests, rules and dashboards (a part of `make test`)
 	$(PYTEST) tests/deploy
 
-lint: $(READY) ## style, types, and whether the checked-in stubs are fresh
+lint: $(READY) ## style, types, and whether the checked-in stubs, table of metrics and dashboards are fresh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 	$(BIN)/python protos/generate.py --check
+	$(BIN)/python docs/generate_metrics.py --check
+	$(BIN)/python -m deploy.grafana.generate --check
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 

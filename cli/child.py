@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from cli import tether
+from kvpilot.process import read_ready_file
 
 READY_POLL_S = 0.05
 TAIL_LINES = 15
@@ -87,10 +88,14 @@ class Child:
         return address
 
     async def _read_ready_file(self) -> str:
-        try:
-            return self.ready_file.read_text().strip()
-        except FileNotFoundError:
-            return ""
+        ready = read_ready_file(self.ready_file)
+        return ready.address if ready else ""
+
+    @property
+    def metrics(self) -> str:
+        """``host:port`` of its metrics; empty if it serves none, or not yet."""
+        ready = read_ready_file(self.ready_file)
+        return ready.metrics if ready else ""
 
     @property
     def _running(self) -> asyncio.subprocess.Process:

@@ -71,6 +71,16 @@ class PlannerName(StrEnum):
     AUTO = "auto"
 
 
+class LevelName(StrEnum):
+    """What a process may log."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+    CONFIGURED = "configured"
+
+
 class ModeName(StrEnum):
     """Modes as flags spell them; see Mode in operator.proto."""
 
@@ -198,6 +208,10 @@ def up(
             err.print(f"serving {settings.model}; try: kvpilot generate --chat 'Hello!'", markup=False, soft_wrap=True)
             if stack.log_folder:
                 err.print(f"logs in {stack.log_folder}; Ctrl-C stops everything", markup=False, soft_wrap=True)
+            for name, address in stack.metrics.items():
+                err.print(f"metrics of {name}: http://{address}/metrics", markup=False, soft_wrap=True)
+            if stack.metrics:
+                err.print(f"for Prometheus' file_sd_configs: {stack.targets_file}", markup=False, soft_wrap=True)
             print(stack.endpoint, flush=True)
 
         import asyncio
@@ -394,6 +408,38 @@ def mode(
         from cli import operate
 
         print(operate.show_mode(settings.endpoint) if mode is None else operate.set_mode(settings.endpoint, mode.value))
+
+
+@app.command("log-level", rich_help_panel=OPERATE)
+def log_level(
+    context: typer.Context,
+    level: Annotated[
+        LevelName | None, typer.Argument(help="The level to set; without it the orders that hold are shown.")
+    ] = None,
+    process: Annotated[
+        str, typer.Option(metavar="NAME", help="Of this controller or worker alone. Default: all without their own.")
+    ] = "",
+    duration: Annotated[
+        str, typer.Option("--for", metavar="TIME", help="For so long, e.g. 10m; then each goes back by itself.")
+    ] = "",
+    endpoint: Endpoint = None,
+) -> None:
+    """Show or set from which level on processes log, without restarting any.
+
+    Reaches every process that shares the job store within a few seconds, front doors and other controllers' workers
+    included, and those that start later. configured: takes an earlier order back.
+
+      kvpilot log-level debug --process worker-0 --for 10m
+    """
+    with reported():
+        settings = _settings(context, endpoint=endpoint)
+    with reported(settings.endpoint):
+        from cli import levels
+
+        if level is None:
+            print(levels.show_levels(settings.endpoint))
+        else:
+            print(levels.set_level(settings.endpoint, level.value, process, duration))
 
 
 @app.command(rich_help_panel=OPERATE)

@@ -16,6 +16,8 @@ from workers.settings import WorkerSettings
 DEVICE_BUDGET_BYTES = 512 << 20
 HOST_BUDGET_BYTES = 1024 << 20
 DISK_BUDGET_BYTES = 2048 << 20
+METRICS_LISTEN = "127.0.0.1:0"
+"""A free port for each process: a second stack on the machine is not in the way."""
 CONTROLLER_PREFIX = str(ControllerSettings.model_config["env_prefix"])
 WORKER_PREFIX = str(WorkerSettings.model_config["env_prefix"])
 
@@ -48,6 +50,7 @@ def plan_stack(settings: CliSettings) -> StackPlan:
         "disk_budget_bytes": DISK_BUDGET_BYTES // count,
         "threads": max(1, (settings.threads or os.cpu_count() or 1) // count),
         "log_format": "console",
+        "metrics_listen": METRICS_LISTEN,
     }
     asked = {"device_budget_bytes": device, "host_budget_bytes": host, "threads": settings.threads or None}
     fixed = {name: share[name] for name, value in asked.items() if value is not None}
@@ -64,7 +67,7 @@ def plan_stack(settings: CliSettings) -> StackPlan:
     own |= {"planner": settings.planner.value} if settings.planner else {}
     controller = _environment(
         ControllerSettings,
-        defaults={"log_format": "console"},
+        defaults={"log_format": "console", "metrics_listen": METRICS_LISTEN},
         table=settings.controller,
         fixed=own | {"name": "controller"},
     )

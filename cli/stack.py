@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections import deque
@@ -46,6 +47,8 @@ class Stack:
         self.endpoint = ""
         self.log_folder = state / "logs" if logs else None
         self.children: list[Child] = []
+        self.targets_file = state / "targets.json"
+        """Where the processes serve their metrics, as Prometheus' file-based discovery reads it."""
         self._plan = plan
         self._ready_folder = state / "ready"
         self._redis = None if redis_url else RedisServer(state / "redis", self.log_folder)
@@ -85,6 +88,19 @@ class Stack:
             complete = {f"{WORKER_PREFIX}CONTROLLERS": self.endpoint} | environment
             workers.append(self._child(environment[f"{WORKER_PREFIX}NAME"], "workers", complete, WORKER_PREFIX))
         await asyncio.gather(*(self._launch(worker) for worker in workers))
+        self._write_targets()
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """``host:port`` of the processes' metrics, by name; of those that serve any."""
+        return {child.name: child.metrics for child in self.children if child.metrics}
+
+    def _write_targets(self) -> None:
+        """Tells Prometheus where to look. A restarted process may be at another port."""
+        targets = [{"targets": [address], "labels": {"process": name}} for name, address in self.metrics.items()]
+        partial = self.targets_file.with_suffix(".partial")
+        partial.write_text(json.dumps(targets, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.targets_file)
 
     def _child(self, name: str, module: str, environment: dict[str, str], prefix: str) -> Child:
         ready_file = self._ready_folder / name
@@ -137,6 +153,7 @@ class Stack:
             except ChildError:
                 await child.stop(STOP_TIMEOUT_S)  # counted as one more death in the next round
             else:
+                self._write_targets()
                 self._say(f"{child.name} is back")
 
     async def stop(self) -> None:

@@ -14,6 +14,7 @@ from controller.settings import ControllerSettings, PlannerKind, Role
 from kvpilot.bus import Bus, BusError
 from kvpilot.log import configure_logging
 from kvpilot.process import connect_bus, stop_on_signals
+from kvpilot.tracing import configure_tracing
 
 if TYPE_CHECKING:
     from controller.source import RegistrySource
@@ -72,13 +73,15 @@ def main() -> int:
     except (ValidationError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    configure_logging(settings.log_level, settings.log_format)
-    structlog.contextvars.bind_contextvars(process=settings.name)
+    configure_logging(settings.log_level, settings.log_format, process=settings.name)
+    end_tracing = configure_tracing("kvpilot-controller", settings.name)
     try:
         asyncio.run(serve(settings))
-    except (BusError, RuntimeError, ValueError) as error:
+    except (BusError, OSError, RuntimeError, ValueError) as error:
         structlog.get_logger().error("cannot serve", error=str(error), address=settings.listen)
         return 1
+    finally:
+        end_tracing()
     return 0
 
 

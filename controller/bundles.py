@@ -79,7 +79,7 @@ class BundleHolder:
         self.active: Predictor | None = None
         self.shadow: Predictor | None = None
         self.refused: dict[str, str] = {}
-        self.swaps = 0
+        self.swaps = self.rollbacks = 0
         self._source = source
         self._poll_s = poll_s
         self._retry_s: dict[str, float] = {}
@@ -87,7 +87,7 @@ class BundleHolder:
         self._rolled_back: str = ""
         """Version that broke its bound: not taken again while the pointer still names it."""
         self._task: asyncio.Task[None] | None = None
-        self._rollbacks: set[asyncio.Task[None]] = set()
+        self._telling: set[asyncio.Task[None]] = set()
 
     async def start(self, patience_s: float = 5.0) -> None:
         """Takes up what is wanted, waiting ``patience_s`` at most, and follows it from then on."""
@@ -97,7 +97,7 @@ class BundleHolder:
 
     async def stop(self) -> None:
         """Stops following."""
-        for task in (self._task, *self._rollbacks):
+        for task in (self._task, *self._telling):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -129,10 +129,11 @@ class BundleHolder:
         self._rolled_back = version
         before, self._previous = self._previous, None
         self._set_active(before)
+        self.rollbacks += 1
         log.error("bundle rolled back", bundle=version, to=_version(before) or "the rule", reason=reason)
         task = asyncio.get_running_loop().create_task(self._tell(version, reason), name="rollback")
-        self._rollbacks.add(task)
-        task.add_done_callback(self._rollbacks.discard)
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
         return True
 
     async def _tell(self, version: str, reason: str) -> None:

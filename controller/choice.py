@@ -14,6 +14,7 @@ from controller.knapsack import Assignment, Columns, assign
 from controller.planner import Decision, Forecast, RequestView, WorkerView
 from controller.rule import size_text
 from kvpilot.pipeline import PipelineError
+from kvpilot.v1 import common_pb2
 from kvpilot.v1.common_pb2 import LossClass
 from models.features import F64
 from models.footprint import estimate
@@ -224,9 +225,20 @@ class Choice:
                     self._name(row, column),
                     f"{self._because(row, column, facts[row])}{beside}; {worker}; bundle {self.bundle}",
                     forecast,
+                    self._cause(row, column, facts[row]),
                 )
             )
         return decisions
+
+    def _cause(self, row: int, column: int, facts: list[float]) -> common_pb2.Cause:
+        """What a choice is for. Where bytes of the device have a price, or nothing admissible fits, memory is short."""
+        if column == self.own[row]:
+            return common_pb2.CAUSE_UNSPECIFIED
+        if not self.own_keeps[row]:
+            return common_pb2.CAUSE_QUALITY
+        device, device_now = facts[4], facts[5]
+        tight = bool(self.result.device_price) or not self.result.fits
+        return common_pb2.CAUSE_PRESSURE if tight and device < device_now else common_pb2.CAUSE_COST
 
     def _because(self, row: int, column: int, facts: list[float]) -> str:
         divergence, bound, cost, cost_now, device, device_now, lower, lower_now = facts

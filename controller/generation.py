@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import structlog
+from opentelemetry import trace
 
+from controller.recording import DoorRecorder
 from controller.refusals import RefusedError, bad_fields, refusal, refusing_call, refusing_stream
 from controller.served import ModelDirectory
 from controller.validation import Violations, check_generate, check_job_id, expand_recipes
@@ -19,6 +22,7 @@ from controller.wire import add_service
 from kvpilot.bus import Bus, QueueFullError
 from kvpilot.bus.front import digest_of, new_job_id
 from kvpilot.result import Result
+from kvpilot.tracing import request_attributes, traceparent_of, tracer
 from kvpilot.v1 import generation_pb2, generation_pb2_grpc, job_pb2
 
 log = structlog.get_logger(__name__)
@@ -45,7 +49,8 @@ class Limits:
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Serves GenerationService. Add it to a server with :meth:`add_to`, which also refuses unreadable requests."""
 
-    def __init__(self, bus: Bus, limits: Limits | None = None) -> None:
+    def __init__(self, bus: Bus, limits: Limits | None = None, recorder: DoorRecorder | None = None) -> None:
+        self._recorder = recorder or DoorRecorder()
         self.limits = limits or Limits()
         self._bus = bus
         self._directory = ModelDirectory(bus, self.limits.refresh_s)
@@ -67,12 +72,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[generation_pb2.GenerateResponse, None]:
         """See generation.proto."""
+        called_s = time.monotonic()
         model = check_generate(request, await self._directory.models())
         job_id, created = await self._submit(request, model)
-        log.info("job accepted" if created else "job attached", job=job_id, model=model.name)
+        log.info("job accepted" if created else "job attached", request=job_id, model=model.name)
+        self._recorder.accepted(model.name, created)
         begun = False
         async with contextlib.aclosing(self._events(job_id, 0)) as events:
             async for event in events:
+                if created and not begun and event.tokens.tokens:
+                    self._recorder.began(model.name, called_s)
                 begun = begun or bool(event.tokens.tokens) or event.HasField("replayed")
                 failed = event.finished.reason == generation_pb2.FINISH_REASON_FAILED
                 if not failed or begun:
@@ -136,13 +145,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if not job.request.sampling.HasField("seed"):
             job.request.sampling.seed = secrets.randbits(SEED_BITS)
         job.create_time.GetCurrentTime()
+        call = trace.get_current_span()
+        call.set_attributes(request_attributes(job.request))
+        job.traceparent = traceparent_of(call)
         try:
-            return await self._bus.submit(
-                job,
-                idempotency_key=request.idempotency_key,
-                request_digest=digest,
-                max_queued=self.limits.max_queued,
-            )
+            with tracer().start_as_current_span("submit") as span:
+                job_id, created = await self._bus.submit(
+                    job,
+                    idempotency_key=request.idempotency_key,
+                    request_digest=digest,
+                    max_queued=self.limits.max_queued,
+                )
+                span.set_attribute("kvpilot.attached", not created)
+            call.set_attribute("gen_ai.response.id", job_id)
+            return job_id, created
         except QueueFullError as error:
             raise refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry_after_ms=self.limits.queue_retry_ms
@@ -158,8 +174,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._streams.add(task)
         try:
             async with contextlib.aclosing(self._bus.events(job_id, offset)) as events:
-                async for event in events:
-                    yield event
+                with self._recorder.streaming():
+                    async for event in events:
+                        self._recorder.delivered(event)
+                        yield event
         except asyncio.CancelledError:
             if not self._draining:
                 raise

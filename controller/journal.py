@@ -97,6 +97,11 @@ class Journal:
         self._shadow_failed = ""
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def pending(self) -> int:
+        """Entries that the store does not have yet."""
+        return len(self._pending)
+
     # --- noting -------------------------------------------------------------------------------------------------------
 
     def due(self, worker: AttachedWorker, live: LiveRequest) -> bool:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import grpc
+import structlog
 
 from controller.bundles import BundleHolder
 from controller.guard import Guard
 from controller.journal import OUTCOMES
 from controller.ledger import MODES, STEERING_MODES
 from controller.peers import Peers
-from controller.refusals import abort, bad_fields
+from controller.refusals import abort, bad_fields, problem_of
 from controller.state import DecisionRecord
 from controller.steering import DirectiveRefusedError, RequestNotLiveError, SteeringService
+from kvpilot.bus import Bus, BusError
 from kvpilot.pipeline import PipelineError
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
 
+log = structlog.get_logger(__name__)
+
+MAX_LOG_LEVEL_MS = 30 * 24 * 3_600_000
+"""Thirty days: what is to hold longer is a setting."""
 LIST_S = 1.0
 """How long another controller may take to list what it has."""
 _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -25,11 +32,14 @@ _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED, grpc.Stat
 class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     """Acts on the streams of the SteeringService in the same process, and asks the other controllers for theirs."""
 
-    def __init__(self, steering: SteeringService, peers: Peers, name: str, override_s: float) -> None:
+    def __init__(
+        self, steering: SteeringService, peers: Peers, name: str, override_s: float, bus: Bus | None = None
+    ) -> None:
         self._steering = steering
         self._peers = peers
         self._name = name
         self._override_s = override_s
+        self._bus = bus
 
     async def ListWorkers(  # noqa: N802  # gRPC's spelling, as below
         self, request: operator_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
@@ -136,6 +146,47 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._steering.set_mode(wanted)
         await self._steering.ledger.settle()
         return operator_pb2.SetModeResponse(previous=previous)
+
+    async def SetLogLevel(  # noqa: N802
+        self, request: operator_pb2.SetLogLevelRequest, context: grpc.aio.ServicerContext
+    ) -> operator_pb2.SetLogLevelResponse:
+        """See ``operator.proto``."""
+        levels = {name: number for name, number in operator_pb2.LogLevel.items() if number}
+        bad = {}
+        if request.level not in levels.values():
+            bad["level"] = f"{request.level}: expected one of {', '.join(levels)}"
+        if not 0 <= request.duration_ms <= MAX_LOG_LEVEL_MS:
+            bad["duration_ms"] = f"{request.duration_ms}: expected 0 to {MAX_LOG_LEVEL_MS}"
+        if bad:
+            await abort(context, bad_fields(bad).problem)
+        order = operator_pb2.LogLevelOrder(process=request.process, level=request.level)
+        if request.duration_ms:
+            order.until.FromMilliseconds(time.time_ns() // 1_000_000 + request.duration_ms)
+        bus = await self._store(context)
+        try:
+            await bus.order_log_level(order)
+        except BusError as error:
+            await abort(context, problem_of(error))
+        log.info("log level ordered", of=request.process or "all", level=operator_pb2.LogLevel.Name(request.level))
+        return operator_pb2.SetLogLevelResponse()
+
+    async def ListLogLevels(  # noqa: N802
+        self, request: operator_pb2.ListLogLevelsRequest, context: grpc.aio.ServicerContext
+    ) -> operator_pb2.ListLogLevelsResponse:
+        """See ``operator.proto``."""
+        bus = await self._store(context)
+        try:
+            orders = await bus.log_levels()
+        except BusError as error:
+            await abort(context, problem_of(error))
+        return operator_pb2.ListLogLevelsResponse(orders=[orders[process] for process in sorted(orders)])
+
+    async def _store(self, context: grpc.aio.ServicerContext) -> Bus:
+        if self._bus is None:
+            why = "this controller runs without a job store, by which processes learn of log levels"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
+        assert self._bus is not None
+        return self._bus
 
     async def _lists(self, method: str, request: Any, response: Any) -> list[Any]:
         """What the other controllers list; those that do not answer are named in the response."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Protocol
 
 from kvpilot.catalog import StageCatalog
-from kvpilot.v1 import policy_pb2
+from kvpilot.v1 import common_pb2, policy_pb2
 from models.features import F64, Family
 from models.footprint import CacheLayout
 
@@ -116,6 +116,8 @@ class Decision:
     """In words, with the numbers that decided it."""
     forecast: Forecast | None = None
     """None where a rule decided."""
+    cause: common_pb2.Cause = common_pb2.CAUSE_UNSPECIFIED
+    """What it is for; unspecified where nothing changes."""
 
 
 class Planner(Protocol):

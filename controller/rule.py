@@ -18,6 +18,7 @@ from controller.ladders import Ladder, LadderBuilder, Thresholds
 from controller.planner import Decision, RequestView, WorkerView
 from kvpilot.catalog import PipelineKey
 from kvpilot.pipeline import PipelineError
+from kvpilot.v1 import common_pb2
 from models.footprint import Footprint, estimate
 from models.scenarios import scenario_word
 
@@ -74,13 +75,13 @@ class RulePlanner:
         if seat.admitted:
             worth_it = seat.level < standing and seat.saving(standing) >= self.thresholds.min_saving_bytes
             if worth_it and self._host_takes(seat, standing, room):
-                seat.move(standing, room, seat.ladder.why)
+                seat.move(standing, room, common_pb2.CAUSE_COST, seat.ladder.why)
             return
         for rung in range(standing, len(seat.ladder.rungs)):
             extra_bytes = -seat.saving(rung)
             fits = extra_bytes <= 0 or room.device_share(extra_bytes) < self.thresholds.device_high
             if fits and self._host_takes(seat, rung, room):
-                seat.move(rung, room, seat.ladder.why)
+                seat.move(rung, room, common_pb2.CAUSE_QUALITY, seat.ladder.why)
                 return
 
     def _relieve(self, seats: list[_Seat], room: _Room, waiting: int) -> None:
@@ -98,7 +99,7 @@ class RulePlanner:
             cause = f"requests wait for memory: {waiting}" if waiting else f"more than {limits.device_high:.0%}"
             if room.device_share() < limits.device_critical:
                 open_seats.remove(seat)  # one rung each; the next reports tell whether that was enough
-            seat.move(rung, room, f"{cause}; saves about {size_text(saving)}")
+            seat.move(rung, room, common_pb2.CAUSE_PRESSURE, f"{cause}; saves about {size_text(saving)}")
 
     def _next_down(self, seat: _Seat, room: _Room) -> list[tuple[int, int]]:
         """The next denser rung that is worth it, as (bytes saved, rung); empty if there is none."""
@@ -119,7 +120,8 @@ class RulePlanner:
             for rung in range(seat.ladder.standing, seat.level):
                 before, after = room.device_share(), room.device_share(-seat.saving(rung))
                 if after < limits.device_refill and self._host_takes(seat, rung, room):
-                    seat.move(rung, room, f"less than {limits.device_low:.0%}, {before:.0%} -> {after:.0%} by this")
+                    why = f"less than {limits.device_low:.0%}, {before:.0%} -> {after:.0%} by this"
+                    seat.move(rung, room, common_pb2.CAUSE_ROOM, why)
                     break
 
     def _host_takes(self, seat: _Seat, rung: int, room: _Room) -> bool:
@@ -157,6 +159,7 @@ class _Seat:
     admitted: bool  # whether the ladder has all lossy stages of the pipeline in force
     target: int | None = None  # rung to move to; None: stay
     reason: str = ""
+    cause: common_pb2.Cause = common_pb2.CAUSE_UNSPECIFIED
 
     @property
     def place(self) -> int:
@@ -169,8 +172,9 @@ class _Seat:
     def saving(self, rung: int) -> int:
         return self.now.device_bytes - self.prints[rung].device_bytes
 
-    def move(self, rung: int, room: _Room, reason: str) -> None:
+    def move(self, rung: int, room: _Room, cause: common_pb2.Cause, reason: str) -> None:
         room.replace(self.planned, self.prints[rung])
+        self.cause = cause
         self.target = rung
         self.reason = f"{self.reason}; {reason}" if self.reason else reason
 
@@ -215,7 +219,7 @@ def _decide(seat: _Seat, device_use: float) -> Decision:
     if seat.target is None:
         stay = seat.ladder.why if seat.level == seat.ladder.standing else "nothing better fits for now"
         return Decision(state.request_id, state.pipeline, f"{facts}: {stay}")
-    return Decision(state.request_id, seat.ladder.rungs[seat.target], f"{facts}: {seat.reason}")
+    return Decision(state.request_id, seat.ladder.rungs[seat.target], f"{facts}: {seat.reason}", cause=seat.cause)
 
 
 def size_text(count: int) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -11,17 +14,23 @@ from controller.bundles import BundleHolder, BundleSource
 from controller.choice import Limits as ChoiceLimits
 from controller.generation import GenerationService, Limits
 from controller.guard import Calibrator, Guard, GuardSettings
+from controller.interceptor import CallRecorder
 from controller.ladders import Thresholds
 from controller.learned import LearnedPlanner
 from controller.operator import OperatorService
 from controller.peers import Peers, reachable
 from controller.planner import Planner
+from controller.recording import DoorRecorder, QueueWatch, SteeringRecorder
 from controller.rule import RulePlanner
 from controller.settings import ControllerSettings, PlannerKind, Role
 from controller.steering import SteeringService
 from kvpilot.bus import Bus
-from kvpilot.process import split_address, write_ready_file
+from kvpilot.exposition import Instruments
+from kvpilot.levels import follow_log_levels
+from kvpilot.metrics import Part
+from kvpilot.process import Ready, cancelled, split_address, write_ready_file
 from kvpilot.v1 import generation_pb2, operator_pb2, operator_pb2_grpc, policy_pb2, policy_pb2_grpc
+from kvpilot.vitals import show_vitals
 
 log = structlog.get_logger()
 
@@ -67,9 +76,14 @@ class ControllerServer:
     ) -> None:
         if Role.GENERATION in settings.roles and bus is None:
             raise ValueError("role generation needs the job store")
+        self.instruments = _instruments(settings)
+        self._bus = bus
+        self._open = contextlib.AsyncExitStack()
         self.settings = settings
         self.address = ""
         """``host:port`` once started, with the port that was taken where 0 was asked for."""
+        self.metrics_address = ""
+        """``host:port`` of the metrics, empty where they are not served."""
         self.steering: SteeringService | None = None
         self.bundles: BundleHolder | None = None
         if Role.STEERING in settings.roles:
@@ -77,10 +91,12 @@ class ControllerServer:
                 self.bundles = BundleHolder(bundles, settings.bundle_poll_s)
             planner = planner or make_planner(settings, self.bundles)
             guard = make_guard(settings, calibrator) if self.bundles is not None else None
-            self.steering = SteeringService(settings, planner, bus, self.bundles, guard)
+            recorder = SteeringRecorder(self.instruments)
+            self.steering = SteeringService(settings, planner, bus, self.bundles, guard, recorder)
         self.generation: GenerationService | None = None
         if bus is not None and Role.GENERATION in settings.roles:
-            self.generation = GenerationService(bus, Limits(max_queued=settings.max_queued))
+            limits = Limits(max_queued=settings.max_queued)
+            self.generation = GenerationService(bus, limits, DoorRecorder(self.instruments))
         self._peers = Peers(bus if Role.OPERATOR in settings.roles else None, settings.name)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -92,8 +108,17 @@ class ControllerServer:
             RuntimeError: the address cannot be bound.
         """
         host, _ = split_address(self.settings.listen)
+        if self._bus is not None and self.generation is not None:
+            QueueWatch(self.instruments, self._bus)
+        if self._bus is not None:
+            following = follow_log_levels(self._bus, self.settings.name, self.settings.log_level)
+            self._open.push_async_callback(cancelled, asyncio.create_task(following, name="log levels"))
+        metrics_page = self.instruments.serving(self.settings.metrics_listen)
+        self.metrics_address = await self._open.enter_async_context(metrics_page)
         self._server = server = grpc.aio.server(
-            options=KEEPALIVE_OPTIONS, maximum_concurrent_rpcs=self.settings.max_concurrent_calls
+            interceptors=(CallRecorder(self.instruments),),
+            options=KEEPALIVE_OPTIONS,
+            maximum_concurrent_rpcs=self.settings.max_concurrent_calls,
         )
         self._add_roles(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -111,7 +136,7 @@ class ControllerServer:
         self.address = f"{host}:{port}"
         self._peers.start(reachable(self.settings.advertise, self.address))
         if self.settings.ready_file is not None:
-            write_ready_file(self.settings.ready_file, self.address)
+            write_ready_file(self.settings.ready_file, Ready(self.address, self.metrics_address))
         mode = self.steering.mode if self.steering is not None else self.settings.mode
         log.info("serving", address=self.address, roles=sorted(self.settings.roles), mode=mode.value)
         return self.address
@@ -123,13 +148,17 @@ class ControllerServer:
             policy_pb2_grpc.add_SteeringServiceServicer_to_server(self.steering, server)  # type: ignore[no-untyped-call]
             if Role.OPERATOR in self.settings.roles:
                 override_s = self.settings.override_timeout_ms / 1e3
-                operator = OperatorService(self.steering, self._peers, self.settings.name, override_s)
+                operator = OperatorService(self.steering, self._peers, self.settings.name, override_s, self._bus)
                 operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)  # type: ignore[no-untyped-call]
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Reports NOT_SERVING, ends the open streams, and gives other calls ``grace_s`` to end by themselves."""
-        if self._server is None:
-            return
+        if self._server is not None:
+            await self._stop_serving(self._server, self.settings.grace_s if grace_s is None else grace_s)
+        self._server = None
+        await self._open.aclose()
+
+    async def _stop_serving(self, server: grpc.aio.Server, grace_s: float) -> None:
         await self._health.enter_graceful_shutdown()
         await self._peers.stop()
         if self.generation is not None:
@@ -138,11 +167,18 @@ class ControllerServer:
             await self.steering.stop()
         if self.bundles is not None:
             await self.bundles.stop()
-        await self._server.stop(self.settings.grace_s if grace_s is None else grace_s)
+        await server.stop(grace_s)
         if self.steering is not None:
             await self.steering.ledger.stop()  # after the last operator's call
-        self._server = None
         log.info("stopped", address=self.address)
+
+
+def _instruments(settings: ControllerSettings) -> Instruments:
+    """The metrics of a process with these roles."""
+    parts = {Role.GENERATION: Part.GENERATION, Role.STEERING: Part.STEERING}
+    instruments = Instruments(Part.PROCESS, Part.SERVER, *(parts[role] for role in parts if role in settings.roles))
+    show_vitals(instruments, "controller", settings.name)
+    return instruments
 
 
 def make_planner(settings: ControllerSettings, bundles: BundleHolder | None) -> Planner:

@@ -13,7 +13,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 from kvpilot.configuration import FileSettings
 from kvpilot.log import LogFormat, LogLevel
-from kvpilot.process import split_address
+from kvpilot.process import check_listen, split_address
 
 
 class Role(StrEnum):
@@ -116,10 +116,19 @@ class ControllerSettings(FileSettings):
     override_timeout_ms: float = Field(
         10_000.0, gt=0, description="longest wait for a worker's answer to an operator's override, milliseconds"
     )
+    metrics_listen: str = Field(
+        "",
+        description="host:port to serve Prometheus' metrics on, over HTTP; port 0 takes a free one, which the ready"
+        " file tells; empty: not served",
+    )
     max_queued: int = Field(1024, ge=1, description="waiting jobs of a model beyond which new ones are refused")
     grace_s: float = Field(5.0, ge=0, description="time that calls get to end by themselves on shutdown, seconds")
     max_concurrent_calls: int = Field(10_000, ge=1, description="calls beyond this are refused, RESOURCE_EXHAUSTED")
-    ready_file: Path | None = Field(None, description="file to write host:port to once calls are served")
+    ready_file: Path | None = Field(
+        None,
+        description="file to write host:port to once calls are served; below it `metrics=` and theirs, if they are"
+        " served",
+    )
     log_level: LogLevel = Field(LogLevel.INFO, description="least severe events that are logged")
     log_format: LogFormat = Field(LogFormat.AUTO, description="console, json, or auto by terminal")
 
@@ -129,12 +138,10 @@ class ControllerSettings(FileSettings):
         split_address(value)
         return value
 
-    @field_validator("advertise")
+    @field_validator("advertise", "metrics_listen")
     @classmethod
     def _is_address_or_empty(cls, value: str) -> str:
-        if value:
-            split_address(value)
-        return value
+        return check_listen(value)
 
     @field_validator("roles", mode="before")
     @classmethod

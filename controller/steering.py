@@ -19,6 +19,7 @@ from controller.guard import Guard
 from controller.journal import JoinedAudit, Journal
 from controller.ledger import Ledger
 from controller.planner import Decision, Forecast, Planner, RequestView, WorkerView
+from controller.recording import SteeringRecorder
 from controller.settings import ControllerSettings, SteeringMode
 from controller.state import (
     Answer,
@@ -30,7 +31,9 @@ from controller.state import (
     Outcome,
     Override,
 )
+from kvpilot import metrics
 from kvpilot.bus import Bus
+from kvpilot.exposition import Instruments
 from kvpilot.steering import common_version
 from kvpilot.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from kvpilot.v1.common_pb2 import Orderer
@@ -96,6 +99,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             live as long as this object.
         bundles: the predictors that the planner may use, for the guard and the shadow's predictions.
         guard: watches the bounds of the active one; None: nobody does.
+        recorder: takes what becomes metrics; None: nobody sees them.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         bus: Bus | None = None,
         bundles: BundleHolder | None = None,
         guard: Guard | None = None,
+        recorder: SteeringRecorder | None = None,
     ) -> None:
         self.state = ControllerState()
         self.mode = settings.mode
@@ -112,6 +117,10 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         self.bundles = bundles
         self.guard = guard
         self.journal = Journal(bus, lambda: self.bundles.shadow if self.bundles is not None else None)
+        self._recorder = recorder or SteeringRecorder()
+        self._recorder.show_journal(self.journal)
+        self._recorder.show_bundles(bundles, guard)
+        self._show(self._recorder.instruments)
         self._settings = settings
         self._planner = planner
         self._back_off = BackOffPolicy(settings.nack_backoff_ms / 1e3, settings.nack_backoff_max_ms / 1e3)
@@ -121,6 +130,11 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+
+    def _show(self, instruments: Instruments) -> None:
+        instruments.show(metrics.STEERING_STREAMS, lambda: [((), len(self._streams))])
+        instruments.show(metrics.STEERING_MODE, lambda: [((mode.value,), mode is self.mode) for mode in SteeringMode])
+        instruments.show(metrics.OVERRIDES, lambda: [((), len(self.state.overrides))])
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -265,11 +279,12 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             elif self.bundles.rollback(active.version, broken):
                 self._replan_all()
 
-    def _settle(self, stream: _Stream, answer: Answer | None, nonce: str) -> None:
+    def _settle(self, stream: _Stream, answer: Answer | None, nonce: str, in_time: bool = True) -> None:
         """Logs an answer and tells the operator's call that waits for it."""
         if answer is None:
             log.warning("answer to no outstanding directive", worker=stream.worker.name, nonce=nonce)
             return
+        self._recorder.answered(answer, in_time)
         self._log_decision(stream.worker, answer.live, answer.sent.from_pipeline)
         self.journal.answered(stream.worker, answer)
         if not answer.by_operator:
@@ -328,13 +343,15 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         """One planning tick for one worker."""
         worker, now_s = stream.worker, time.monotonic()
         for answer in worker.give_up(self._back_off, now_s, ANSWER_TIMEOUT_S):
-            self._settle(stream, answer, answer.sent.directive.nonce)
+            self._settle(stream, answer, answer.sent.directive.nonce, in_time=False)
         for live in worker.requests.values():
             if override := self.state.override_due(worker, live, now_s):
                 self._send_override(stream, live, override)
         if self.mode is SteeringMode.OFF:
             return
-        for decision in self._planner.plan(self.state.view(worker, now_s)):
+        with self._recorder.planning(len(worker.requests)):
+            decisions = self._planner.plan(self.state.view(worker, now_s))
+        for decision in decisions:
             self._act_on(stream, decision, now_s)
 
     def _act_on(self, stream: _Stream, decision: Decision, now_s: float) -> None:
@@ -343,21 +360,26 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         if live.sent or live.state.pinned or decision.request_id in self.state.overrides:
             return
         in_force = live.state.pipeline
+        if self.journal.due(worker, live):
+            self._recorder.predicted(decision)
         if worker.catalog.same(decision.pipeline, in_force):
             last = live.decision
             if self.journal.due(worker, live):
                 self.journal.decided(next(self._nonces), worker, live, decision, Outcome.KEEP)
             if last and last.outcome is Outcome.REFUSED and not live.may_try(last.pipeline, now_s):
                 return  # the record keeps saying what was refused, and why
+            self._recorder.decided(decision, "keep")
             self._note(worker, live, _record(decision, Outcome.KEEP, in_force))
         elif not live.may_try(decision.pipeline, now_s):
-            return
+            self._recorder.decided(decision, "held")
         elif self.mode is SteeringMode.ADVISORY:
             if self.journal.due(worker, live):
                 self.journal.decided(next(self._nonces), worker, live, decision, Outcome.ADVISED)
+            self._recorder.decided(decision, "advised")
             self._note(worker, live, _record(decision, Outcome.ADVISED, decision.pipeline))
         else:
             nonce = next(self._nonces)
+            self._recorder.decided(decision, "sent")
             self.journal.decided(nonce, worker, live, decision, Outcome.SENT)
             self._send(
                 stream,
@@ -371,6 +393,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
                     bundle=decision.forecast.bundle if decision.forecast is not None else "",
                     deadline_token=live.state.generated_tokens + DEADLINE_TOKENS,
                     ordered_by=Orderer.ORDERER_CONTROLLER,
+                    cause=decision.cause,
                 ),
                 decision.forecast,
             )
@@ -388,6 +411,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
                 pipeline=override.pipeline,
                 reason=override.reason,
                 ordered_by=Orderer.ORDERER_OPERATOR,
+                cause=common_pb2.CAUSE_OPERATOR,
             ),
         )
 
@@ -395,6 +419,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
         self, stream: _Stream, live: LiveRequest, directive: policy_pb2.Directive, forecast: Forecast | None = None
     ) -> None:
         stream.worker.send(directive, _now(), time.monotonic(), forecast)
+        self._recorder.sent(directive)
         stream.outbound.put_nowait(policy_pb2.SteerResponse(directive=directive))
         self._log_decision(stream.worker, live, live.state.pipeline)
 
@@ -424,6 +449,7 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
             outcome=record.outcome.value,
             refusal=record.refusal,
             bundle=record.forecast.bundle if record.forecast is not None else "",
+            **({"trace_id": live.state.trace_id} if live.state.trace_id else {}),
         )
 
     # --- for the operator ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import structlog
 from pydantic import ValidationError
 
 from kvpilot.log import configure_logging
+from kvpilot.tracing import configure_tracing
 from workers.process import run_worker
 from workers.settings import WorkerSettings
 
@@ -24,14 +25,16 @@ def main() -> int:
     except (ValidationError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    configure_logging(settings.log_level, settings.log_format)
-    structlog.contextvars.bind_contextvars(process=settings.name)
+    configure_logging(settings.log_level, settings.log_format, process=settings.name, worker=settings.name)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    end_tracing = configure_tracing("kvpilot-worker", settings.name)
     try:
         asyncio.run(run_worker(settings))
     except Exception:
         structlog.get_logger().exception("worker failed")
         return 1
+    finally:
+        end_tracing()
     return 0
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 
 from kvpilot.bus import Append, AppendStatus, Bus, BusUnavailableError, Claim
+from kvpilot.tracing import trace_id_of
 from kvpilot.v1 import common_pb2, generation_pb2, job_pb2, policy_pb2
+from kvpilot.words import reason_word
 from workers.engine.api import EngineApi, Event
 from workers.errors import INTERNAL, ProblemError
 
@@ -67,6 +70,33 @@ class _Job:
     def job_id(self) -> str:
         return self.claim.job.job_id
 
+    @property
+    def ids(self) -> dict[str, str | int]:
+        """What a log line about it says of it."""
+        trace_id = trace_id_of(self.claim.job.traceparent)
+        traced = {"trace_id": trace_id} if trace_id else {}
+        return {"request": self.job_id, "worker": self.claim.worker, "lease_epoch": self.claim.epoch, **traced}
+
+
+class JobObserver(Protocol):
+    """Is told, on the event loop, what becomes of the jobs that a worker holds."""
+
+    def claimed(self, claim: Claim) -> None:
+        """A job is held from now on; its events follow."""
+        ...
+
+    def happened(self, at_s: float, events: Sequence[Event]) -> None:
+        """Events of held jobs that will be delivered; the engine made them at this time, seconds of the epoch."""
+        ...
+
+    def reported(self, report: policy_pb2.Report) -> None:
+        """The engine made a report."""
+        ...
+
+    def let_go(self, job_id: str, reason: str) -> None:
+        """A job is no longer held though it did not finish here."""
+        ...
+
 
 class JobRunner:
     """A worker's consumer of the job store.
@@ -76,8 +106,16 @@ class JobRunner:
     took over is dropped at once; the store refuses its events in any case.
     """
 
-    def __init__(self, bus: Bus, engine: EngineApi, name: str, settings: JobSettings | None = None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        engine: EngineApi,
+        name: str,
+        settings: JobSettings | None = None,
+        observers: Sequence[JobObserver] = (),
+    ) -> None:
         self.name = name
+        self._observers = observers
         self.settings = settings or JobSettings()
         self._bus = bus
         self._engine = engine
@@ -97,7 +135,7 @@ class JobRunner:
 
     def on_events(self, events: list[Event]) -> None:
         """Takes a step's events; called on the engine's thread."""
-        self._hand_over(self._take_events, events)
+        self._hand_over(self._take_events, (time.time(), events))
 
     def on_report(self, report: policy_pb2.Report) -> None:
         """Takes the requests' states, kept for the outcomes; called on the engine's thread."""
@@ -136,6 +174,11 @@ class JobRunner:
         self._stopping.set()
         await self._stopped.wait()
 
+    @property
+    def undelivered(self) -> int:
+        """Events that the job store does not have yet."""
+        return sum(len(job.undelivered) for job in list(self._jobs.values()))
+
     def held_jobs(self) -> list[str]:
         """Ids of the jobs held now, in the order they were claimed."""
         return list(self._jobs)
@@ -147,7 +190,9 @@ class JobRunner:
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to deliver to
                 self._loop.call_soon_threadsafe(take, value)
 
-    def _take_events(self, events: list[Event]) -> None:
+    def _take_events(self, happened: tuple[float, list[Event]]) -> None:
+        at_s, events = happened
+        taken: list[Event] = []
         for job_id, event in events:
             if job_id in self._leaving:
                 if event.HasField("finished"):
@@ -157,13 +202,18 @@ class JobRunner:
             if job is not None and not job.ended:
                 job.undelivered.append(event)
                 job.ended = event.HasField("finished")
+                taken.append((job_id, event))
                 self._news.set()
+        for observer in self._observers:
+            observer.happened(at_s, taken)
 
     def _take_report(self, report: policy_pb2.Report) -> None:
         for state in report.requests:
             if job := self._jobs.get(state.request_id):
                 job.state = state
                 job.audits.extend(state.audits)
+        for observer in self._observers:
+            observer.reported(report)
 
     # ---- claiming
 
@@ -198,7 +248,9 @@ class JobRunner:
         if held is not None:  # our own lease had ended: what was not delivered is computed again
             self._drop(held, "own lease ended")
         job = self._jobs[job_id] = _Job(claim)
-        log.info("job claimed", job=job_id, worker=self.name, epoch=claim.epoch, attempts=claim.attempts)
+        for observer in self._observers:
+            observer.claimed(claim)
+        log.info("job claimed", **job.ids, attempts=claim.attempts)
         generated = len(claim.progress.token_ids)
         if claim.cancelled:
             self._conclude(job, generation_pb2.FINISH_REASON_CANCELLED, generated)
@@ -240,7 +292,7 @@ class JobRunner:
     def _problem_of(self, job: _Job, error: Exception) -> common_pb2.Problem:
         if isinstance(error, ProblemError):
             return error.problem
-        log.error("job not admitted", job=job.job_id, worker=self.name, exc_info=error)
+        log.error("job not admitted", **job.ids, exc_info=error)
         return common_pb2.Problem(code=INTERNAL, message=f"the worker failed to admit the job: {error!r}")
 
     def _conclude(
@@ -253,8 +305,11 @@ class JobRunner:
         """Ends a job that the engine does not have."""
         usage = generation_pb2.Usage(generated_tokens=generated_tokens)
         finished = generation_pb2.Finished(reason=reason, usage=usage, problem=problem)
-        job.undelivered.append(generation_pb2.GenerationEvent(finished=finished))
+        event = generation_pb2.GenerationEvent(finished=finished)
+        job.undelivered.append(event)
         job.ended = True
+        for observer in self._observers:
+            observer.happened(time.time(), [(job.job_id, event)])
         self._news.set()
 
     def _holds(self, job: _Job) -> bool:
@@ -266,8 +321,10 @@ class JobRunner:
 
     def _drop(self, job: _Job, reason: str) -> None:
         """Lets go of a job that is no longer ours, in the engine too."""
-        log.warning("job dropped", job=job.job_id, worker=self.name, epoch=job.claim.epoch, reason=reason)
+        log.warning("job dropped", **job.ids, reason=reason)
         self._forget(job)
+        for observer in self._observers:
+            observer.let_go(job.job_id, reason)
         if job.submitted and not job.ended:
             self._leaving[job.job_id] = asyncio.Event()
             self._engine.cancel(job.job_id)
@@ -316,7 +373,7 @@ class JobRunner:
         if status is AppendStatus.STORED:
             del job.undelivered[: len(item.events)]
             if item.events[-1].HasField("finished"):
-                log.info("job finished", job=job.job_id, worker=self.name, reason=item.events[-1].finished.reason)
+                log.info("job finished", **job.ids, reason=reason_word(item.events[-1].finished.reason))
                 self._forget(job)
             elif cancelled:
                 self._stop_job(job.job_id)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kvpilot import metrics
 from kvpilot.bus import Bus, BusSettings
-from kvpilot.process import connect_bus, split_address, stop_on_signals, write_ready_file
+from kvpilot.exposition import Instruments
+from kvpilot.levels import follow_log_levels
+from kvpilot.metrics import Part
+from kvpilot.process import Ready, cancelled, connect_bus, split_address, stop_on_signals, write_ready_file
+from kvpilot.tracing import is_exporting
 from kvpilot.v1 import policy_pb2
+from kvpilot.vitals import show_vitals
 from workers.engine.api import EngineApi
-from workers.jobs import JobRunner, JobSettings
+from workers.jobs import JobObserver, JobRunner, JobSettings
+from workers.recording import Recorder
 from workers.settings import WorkerSettings
 from workers.steering import SteeringClient, SteeringSettings
+from workers.tracing import JobTracer
 
 log = structlog.get_logger(__name__)
 
@@ -45,20 +54,27 @@ async def run_worker(
         EngineDiedError: the step loop failed.
         Exception: the model cannot be loaded, the job store refuses us, or the job runner failed.
     """
+    instruments = Instruments(Part.WORKER, Part.PROCESS)
+    show_vitals(instruments, "worker", settings.name)
     hurry = asyncio.Event()
-    with stop_on_signals(hurry) as asked:
+    async with contextlib.AsyncExitStack() as stack:
+        asked = stack.enter_context(stop_on_signals(hurry))
+        metrics_address = await stack.enter_async_context(instruments.serving(settings.metrics_listen))
         health_service = health.aio.HealthServicer()
         await health_service.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         server, address = await _serve_health(settings.health_listen, health_service)
+        ready = Ready(address, metrics_address)
         bus: Bus | None = None
         try:
             bus = await connect_bus(settings.redis_url, asked, BusSettings(lease_s=settings.lease_s))
             if bus is None:
                 return
-            log.info("loading the model", worker=settings.name, model=str(settings.model))
+            levels = asyncio.create_task(follow_log_levels(bus, settings.name, settings.log_level), name="log levels")
+            stack.push_async_callback(cancelled, levels)
+            log.info("loading the model", model=str(settings.model))
             engine = await asyncio.to_thread(make_engine, settings)
             try:
-                await _work(settings, bus, engine, asked, hurry, health_service, address)
+                await _work(settings, bus, engine, asked, hurry, health_service, ready, instruments)
             finally:
                 await health_service.enter_graceful_shutdown()
                 await asyncio.to_thread(engine.stop, settings.stop_timeout_s)
@@ -75,11 +91,17 @@ async def _work(
     asked: asyncio.Event,
     hurry: asyncio.Event,
     health_service: health.aio.HealthServicer,
-    address: str,
+    ready: Ready,
+    instruments: Instruments,
 ) -> None:
     """Serves jobs with a started engine until asked to stop or something fails."""
     loop = asyncio.get_running_loop()
-    runner = JobRunner(bus, engine, settings.name, JobSettings(heartbeat_s=settings.lease_s / 5))
+    hello = engine.hello()
+    recorder = Recorder(instruments, hello)
+    observers: list[JobObserver] = [recorder]
+    if is_exporting():
+        observers.append(JobTracer(settings.name))
+    runner = JobRunner(bus, engine, settings.name, JobSettings(heartbeat_s=settings.lease_s / 5), observers)
     client: SteeringClient | None = None
     if settings.controllers:
         client = SteeringClient(
@@ -92,7 +114,11 @@ async def _work(
                 welcome_timeout_ms=settings.welcome_timeout_ms,
                 balance_s=settings.balance_s,
             ),
+            recorder.answered,
         )
+    model = (hello.model.name,)
+    instruments.show(metrics.STEERED, lambda: [(model, client is not None and client.attached)])
+    instruments.show(metrics.UNDELIVERED_EVENTS, lambda: [(model, runner.undelivered)])
     died: asyncio.Future[None] = loop.create_future()
 
     def on_report(report: policy_pb2.Report) -> None:
@@ -110,8 +136,8 @@ async def _work(
     stopping = asyncio.create_task(asked.wait(), name="signals")
     await health_service.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     if settings.ready_file is not None:
-        write_ready_file(settings.ready_file, address)
-    log.info("serving", worker=settings.name, model=engine.hello().model.name, health=address)
+        write_ready_file(settings.ready_file, ready)
+    log.info("serving", model=hello.model.name, health=ready.address, metrics=ready.metrics)
     watched: set[asyncio.Future[object]] = {died, working, stopping}  # type: ignore[arg-type]  # Future is invariant
     if steering is not None:
         watched.add(steering)  # type: ignore[arg-type]
@@ -119,9 +145,7 @@ async def _work(
     try:
         await _until_any(watched, died)
         await health_service.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-        log.info(
-            "stopping", worker=settings.name, jobs=len(runner.held_jobs()), drain_timeout_s=settings.drain_timeout_s
-        )
+        log.info("stopping", jobs=len(runner.held_jobs()), drain_timeout_s=settings.drain_timeout_s)
         leaving = asyncio.create_task(runner.stop(settings.drain_timeout_s, hurry), name="leaving")
         await _until_any({died, leaving}, died)  # type: ignore[arg-type]
         if working.done():

@@ -15,7 +15,7 @@ from kvpilot.bus.keys import Priority
 from kvpilot.configuration import FileSettings
 from kvpilot.log import LogFormat, LogLevel
 from kvpilot.pipeline import parse_pipeline
-from kvpilot.process import split_address
+from kvpilot.process import check_listen, split_address
 from models import store
 
 
@@ -113,6 +113,11 @@ class WorkerSettings(FileSettings):
         10.0, ge=1, description="a worker that is silent for this long loses its jobs to another; the same everywhere"
     )
     health_listen: str = Field("127.0.0.1:0", description="host:port of the health service; port 0 takes a free one")
+    metrics_listen: str = Field(
+        "",
+        description="host:port to serve Prometheus' metrics on, over HTTP; port 0 takes a free one, which the ready"
+        " file tells; empty: not served",
+    )
     reconnect_min_ms: float = Field(
         100.0, gt=0, description="first wait before controllers are tried again where none took the worker on"
     )
@@ -133,7 +138,11 @@ class WorkerSettings(FileSettings):
         "all at once by a second SIGTERM, seconds. With stop_timeout_s it must fit an orchestrator's grace period",
     )
     stop_timeout_s: float = Field(5.0, ge=0, description="time the step at work gets to end on shutdown, seconds")
-    ready_file: Path | None = Field(None, description="file to write the health service's host:port to once serving")
+    ready_file: Path | None = Field(
+        None,
+        description="file to write the health service's host:port to once serving; below it `metrics=` and theirs, if"
+        " they are served",
+    )
     log_level: LogLevel = Field(LogLevel.INFO, description="least severe events that are logged")
     log_format: LogFormat = Field(LogFormat.AUTO, description="console, json, or auto by terminal")
 
@@ -156,6 +165,11 @@ class WorkerSettings(FileSettings):
     def _is_address(cls, value: str) -> str:
         split_address(value)
         return value
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _is_address_or_empty(cls, value: str) -> str:
+        return check_listen(value)
 
     @field_validator("default_pipeline")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -59,11 +59,18 @@ class SteeringClient:
     Args:
         targets: ``host:port`` of controllers; every address of a name counts as one, and names are looked up anew each
             time.
+        answered: is told each directive and its answer, an Ack or a Nack.
 
     Construct it on the event loop that will run it, and hand :meth:`on_report` to the engine.
     """
 
-    def __init__(self, engine: EngineApi, targets: Sequence[str], settings: SteeringSettings | None = None) -> None:
+    def __init__(
+        self,
+        engine: EngineApi,
+        targets: Sequence[str],
+        settings: SteeringSettings | None = None,
+        answered: Callable[[policy_pb2.Directive, policy_pb2.SteerRequest], None] | None = None,
+    ) -> None:
         if not targets:
             raise ValueError("targets: at least one controller's host:port is needed")
         self._engine = engine
@@ -76,6 +83,9 @@ class SteeringClient:
         self._chance = random.Random()
         self._known: list[Address] = []
         self._log = log
+        self._answered = answered
+        self.attached = False
+        """Whether a controller has taken us on."""
 
     def on_report(self, report: policy_pb2.Report) -> None:
         """Takes a report from any thread and returns at once."""
@@ -103,6 +113,7 @@ class SteeringClient:
                 alone = error.replaced or len(self._known) < 2
                 wait_s = self._back_off_s(1) if alone else self._chance.uniform(0, FALL_OVER_S)
             finally:
+                self.attached = False
                 self._engine.steered(False)
 
     # --- finding one --------------------------------------------------------------------------------------------------
@@ -171,6 +182,7 @@ class SteeringClient:
         self._answers.clear()
         self._engine.configure(stream.welcome)
         self._engine.steered(True)
+        self.attached = True
         self._log.info(
             "controller attached",
             controller=stream.welcome.controller,
@@ -236,9 +248,13 @@ class SteeringClient:
         except ProblemError as error:
             answer = self._nack(directive, error.problem)
         except Exception as error:
-            self._log.exception("directive failed", request=directive.request_id, pipeline=directive.pipeline)
+            self._log.exception(
+                "directive failed", request=directive.request_id, epoch=directive.epoch, pipeline=directive.pipeline
+            )
             answer = self._nack(directive, common_pb2.Problem(code=INTERNAL, message=f"the worker failed: {error!r}"))
         self._answers.append(answer)
+        if self._answered:
+            self._answered(directive, answer)
         self._wake.set()
 
     def _nack(self, directive: policy_pb2.Directive, problem: common_pb2.Problem) -> policy_pb2.SteerRequest:

@@ -81,6 +81,7 @@ class Client:
     """
 
     def __init__(self, target: str, settings: Settings | None = None) -> None:
+        self._target = target
         self._settings = settings = settings or Settings()
         if settings.credentials is None:
             self._channel = grpc.insecure_channel(target, CHANNEL_OPTIONS)
@@ -219,23 +220,25 @@ class Client:
                 time.sleep(retries.delay_s(error_of_rpc(error)))
 
     def _follow(self, stream: JobStream) -> Iterator[Event]:
-        while not stream.finished:
-            try:
-                yield from self._events(stream, stream.call())
-                if not stream.finished:
-                    time.sleep(stream.broken())
-            except grpc.RpcError as error:
-                time.sleep(stream.broken(error))
-        stream.close()
+        with stream.traced(self._target):
+            while not stream.finished:
+                try:
+                    yield from self._events(stream, stream.call())
+                    if not stream.finished:
+                        time.sleep(stream.broken())
+                except grpc.RpcError as error:
+                    time.sleep(stream.broken(error))
+            stream.close()
 
     def _events(self, stream: JobStream, call: Call) -> Iterator[Event]:
         method, request = call
-        responses = getattr(self._stub, method)(request, metadata=self._settings.metadata)
+        responses = getattr(self._stub, method)(request, metadata=self._settings.metadata + stream.metadata)
         try:
             for response in responses:
                 yield stream.take(response.event)
-                if stream.finished:
-                    return
+        except grpc.RpcError:  # how the call of a finished job ends says nothing new
+            if not stream.finished:
+                raise
         finally:
             responses.cancel()
 
@@ -249,6 +252,7 @@ class AsyncClient:
     """
 
     def __init__(self, target: str, settings: Settings | None = None) -> None:
+        self._target = target
         self._settings = settings = settings or Settings()
         if settings.credentials is None:
             self._channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
@@ -344,24 +348,26 @@ class AsyncClient:
                 await asyncio.sleep(retries.delay_s(error_of_rpc(error)))
 
     async def _follow(self, stream: JobStream) -> AsyncGenerator[Event, None]:
-        while not stream.finished:
-            try:
-                async with contextlib.aclosing(self._events(stream, stream.call())) as events:
-                    async for event in events:
-                        yield event
-                if not stream.finished:
-                    await asyncio.sleep(stream.broken())
-            except grpc.RpcError as error:
-                await asyncio.sleep(stream.broken(error))
-        stream.close()
+        with stream.traced(self._target):
+            while not stream.finished:
+                try:
+                    async with contextlib.aclosing(self._events(stream, stream.call())) as events:
+                        async for event in events:
+                            yield event
+                    if not stream.finished:
+                        await asyncio.sleep(stream.broken())
+                except grpc.RpcError as error:
+                    await asyncio.sleep(stream.broken(error))
+            stream.close()
 
     async def _events(self, stream: JobStream, call: Call) -> AsyncGenerator[Event, None]:
         method, request = call
-        responses = getattr(self._stub, method)(request, metadata=self._settings.metadata)
+        responses = getattr(self._stub, method)(request, metadata=self._settings.metadata + stream.metadata)
         try:
             async for response in responses:
                 yield stream.take(response.event)
-                if stream.finished:
-                    return
+        except grpc.RpcError:  # how the call of a finished job ends says nothing new
+            if not stream.finished:
+                raise
         finally:
             responses.cancel()

@@ -1,6 +1,7 @@
 """Logging of every kvpilot process: structlog events, also for the standard loggers of grpc and asyncio.
 
-Events are one line each: coloured columns on a terminal, JSON otherwise. Bind ids once and they are on every line::
+Events are one line each: coloured columns on a terminal, JSON otherwise. What the whole process is called is on every
+line of it, and so is the trace of the span under way. Bind other ids once and they are on every line::
 
     log = structlog.get_logger().bind(worker="w0")
     log.info("directive", request="job-1", to_pipeline="kivi(bits=4)")
@@ -14,7 +15,8 @@ from enum import StrEnum
 from typing import TextIO
 
 import structlog
-from structlog.types import Processor
+from opentelemetry import trace
+from structlog.types import EventDict, Processor
 
 
 class LogLevel(StrEnum):
@@ -38,15 +40,22 @@ def configure_logging(
     level: LogLevel = LogLevel.INFO,
     log_format: LogFormat = LogFormat.AUTO,
     stream: TextIO | None = None,
+    **names: str,
 ) -> None:
     """Sets up structlog and the standard library's root logger to write to ``stream`` (default: stderr).
 
-    May be called again; the last call holds. Context bound with ``structlog.contextvars`` is on every event, also on
-    those of foreign loggers.
+    May be called again; the last call holds. ``names``, and context bound with ``structlog.contextvars``, are on every
+    event, also on those of foreign loggers; ``names`` whichever thread it comes from.
     """
     out = sys.stderr if stream is None else stream
+
+    def add_names(logger: object, method: str, event: EventDict) -> EventDict:
+        return {**event, **{name: value for name, value in names.items() if name not in event}}
+
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        add_names,
+        _add_trace,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -69,7 +78,7 @@ def configure_logging(
             root.removeHandler(old)
     handler.kvpilot = True  # type: ignore[attr-defined]  # marks ours, so that a second call replaces only it
     root.addHandler(handler)
-    root.setLevel(level.value.upper())
+    set_level(level)
 
     structlog.configure(
         processors=[
@@ -82,3 +91,17 @@ def configure_logging(
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+def set_level(level: LogLevel) -> None:
+    """From now on events less severe than this are not written."""
+    logging.getLogger().setLevel(level.value.upper())
+
+
+def _add_trace(logger: object, method: str, event: EventDict) -> EventDict:
+    """Names the trace of the span under way, unless the event names one."""
+    under_way = trace.get_current_span().get_span_context()
+    if under_way.is_valid and "trace_id" not in event:
+        event["trace_id"] = trace.format_trace_id(under_way.trace_id)
+        event["span_id"] = trace.format_span_id(under_way.span_id)
+    return event

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -16,11 +17,33 @@ from kvpilot.bus import Bus, BusSettings, BusUnavailableError
 log = structlog.get_logger(__name__)
 
 
-def write_ready_file(path: Path, address: str) -> None:
-    """Writes ``host:port`` to a file, whole or not at all: a reader never sees half of it."""
+METRICS_LINE = "metrics="
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a process says of itself once it serves: ``host:port`` of its service, and of its metrics if they are."""
+
+    address: str
+    metrics: str = ""
+
+
+def write_ready_file(path: Path, ready: Ready) -> None:
+    """Writes these to a file, a line each, whole or not at all: a reader never sees half of it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(f"{address}\n", encoding="utf-8")
+    lines = [ready.address, *([f"{METRICS_LINE}{ready.metrics}"] if ready.metrics else [])]
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     partial.replace(path)
+
+
+def read_ready_file(path: Path) -> Ready | None:
+    """What a process wrote; None: nothing yet."""
+    try:
+        address, *others = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    found = [line.removeprefix(METRICS_LINE) for line in others if line.startswith(METRICS_LINE)]
+    return Ready(address, *found[:1])
 
 
 @contextlib.contextmanager
@@ -58,6 +81,23 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not colon or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"address {address!r}: expected host:port with a port from 0 to 65535")
     return host, int(port)
+
+
+async def cancelled(task: asyncio.Task[None]) -> None:
+    """Ends a task that nothing else ends."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def check_listen(value: str) -> str:
+    """A setting that is an address or empty.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value:
+        split_address(value)
+    return value
 
 
 async def connect_bus(url: str, stop: asyncio.Event, settings: BusSettings | None = None) -> Bus | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import uuid
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from kvpilot.errors import KvpilotError, Unavailable, error_of_problem, error_of_rpc
 from kvpilot.event import Event
+from kvpilot.tracing import StreamSpan
 from kvpilot.v1 import common_pb2, generation_pb2
 
 Call: TypeAlias = tuple[str, Any]
@@ -69,7 +72,26 @@ class JobStream:
         self._next_offset = offset
         self._retries = Retries(retries)
         self._failure: KvpilotError | None = None
+        self._span: StreamSpan | None = None
         self.finished = False
+
+    @contextlib.contextmanager
+    def traced(self, target: str) -> Iterator[None]:
+        """Has a span over the job, for as long as the context lasts; calls carry it in :attr:`metadata`."""
+        self._span = span = StreamSpan(self._request, target)
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+            raise
+        finally:
+            span.end(failure)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What calls are to carry of the trace."""
+        return self._span.metadata if self._span else ()
 
     def call(self) -> Call:
         """Returns the call that brings the next event."""
@@ -81,6 +103,8 @@ class JobStream:
         """Takes the next event in."""
         self._retries.succeeded()
         self._next_offset = event.offset + 1
+        if self._span:
+            self._span.take(event)
         if event.HasField("accepted"):
             self._job_id = event.accepted.job_id
         if event.HasField("finished"):

@@ -11,7 +11,8 @@ from cli.main import ScenarioName, app
 from kvpilot.request import SCENARIOS
 
 COMMANDS = [
-    *("up", "generate", "chat", "top", "inspect", "mode", "override", "release", "demo", "recipes", "place"),
+    *("up", "generate", "chat", "top", "inspect", "mode", "log-level", "override", "release", "demo", "recipes"),
+    "place",
     *("model/fetch", "model/list", "model/profile", "bench/serve", "bench/steer", "bench/kernels"),
     *("models/collect",),
     *("models/train", "models/evaluate", "models/calibrate", "models/list", "models/show", "models/explain"),

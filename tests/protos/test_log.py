@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
 import structlog
+from opentelemetry import context as contexts
 
-from kvpilot.log import LogFormat, LogLevel, configure_logging
+from kvpilot.log import LogFormat, LogLevel, configure_logging, set_level
+from kvpilot.tracing import context_of, trace_id_of
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +59,53 @@ def test_a_second_call_replaces_the_first() -> None:
     structlog.get_logger().info("hello", answer=42)
     assert first.getvalue() == ""
     assert "answer=42" in second.getvalue()
+
+
+def test_names_of_the_process_are_on_every_line_of_every_thread() -> None:
+    out = io.StringIO()
+    configure_logging(LogLevel.INFO, LogFormat.JSON, out, process="worker-0", worker="worker-0")
+    threads = [
+        threading.Thread(target=lambda: structlog.get_logger().info("ours", request="job-1")),
+        threading.Thread(target=lambda: logging.getLogger("grpc").warning("foreign")),
+    ]
+    for thread in threads:  # a thread does not inherit what is bound in its starter's context
+        thread.start()
+        thread.join()
+    structlog.get_logger().info("said of another", worker="worker-1")
+    ours, foreign, other = (json.loads(line) for line in out.getvalue().splitlines())
+    assert (ours["process"], ours["worker"], ours["request"]) == ("worker-0", "worker-0", "job-1")
+    assert (foreign["process"], foreign["worker"]) == ("worker-0", "worker-0")
+    assert (other["process"], other["worker"]) == ("worker-0", "worker-1")
+
+
+def test_lines_within_a_span_name_its_trace() -> None:
+    out = io.StringIO()
+    configure_logging(LogLevel.INFO, LogFormat.JSON, out)
+    traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    token = contexts.attach(context_of(traceparent))
+    try:
+        structlog.get_logger().info("within")
+        structlog.get_logger().info("of another", trace_id="1" * 32)
+    finally:
+        contexts.detach(token)
+    structlog.get_logger().info("outside")
+    within, other, outside = (json.loads(line) for line in out.getvalue().splitlines())
+    assert within["trace_id"] == trace_id_of(traceparent) == "0af7651916cd43dd8448eb211c80319c"
+    assert within["span_id"] == "b7ad6b7169203331"
+    assert other["trace_id"] == "1" * 32
+    assert "trace_id" not in outside
+
+
+def test_the_level_changes_while_loggers_are_in_use() -> None:
+    out = io.StringIO()
+    configure_logging(LogLevel.WARNING, LogFormat.JSON, out)
+    log = structlog.get_logger("kvpilot").bind(request="job-1")
+    for level in (LogLevel.WARNING, LogLevel.DEBUG, LogLevel.ERROR):
+        set_level(level)
+        log.debug(f"debug at {level}")
+        logging.getLogger("grpc").warning(f"warning at {level}")
+    assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == [
+        "warning at warning",
+        "debug at debug",
+        "warning at debug",
+    ]

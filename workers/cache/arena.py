@@ -12,6 +12,7 @@ blocks that lie there move to other pages, whole pages at a time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,6 +37,11 @@ class TierFullError(Exception):
         self.tier = tier
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
+
+
+def format_word(fmt: BlockFormat) -> str:
+    """A format in one word; of a stage that encodes its blocks itself, the stage's name."""
+    return fmt.name.lower().partition("(")[0]
 
 
 @dataclass(eq=False)
@@ -143,6 +149,13 @@ class Arena:
     def used_bytes(self) -> int:
         """Bytes of pages that belong to a lot."""
         return self.budget_bytes - self.free_bytes
+
+    def bytes_by_format(self) -> Counter[str]:
+        """Bytes of pages that belong to a lot, by the name of its format; a coded format counts by its stage."""
+        found: Counter[str] = Counter()
+        for lot in self._lots.values():
+            found[format_word(lot.format)] += lot.pages * self.page_bytes
+        return found
 
     @property
     def most_bytes(self) -> int:

@@ -8,6 +8,7 @@ files: what each of them takes there is known once it is written.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 
 from kernels.api import I32, U8
-from kernels.layout import BlockFormat, CacheShape, Tier
-from workers.cache.arena import Lot, TierFullError
+from kernels.layout import BlockFormat, CacheShape, Format, Tier
+from workers.cache.arena import Lot, TierFullError, format_word
 from workers.cache.disk import Batch, DiskFullError, DiskStore, Packing, Part
 from workers.cache.formats import CodedFormat
 from workers.cache.packed import CodePacking
@@ -70,6 +71,15 @@ class DiskTier:
     def used_bytes(self) -> int:
         """Bytes of files, of whoever shares the store."""
         return self.store.used_bytes
+
+    def bytes_by_format(self) -> Counter[str]:
+        """Bytes of files by the name of their blocks' format; parked sessions' are raw."""
+        found: Counter[str] = Counter()
+        for file in self._files.values():
+            found[format_word(file.lot.format)] += file.batch.nbytes
+        if rest := self.used_bytes - found.total():
+            found[format_word(Format.RAW)] += rest
+        return found
 
     @property
     def free_bytes(self) -> int:

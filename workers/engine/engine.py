@@ -135,6 +135,7 @@ class Engine:
         self._bandwidths = measure_bandwidths(self.cache)
         self._reporter = Reporter(self.cache, settings.report_interval_tokens)
         self._reporter.sessions = self.sessions
+        self._reporter.note_memory = self._note_memory
         self._pace = Pace(settings.switch_step_share, settings.switch_least_blocks, self.shape.block_bytes(Format.RAW))
         self._switching = Switching(
             self.cache,
@@ -170,6 +171,10 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._on_events: Callable[[list[Event]], None] = lambda events: None
         self._on_report: Callable[[policy_pb2.Report], None] = lambda report: None
+
+    def _note_memory(self, state: policy_pb2.WorkerState) -> None:
+        """Adds to a report what relief of pressure has done."""
+        state.evacuations, state.lent_layers = self._memory.evacuations, self._lending.lent
 
     def _limits(self) -> Limits:
         row_bytes = self.cache.worst_bytes(1)
@@ -323,6 +328,7 @@ class Engine:
         step = self._scheduler.schedule()
         for seq in step.preempted:
             self._repeater.drop(seq)
+            self._reporter.preempted(seq)
         for seq in step.stuck:
             self._fail_stuck(seq)
         tokens = 0
@@ -342,8 +348,9 @@ class Engine:
     def _drop_damaged(self) -> None:
         """Has requests whose blocks on disk are damaged beyond repair begin again from their tokens."""
         for seq in [seq for seq in self._scheduler.running if seq.cache and seq.cache.damaged]:
-            log.warning("blocks on disk are damaged; computing the request's tokens again", job=seq.job_id)
+            log.warning("blocks on disk are damaged; computing the request's tokens again", **seq.ids)
             self._scheduler.preempt(seq)
+            self._reporter.preempted(seq)
 
     def _restore(self) -> None:
         """Goes on with what sessions have under way, and queues the requests whose session is back from disk."""
@@ -382,6 +389,7 @@ class Engine:
         began = time.monotonic()
         logits, plan = self._runner.decode(caches, [seq.token_ids[-1] for seq in sequences])
         decode_ms = (time.monotonic() - began) * 1e3
+        self._reporter.decode_steps += 1
         self._reporter.decode_ms += decode_ms
         self._pace.stepped(decode_ms)
         sequences = [seq for seq in sequences if seq.cache and not seq.cache.damaged]
@@ -536,7 +544,6 @@ class Engine:
         if seq in self._restoring:
             self._restoring.remove(seq)
         self._scheduler.remove(seq)
-        self._reporter.preemptions += seq.preemptions
         self._reporter.ended(seq)
         if seq.text and (rest := seq.text.finish()):
             self._emit(seq, tokens=generation_pb2.Tokens(first_index=seq.generated, text=rest))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kernels.layout import BLOCK_TOKENS, CacheShape
 from kvpilot.pipeline import PipelineError
+from kvpilot.tracing import trace_id_of
 from kvpilot.v1 import generation_pb2, job_pb2
 from models.scenarios import effective_scenario, fill_objective
 from workers.engine.repeating import Words, refusal
@@ -226,8 +227,9 @@ class Intake:
             top_logprobs=request.top_logprobs,
             pipeline=pipeline or self.default_pipeline,
             pinned=pipeline,
-            accept_time_s=job.create_time.ToDatetime().timestamp() if job.HasField("create_time") else 0.0,
+            accept_time_s=job.create_time.ToNanoseconds() / 1e9,
             prompt=prompt_statistics(prompt, _turns(request)),
+            trace_id=trace_id_of(job.traceparent),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import structlog
 
+from kvpilot.v1 import common_pb2
 from workers.cache.arena import TierFullError
 from workers.cache.kvcache import KVCache
 from workers.cache.sequence_cache import Occasion
@@ -31,7 +32,8 @@ class Keeper:
         assert seq.cache is not None
         home = seq.home
         if home and seq.pipeline != home and self._roomy(seq):
-            self._switching.for_pressure(seq, home, "pressure has gone; back to the pipeline the client named")
+            why = "pressure has gone; back to the pipeline the client named"
+            self._switching.for_pressure(seq, home, why, common_pb2.CAUSE_ROOM)
         elif not seq.settled and is_missing(seq.cache, seq.pipeline):
             if not seq.to_repeat:
                 self._repeater.begin(seq, seq.pipeline)
@@ -50,14 +52,14 @@ class Keeper:
         assert seq.cache is not None
         if occasion is not Occasion.SETTLE and is_missing(seq.cache, seq.pipeline):
             write = log.warning if seq.settled else log.debug
-            write("pipeline waits for room to repeat the text", job=seq.job_id, pipeline=seq.pipeline.text)
+            write("pipeline waits for room to repeat the text", **seq.ids, pipeline=seq.pipeline.text)
             return False
         try:
             self._cache.apply(seq.cache, seq.pipeline, occasion)
             return True
         except TierFullError as full:
             write = log.warning if seq.settled else log.debug  # once, not at every attempt
-            write("pipeline waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
+            write("pipeline waits for room", **seq.ids, pipeline=seq.pipeline.text, why=str(full))
             return False
         except DamagedCacheError:
             return False  # it is about to begin again
@@ -70,4 +72,4 @@ class Keeper:
         try:
             self._cache.apply(seq.cache, wanted, Occasion.SETTLE)
         except TierFullError as full:  # it takes more memory until it can be done
-            log.warning("eviction waits for room", job=seq.job_id, pipeline=seq.pipeline.text, why=str(full))
+            log.warning("eviction waits for room", **seq.ids, pipeline=seq.pipeline.text, why=str(full))

@@ -76,6 +76,8 @@ class EngineMemory:
         self._running = running
         self._switch = switch
         self._interrupt = interrupt
+        self.evacuations = 0
+        """Times that rows of a prompt left the device."""
         self.steered = False
         """Whether a controller is attached; it then decides on lossy pipelines."""
 
@@ -144,9 +146,11 @@ class EngineMemory:
         pipeline will have elsewhere. False: nothing was moved."""
         assert seq.cache is not None
         try:
-            return self._cache.evacuate(seq.cache, None if every_layer else seq.pipeline) > 0
+            moved = self._cache.evacuate(seq.cache, None if every_layer else seq.pipeline) > 0
         except DamagedCacheError:
             return False  # it is about to begin again
+        self.evacuations += moved
+        return moved
 
     def grow(self, seq: Sequence, tokens: int) -> bool:
         """Makes room for so many more tokens of a request, relieving pressure as far as that goes."""

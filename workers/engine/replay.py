@@ -146,7 +146,7 @@ class Replayer:
             return False
         self._work = None
         self._close_all()
-        log.debug("replay gave way", job=self._queue[0].job_id)
+        log.debug("replay gave way", request=self._queue[0].job_id)
         return True
 
     def step(self) -> bool:
@@ -165,10 +165,10 @@ class Replayer:
             message = f"the text and its forks do not fit this worker: {full}"
             self._end(replay, generation_pb2.FINISH_REASON_FAILED, RESOURCE_EXHAUSTED, message)
         except DamagedCacheError as error:
-            log.warning("replay begins again where it was", job=replay.job_id, why=str(error))
+            log.warning("replay begins again where it was", request=replay.job_id, why=str(error))
             self.give_way()
         except Exception as error:
-            log.exception("replay failed", job=replay.job_id)
+            log.exception("replay failed", request=replay.job_id)
             self._end(replay, generation_pb2.FINISH_REASON_FAILED, INTERNAL, f"the replay failed: {error!r}")
         return True
 

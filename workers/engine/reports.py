@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kernels.api import DecodePlan
 from kernels.layout import Tier
@@ -18,6 +18,7 @@ from workers.signals import SignalMeter
 from workers.stages.registry import loss_class_proto
 
 RATE_WINDOW_S = 1.0
+FORMATS_EVERY_S = 1.0
 
 
 class Reporter:
@@ -39,10 +40,15 @@ class Reporter:
         self._sequence_number = 0
         self._token_times: deque[tuple[float, int]] = deque()
         self.step_ms = 0.0
-        self.preemptions = 0
+        self.preemptions = self.decode_steps = 0
         self.audits = self.audits_skipped = 0
         self.audit_ms = self.signal_ms = self.decode_ms = 0.0
         self.sessions: ParkedSessions | None = None
+        self.note_memory: Callable[[policy_pb2.WorkerState], None] = lambda state: None
+        """Adds what relief of pressure has done."""
+        self._preempted: list[str] = []
+        self._formats: list[policy_pb2.FormatUse] = []
+        self._formats_due_s = 0.0
 
     def started(self, seq: Sequence) -> None:
         """A request was admitted."""
@@ -57,6 +63,11 @@ class Reporter:
         self._audits.pop(seq.job_id, None)
         self._news.discard(seq.job_id)
         self._ended.append(seq.job_id)
+
+    def preempted(self, seq: Sequence) -> None:
+        """A request lost its memory."""
+        self.preemptions += 1
+        self._preempted.append(seq.job_id)
 
     def changed(self, seq: Sequence) -> None:
         """A request has news that should not wait for the interval."""
@@ -103,7 +114,8 @@ class Reporter:
         passed = {job_id: seq.generated - self._reported.get(job_id, seq.generated) for job_id, seq in live.items()}
         if any(tokens >= self.interval_tokens for tokens in passed.values()):
             self._news |= {job_id for job_id, tokens in passed.items() if tokens >= max(1, self.interval_tokens // 2)}
-        if not self._news and not self._ended and not (self.sessions and self.sessions.has_news()):
+        has_news = self._news or self._ended or self._preempted or (self.sessions and self.sessions.has_news())
+        if not has_news:
             return None
         self._sequence_number += 1
         report = policy_pb2.Report(
@@ -111,9 +123,10 @@ class Reporter:
             worker=self.worker_state(running, waiting),
             requests=[self._request_state(live[job_id]) for job_id in sorted(self._news) if job_id in live],
             ended_request_ids=self._ended,
+            preempted_request_ids=self._preempted,
         )
         report.time.GetCurrentTime()
-        self._news, self._ended = set(), []
+        self._news, self._ended, self._preempted = set(), [], []
         return report
 
     def worker_state(self, running: int, waiting: int) -> policy_pb2.WorkerState:
@@ -123,7 +136,7 @@ class Reporter:
             Tier.HOST: self._cache.host.guest_bytes,
             Tier.DISK: self.sessions.disk_bytes if self.sessions else 0,
         }
-        return policy_pb2.WorkerState(
+        state = policy_pb2.WorkerState(
             running=running,
             waiting=waiting,
             tiers=[
@@ -144,7 +157,36 @@ class Reporter:
             decode_ms=self.decode_ms,
             sessions=self.sessions.to_proto() if self.sessions else None,
             recalls=self._cache.recalls.to_proto(),
+            decode_steps=self.decode_steps,
+            disk=self._disk_use(),
+            formats=self._format_use(),
         )
+        self.note_memory(state)
+        return state
+
+    def _disk_use(self) -> policy_pb2.DiskUse | None:
+        if self._cache.disk is None:
+            return None
+        counts = self._cache.disk.store.counts
+        return policy_pb2.DiskUse(
+            written_bytes=counts.written_bytes,
+            read_bytes=counts.read_bytes,
+            write_ms=counts.write_s * 1e3,
+            read_ms=counts.read_s * 1e3,
+            damaged_blocks=counts.corrupt_blocks,
+        )
+
+    def _format_use(self) -> list[policy_pb2.FormatUse]:
+        """Bytes by tier and format, looked at once a second at most: there may be thousands of lots."""
+        now = time.monotonic()
+        if now >= self._formats_due_s:
+            self._formats_due_s = now + FORMATS_EVERY_S
+            self._formats = [
+                policy_pb2.FormatUse(tier=tier.tier.name.lower(), format=name, bytes=nbytes)
+                for tier in self._cache.tiers
+                for name, nbytes in sorted(tier.bytes_by_format().items())
+            ]
+        return self._formats
 
     def _request_state(self, seq: Sequence) -> policy_pb2.RequestState:
         self._reported[seq.job_id] = seq.generated
@@ -170,6 +212,7 @@ class Reporter:
             loss_class=loss_class_proto(seq.pipeline.loss_class),
             prompt=seq.prompt,
             audits=self._audits.pop(seq.job_id, ()),
+            trace_id=seq.trace_id,
         )
         if seq.cache:
             lengths = self._cache.tables.length[seq.cache.slot]

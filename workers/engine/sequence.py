@@ -49,6 +49,8 @@ class Sequence:
     """The pipeline the client named: the request returns to it when pressure has moved it elsewhere."""
     accept_time_s: float
     prompt: policy_pb2.PromptStatistics | None = None
+    trace_id: str = ""
+    """Of the trace it belongs to, 32 hexadecimal digits; empty: none."""
     caller: str = ""
     """Who asks. Jobs carry no identity: all have this one."""
 
@@ -68,6 +70,12 @@ class Sequence:
     last_token_time_s: float = 0.0
     finish: generation_pb2.FinishReason = generation_pb2.FINISH_REASON_UNSPECIFIED
     problem: common_pb2.Problem | None = None
+
+    @property
+    def ids(self) -> dict[str, str | int]:
+        """What a log line about it says of it."""
+        traced = {"trace_id": self.trace_id} if self.trace_id else {}
+        return {"request": self.job_id, "epoch": self.epoch, **traced}
 
     @property
     def session(self) -> SessionKey | None:

@@ -74,6 +74,15 @@ class Order:
         self.pause_ms = 0.0
 
 
+@dataclass(frozen=True)
+class _Why:
+    """Why a switch is made, and by whom."""
+
+    reason: str
+    orderer: common_pb2.Orderer
+    cause: common_pb2.Cause
+
+
 class Switching:
     """Changes the pipelines of one worker's requests.
 
@@ -235,7 +244,13 @@ class Switching:
 
     # -- switches ------------------------------------------------------------------------------------------------------
 
-    def for_pressure(self, seq: Sequence, pipeline: Pipeline, reason: str) -> bool:
+    def for_pressure(
+        self,
+        seq: Sequence,
+        pipeline: Pipeline,
+        reason: str,
+        cause: common_pb2.Cause = common_pb2.CAUSE_PRESSURE,
+    ) -> bool:
         """Moves a decoding request to another pipeline, now, by the worker's own rule. False: there is no room, or the
         model would first have to repeat its text."""
         assert seq.cache is not None
@@ -243,7 +258,7 @@ class Switching:
             return False
         before = self._reporter.cache_bytes(seq)
         try:
-            self._apply(seq, pipeline, reason, common_pb2.ORDERER_WORKER, before)
+            self._apply(seq, pipeline, _Why(reason, common_pb2.ORDERER_WORKER, cause), before)
             return True
         except (TierFullError, DamagedCacheError):
             return False
@@ -253,13 +268,14 @@ class Switching:
         seq, directive = order.seq, order.directive
         self._orders.pop(seq.job_id, None)
         orderer = directive.ordered_by or common_pb2.ORDERER_CONTROLLER
+        why = _Why(directive.reason, orderer, directive.cause)
         try:
             if seq.phase is Phase.DECODE and self._is_behind(order):  # others need the memory that it takes
                 raise self._no_room_to_repeat(order)
             if seq.phase is Phase.DECODE:
-                switch = self._apply(seq, order.pipeline, directive.reason, orderer, order.before, order)
+                switch = self._apply(seq, order.pipeline, why, order.before, order)
             else:
-                switch = self._note(seq, order.pipeline, directive.reason, orderer)
+                switch = self._note(seq, order.pipeline, why)
         except TierFullError as full:
             self._fail(order, ProblemError(RESOURCE_EXHAUSTED, f"no room for {order.pipeline.text!r}: {full}"))
             return
@@ -282,13 +298,14 @@ class Switching:
             error = ProblemError(ABORTED, f"{error}; the request begins again")
         order.answer.set_exception(error)
 
-    def _note(self, seq: Sequence, pipeline: Pipeline, reason: str, orderer: common_pb2.Orderer) -> common_pb2.Switch:
+    def _note(self, seq: Sequence, pipeline: Pipeline, why: _Why) -> common_pb2.Switch:
         """Has a request begin with another pipeline: it takes effect when its prompt is complete."""
         switch = common_pb2.Switch(
             from_pipeline=seq.pipeline.text,
             to_pipeline=pipeline.text,
-            reason=reason,
-            ordered_by=orderer,
+            reason=why.reason,
+            ordered_by=why.orderer,
+            cause=why.cause,
             at_token=seq.generated,
         )
         seq.pipeline = pipeline
@@ -300,8 +317,7 @@ class Switching:
         self,
         seq: Sequence,
         pipeline: Pipeline,
-        reason: str,
-        orderer: common_pb2.Orderer,
+        why: _Why,
         before: common_pb2.CacheBytes,
         order: Order | None = None,
     ) -> common_pb2.Switch:
@@ -318,8 +334,9 @@ class Switching:
             at_token=seq.generated,
             from_pipeline=seq.pipeline.text,
             to_pipeline=pipeline.text,
-            reason=reason,
-            ordered_by=orderer,
+            reason=why.reason,
+            ordered_by=why.orderer,
+            cause=why.cause,
             before=before,
             after=after,
             stall_ms=order.longest_pause_ms if order else pause_ms,
@@ -330,11 +347,11 @@ class Switching:
         self._reporter.changed(seq)
         log.info(
             "switched",
-            job=seq.job_id,
+            **seq.ids | ({"epoch": order.directive.epoch} if order else {}),
             at_token=switch.at_token,
             from_pipeline=switch.from_pipeline,
             to_pipeline=switch.to_pipeline,
-            reason=reason,
+            reason=why.reason,
             stall_ms=round(switch.stall_ms, 1),
             slices=order.slices if order else 0,
         )

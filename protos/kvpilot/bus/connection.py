@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -34,6 +35,27 @@ _UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, 
 _PAGE = 256
 
 
+@dataclass
+class StoreCounts:
+    """What this process has seen of job stores; they only rise."""
+
+    connects: int = 0
+    """Connections opened."""
+    unavailable: int = 0
+    """Calls that failed since the store was out of reach."""
+    refused: int = 0
+    """Calls that it refused, or answered with what nobody understands."""
+
+
+STORE_COUNTS = StoreCounts()
+
+
+async def _connected(connection: Any) -> None:
+    """Counts a connection and does with it what the client would."""
+    STORE_COUNTS.connects += 1
+    await connection.on_connect()
+
+
 class Connection:
     """A pool of connections to the job store and the reads that all parts of the bus share."""
 
@@ -54,6 +76,7 @@ class Connection:
             max_connections=settings.connections,
             timeout=settings.timeout_s,
             protocol=2,
+            redis_connect_func=_connected,
             socket_timeout=settings.timeout_s + settings.block_s,
             socket_connect_timeout=settings.timeout_s,
             retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), settings.retries),
@@ -168,10 +191,14 @@ def translated_errors() -> Iterator[None]:
             if task is not None and task.cancelling() > before:
                 raise asyncio.CancelledError
     except _UNAVAILABLE as error:
+        STORE_COUNTS.unavailable += 1
         raise BusUnavailableError(f"the job store is out of reach: {error}") from error
     except ResponseError as error:
         if str(error).startswith(("MISCONF", "LOADING", "OOM", "CLUSTERDOWN", "MASTERDOWN")):
+            STORE_COUNTS.unavailable += 1
             raise BusUnavailableError(f"the job store cannot write now: {error}") from error
+        STORE_COUNTS.refused += 1
         raise BusError(f"the job store refused: {error}") from error
     except RedisError as error:
+        STORE_COUNTS.refused += 1
         raise BusError(f"the job store failed: {error}") from error

@@ -82,6 +82,10 @@ def released(model: str) -> str:
     return f"{PREFIX}released:{model}"
 
 
+LOG_LEVELS = f"{PREFIX}log-levels"
+"""Hash: LogLevelOrder by name of the process, ``*`` for all."""
+
+
 def card(worker: str) -> str:
     """WorkerCard; expires with the worker's lease."""
     return f"{PREFIX}worker:{worker}"

@@ -7,13 +7,15 @@ from kvpilot.bus.connection import translated_errors
 from kvpilot.bus.control import ControlRoom
 from kvpilot.bus.decisions import DecisionLog
 from kvpilot.bus.front import FrontDoor
+from kvpilot.bus.levels import LevelBoard
 from kvpilot.bus.pointers import PointerBoard
+from kvpilot.bus.queues import QueueBoard
 from kvpilot.bus.work import Workshop
 from kvpilot.v1 import job_pb2
 
 
-class Bus(FrontDoor, Workshop, ControlRoom, DecisionLog, PointerBoard):
-    """Jobs, their events, the workers, outcomes, decisions, operators' orders and bundle pointers, as kept in Redis.
+class Bus(FrontDoor, Workshop, ControlRoom, DecisionLog, PointerBoard, LevelBoard, QueueBoard):
+    """Jobs, their events, the workers, outcomes, decisions, operators' orders, bundle pointers, log levels; in Redis.
 
     One instance serves any number of concurrent calls of one event loop. Calls are tried again for a moment after a
     connection failure and then raise :class:`BusUnavailableError`; none of them does its work twice.

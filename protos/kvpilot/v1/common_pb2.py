@@ -24,27 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvpilot/v1/common.proto\x12\nkvpilot.v1\"\x99\x01\n\tObjective\x12\x1b\n\x0emax_divergence\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0elatency_weight\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rmemory_weight\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x11\n\x0f_max_divergenceB\x11\n\x0f_latency_weightB\x10\n\x0e_memory_weight\"\xf2\x01\n\nCacheBytes\x12\x14\n\x0c\x64\x65vice_bytes\x18\x01 \x01(\x03\x12\x12\n\nhost_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cshadow_bytes\x18\x03 \x01(\x03\x12\x19\n\x11peak_device_bytes\x18\x04 \x01(\x03\x12\x18\n\x10\x66ull_cache_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12\x64\x65vice_bytes_16bit\x18\x06 \x01(\x03\x12\x1f\n\x17peak_device_bytes_16bit\x18\x07 \x01(\x03\x12\x1e\n\x16\x66ull_cache_bytes_16bit\x18\x08 \x01(\x03\x12\x12\n\ndisk_bytes\x18\t \x01(\x03\"\xe0\x01\n\x06Switch\x12\x10\n\x08\x61t_token\x18\x01 \x01(\x05\x12\x15\n\rfrom_pipeline\x18\x02 \x01(\t\x12\x13\n\x0bto_pipeline\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\'\n\nordered_by\x18\x05 \x01(\x0e\x32\x13.kvpilot.v1.Orderer\x12&\n\x06\x62\x65\x66ore\x18\x06 \x01(\x0b\x32\x16.kvpilot.v1.CacheBytes\x12%\n\x05\x61\x66ter\x18\x07 \x01(\x0b\x32\x16.kvpilot.v1.CacheBytes\x12\x10\n\x08stall_ms\x18\x08 \x01(\x01\"p\n\x07Problem\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\nviolations\x18\x03 \x03(\x0b\x32\x1a.kvpilot.v1.FieldViolation\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x03\"4\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t*\xb4\x02\n\x08Scenario\x12\x18\n\x14SCENARIO_UNSPECIFIED\x10\x00\x12\x19\n\x15SCENARIO_LONG_CONTEXT\x10\x01\x12\x1c\n\x18SCENARIO_HIGH_THROUGHPUT\x10\x02\x12\x11\n\rSCENARIO_EDGE\x10\x03\x12\x17\n\x13SCENARIO_MULTI_TURN\x10\x04\x12\x1e\n\x1aSCENARIO_ACCURACY_CRITICAL\x10\x05\x12\x16\n\x12SCENARIO_STREAMING\x10\x06\x12\x12\n\x0eSCENARIO_MIXED\x10\x07\x12\x1a\n\x16SCENARIO_PREFILL_HEAVY\x10\x08\x12!\n\x1dSCENARIO_MINIMAL_MODIFICATION\x10\t\x12\x1e\n\x1aSCENARIO_HARDWARE_SPECIFIC\x10\n*s\n\tLossClass\x12\x1a\n\x16LOSS_CLASS_UNSPECIFIED\x10\x00\x12\x14\n\x10LOSS_CLASS_EXACT\x10\x01\x12\x1a\n\x16LOSS_CLASS_RECOVERABLE\x10\x02\x12\x18\n\x14LOSS_CLASS_PERMANENT\x10\x03*x\n\x07Orderer\x12\x17\n\x13ORDERER_UNSPECIFIED\x10\x00\x12\x12\n\x0eORDERER_CLIENT\x10\x01\x12\x16\n\x12ORDERER_CONTROLLER\x10\x02\x12\x14\n\x10ORDERER_OPERATOR\x10\x03\x12\x12\n\x0eORDERER_WORKER\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvpilot/v1/common.proto\x12\nkvpilot.v1\"\x99\x01\n\tObjective\x12\x1b\n\x0emax_divergence\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0elatency_weight\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rmemory_weight\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x11\n\x0f_max_divergenceB\x11\n\x0f_latency_weightB\x10\n\x0e_memory_weight\"\xf2\x01\n\nCacheBytes\x12\x14\n\x0c\x64\x65vice_bytes\x18\x01 \x01(\x03\x12\x12\n\nhost_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cshadow_bytes\x18\x03 \x01(\x03\x12\x19\n\x11peak_device_bytes\x18\x04 \x01(\x03\x12\x18\n\x10\x66ull_cache_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12\x64\x65vice_bytes_16bit\x18\x06 \x01(\x03\x12\x1f\n\x17peak_device_bytes_16bit\x18\x07 \x01(\x03\x12\x1e\n\x16\x66ull_cache_bytes_16bit\x18\x08 \x01(\x03\x12\x12\n\ndisk_bytes\x18\t \x01(\x03\"\x82\x02\n\x06Switch\x12\x10\n\x08\x61t_token\x18\x01 \x01(\x05\x12\x15\n\rfrom_pipeline\x18\x02 \x01(\t\x12\x13\n\x0bto_pipeline\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\'\n\nordered_by\x18\x05 \x01(\x0e\x32\x13.kvpilot.v1.Orderer\x12&\n\x06\x62\x65\x66ore\x18\x06 \x01(\x0b\x32\x16.kvpilot.v1.CacheBytes\x12%\n\x05\x61\x66ter\x18\x07 \x01(\x0b\x32\x16.kvpilot.v1.CacheBytes\x12\x10\n\x08stall_ms\x18\x08 \x01(\x01\x12 \n\x05\x63\x61use\x18\t \x01(\x0e\x32\x11.kvpilot.v1.Cause\"p\n\x07Problem\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\nviolations\x18\x03 \x03(\x0b\x32\x1a.kvpilot.v1.FieldViolation\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x03\"4\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t*\xb4\x02\n\x08Scenario\x12\x18\n\x14SCENARIO_UNSPECIFIED\x10\x00\x12\x19\n\x15SCENARIO_LONG_CONTEXT\x10\x01\x12\x1c\n\x18SCENARIO_HIGH_THROUGHPUT\x10\x02\x12\x11\n\rSCENARIO_EDGE\x10\x03\x12\x17\n\x13SCENARIO_MULTI_TURN\x10\x04\x12\x1e\n\x1aSCENARIO_ACCURACY_CRITICAL\x10\x05\x12\x16\n\x12SCENARIO_STREAMING\x10\x06\x12\x12\n\x0eSCENARIO_MIXED\x10\x07\x12\x1a\n\x16SCENARIO_PREFILL_HEAVY\x10\x08\x12!\n\x1dSCENARIO_MINIMAL_MODIFICATION\x10\t\x12\x1e\n\x1aSCENARIO_HARDWARE_SPECIFIC\x10\n*s\n\tLossClass\x12\x1a\n\x16LOSS_CLASS_UNSPECIFIED\x10\x00\x12\x14\n\x10LOSS_CLASS_EXACT\x10\x01\x12\x1a\n\x16LOSS_CLASS_RECOVERABLE\x10\x02\x12\x18\n\x14LOSS_CLASS_PERMANENT\x10\x03*y\n\x05\x43\x61use\x12\x15\n\x11\x43\x41USE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41USE_PRESSURE\x10\x01\x12\x0e\n\nCAUSE_ROOM\x10\x02\x12\x11\n\rCAUSE_QUALITY\x10\x03\x12\x0e\n\nCAUSE_COST\x10\x04\x12\x12\n\x0e\x43\x41USE_OPERATOR\x10\x05*x\n\x07Orderer\x12\x17\n\x13ORDERER_UNSPECIFIED\x10\x00\x12\x12\n\x0eORDERER_CLIENT\x10\x01\x12\x16\n\x12ORDERER_CONTROLLER\x10\x02\x12\x14\n\x10ORDERER_OPERATOR\x10\x03\x12\x12\n\x0eORDERER_WORKER\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvpilot.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCENARIO']._serialized_start=836
-  _globals['_SCENARIO']._serialized_end=1144
-  _globals['_LOSSCLASS']._serialized_start=1146
-  _globals['_LOSSCLASS']._serialized_end=1261
-  _globals['_ORDERER']._serialized_start=1263
-  _globals['_ORDERER']._serialized_end=1383
+  _globals['_SCENARIO']._serialized_start=870
+  _globals['_SCENARIO']._serialized_end=1178
+  _globals['_LOSSCLASS']._serialized_start=1180
+  _globals['_LOSSCLASS']._serialized_end=1295
+  _globals['_CAUSE']._serialized_start=1297
+  _globals['_CAUSE']._serialized_end=1418
+  _globals['_ORDERER']._serialized_start=1420
+  _globals['_ORDERER']._serialized_end=1540
   _globals['_OBJECTIVE']._serialized_start=40
   _globals['_OBJECTIVE']._serialized_end=193
   _globals['_CACHEBYTES']._serialized_start=196
   _globals['_CACHEBYTES']._serialized_end=438
   _globals['_SWITCH']._serialized_start=441
-  _globals['_SWITCH']._serialized_end=665
-  _globals['_PROBLEM']._serialized_start=667
-  _globals['_PROBLEM']._serialized_end=779
-  _globals['_FIELDVIOLATION']._serialized_start=781
-  _globals['_FIELDVIOLATION']._serialized_end=833
+  _globals['_SWITCH']._serialized_end=699
+  _globals['_PROBLEM']._serialized_start=701
+  _globals['_PROBLEM']._serialized_end=813
+  _globals['_FIELDVIOLATION']._serialized_start=815
+  _globals['_FIELDVIOLATION']._serialized_end=867
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,15 @@ class LossClass(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOSS_CLASS_RECOVERABLE: _ClassVar[LossClass]
     LOSS_CLASS_PERMANENT: _ClassVar[LossClass]
 
+class Cause(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CAUSE_UNSPECIFIED: _ClassVar[Cause]
+    CAUSE_PRESSURE: _ClassVar[Cause]
+    CAUSE_ROOM: _ClassVar[Cause]
+    CAUSE_QUALITY: _ClassVar[Cause]
+    CAUSE_COST: _ClassVar[Cause]
+    CAUSE_OPERATOR: _ClassVar[Cause]
+
 class Orderer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ORDERER_UNSPECIFIED: _ClassVar[Orderer]
@@ -50,6 +59,12 @@ LOSS_CLASS_UNSPECIFIED: LossClass
 LOSS_CLASS_EXACT: LossClass
 LOSS_CLASS_RECOVERABLE: LossClass
 LOSS_CLASS_PERMANENT: LossClass
+CAUSE_UNSPECIFIED: Cause
+CAUSE_PRESSURE: Cause
+CAUSE_ROOM: Cause
+CAUSE_QUALITY: Cause
+CAUSE_COST: Cause
+CAUSE_OPERATOR: Cause
 ORDERER_UNSPECIFIED: Orderer
 ORDERER_CLIENT: Orderer
 ORDERER_CONTROLLER: Orderer
@@ -89,7 +104,7 @@ class CacheBytes(_message.Message):
     def __init__(self, device_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., shadow_bytes: _Optional[int] = ..., peak_device_bytes: _Optional[int] = ..., full_cache_bytes: _Optional[int] = ..., device_bytes_16bit: _Optional[int] = ..., peak_device_bytes_16bit: _Optional[int] = ..., full_cache_bytes_16bit: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
 
 class Switch(_message.Message):
-    __slots__ = ("at_token", "from_pipeline", "to_pipeline", "reason", "ordered_by", "before", "after", "stall_ms")
+    __slots__ = ("at_token", "from_pipeline", "to_pipeline", "reason", "ordered_by", "before", "after", "stall_ms", "cause")
     AT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     FROM_PIPELINE_FIELD_NUMBER: _ClassVar[int]
     TO_PIPELINE_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +113,7 @@ class Switch(_message.Message):
     BEFORE_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     STALL_MS_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
     at_token: int
     from_pipeline: str
     to_pipeline: str
@@ -106,7 +122,8 @@ class Switch(_message.Message):
     before: CacheBytes
     after: CacheBytes
     stall_ms: float
-    def __init__(self, at_token: _Optional[int] = ..., from_pipeline: _Optional[str] = ..., to_pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., ordered_by: _Optional[_Union[Orderer, str]] = ..., before: _Optional[_Union[CacheBytes, _Mapping]] = ..., after: _Optional[_Union[CacheBytes, _Mapping]] = ..., stall_ms: _Optional[float] = ...) -> None: ...
+    cause: Cause
+    def __init__(self, at_token: _Optional[int] = ..., from_pipeline: _Optional[str] = ..., to_pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., ordered_by: _Optional[_Union[Orderer, str]] = ..., before: _Optional[_Union[CacheBytes, _Mapping]] = ..., after: _Optional[_Union[CacheBytes, _Mapping]] = ..., stall_ms: _Optional[float] = ..., cause: _Optional[_Union[Cause, str]] = ...) -> None: ...
 
 class Problem(_message.Message):
     __slots__ = ("code", "message", "violations", "retry_after_ms")

@@ -29,29 +29,29 @@ from kvpilot.v1 import operator_pb2 as kvpilot_dot_v1_dot_operator__pb2
 from kvpilot.v1 import policy_pb2 as kvpilot_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvpilot/v1/job.proto\x12\nkvpilot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvpilot/v1/common.proto\x1a\x1bkvpilot/v1/generation.proto\x1a\x19kvpilot/v1/operator.proto\x1a\x17kvpilot/v1/policy.proto\"t\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.kvpilot.v1.GenerateRequest\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"^\n\nWorkerCard\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Hello\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"/\n\x0e\x43ontrollerCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa2\x01\n\x07Outcome\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12,\n\nlast_state\x18\x03 \x01(\x0b\x32\x18.kvpilot.v1.RequestState\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.kvpilot.v1.Finished\x12!\n\x06\x61udits\x18\x05 \x03(\x0b\x32\x11.kvpilot.v1.Audit\",\n\x08Override\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xf7\x01\n\rDecisionEvent\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x07\x64\x65\x63ided\x18\x05 \x01(\x0b\x32\x13.kvpilot.v1.DecidedH\x00\x12(\n\x08\x61nswered\x18\x06 \x01(\x0b\x32\x14.kvpilot.v1.AnsweredH\x00\x12(\n\x08measured\x18\x07 \x01(\x0b\x32\x14.kvpilot.v1.MeasuredH\x00\x42\x07\n\x05\x65vent\"\xd9\x02\n\x07\x44\x65\x63ided\x12\x10\n\x08\x61t_token\x18\x01 \x01(\x05\x12\x15\n\rfrom_pipeline\x18\x02 \x01(\t\x12\x10\n\x08pipeline\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.kvpilot.v1.DecisionOutcome\x12\x0e\n\x06\x62undle\x18\x06 \x01(\t\x12\x1b\n\x13\x66\x65\x61ture_schema_hash\x18\x07 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x08 \x03(\x02\x12\x0e\n\x06\x66\x61mily\x18\t \x01(\t\x12\x1c\n\x14predicted_divergence\x18\n \x01(\x01\x12\r\n\x05\x62ound\x18\x0b \x01(\x01\x12\x11\n\trunner_up\x18\x0c \x01(\t\x12\x15\n\rshadow_bundle\x18\r \x01(\t\x12\x19\n\x11shadow_divergence\x18\x0e \x01(\x01\x12\x14\n\x0cshadow_bound\x18\x0f \x01(\x01\"n\n\x08\x41nswered\x12,\n\x07outcome\x18\x01 \x01(\x0e\x32\x1b.kvpilot.v1.DecisionOutcome\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12#\n\x07\x61pplied\x18\x03 \x01(\x0b\x32\x12.kvpilot.v1.Switch\"J\n\x08Measured\x12 \n\x05\x61udit\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Audit\x12\x12\n\x05\x62ound\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_boundb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvpilot/v1/job.proto\x12\nkvpilot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvpilot/v1/common.proto\x1a\x1bkvpilot/v1/generation.proto\x1a\x19kvpilot/v1/operator.proto\x1a\x17kvpilot/v1/policy.proto\"\x89\x01\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.kvpilot.v1.GenerateRequest\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"^\n\nWorkerCard\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Hello\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"/\n\x0e\x43ontrollerCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa2\x01\n\x07Outcome\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12,\n\nlast_state\x18\x03 \x01(\x0b\x32\x18.kvpilot.v1.RequestState\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.kvpilot.v1.Finished\x12!\n\x06\x61udits\x18\x05 \x03(\x0b\x32\x11.kvpilot.v1.Audit\",\n\x08Override\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xf7\x01\n\rDecisionEvent\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x07\x64\x65\x63ided\x18\x05 \x01(\x0b\x32\x13.kvpilot.v1.DecidedH\x00\x12(\n\x08\x61nswered\x18\x06 \x01(\x0b\x32\x14.kvpilot.v1.AnsweredH\x00\x12(\n\x08measured\x18\x07 \x01(\x0b\x32\x14.kvpilot.v1.MeasuredH\x00\x42\x07\n\x05\x65vent\"\xd9\x02\n\x07\x44\x65\x63ided\x12\x10\n\x08\x61t_token\x18\x01 \x01(\x05\x12\x15\n\rfrom_pipeline\x18\x02 \x01(\t\x12\x10\n\x08pipeline\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.kvpilot.v1.DecisionOutcome\x12\x0e\n\x06\x62undle\x18\x06 \x01(\t\x12\x1b\n\x13\x66\x65\x61ture_schema_hash\x18\x07 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x08 \x03(\x02\x12\x0e\n\x06\x66\x61mily\x18\t \x01(\t\x12\x1c\n\x14predicted_divergence\x18\n \x01(\x01\x12\r\n\x05\x62ound\x18\x0b \x01(\x01\x12\x11\n\trunner_up\x18\x0c \x01(\t\x12\x15\n\rshadow_bundle\x18\r \x01(\t\x12\x19\n\x11shadow_divergence\x18\x0e \x01(\x01\x12\x14\n\x0cshadow_bound\x18\x0f \x01(\x01\"n\n\x08\x41nswered\x12,\n\x07outcome\x18\x01 \x01(\x0e\x32\x1b.kvpilot.v1.DecisionOutcome\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12#\n\x07\x61pplied\x18\x03 \x01(\x0b\x32\x12.kvpilot.v1.Switch\"J\n\x08Measured\x12 \n\x05\x61udit\x18\x01 \x01(\x0b\x32\x11.kvpilot.v1.Audit\x12\x12\n\x05\x62ound\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_boundb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvpilot.v1.job_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOB']._serialized_start=175
-  _globals['_JOB']._serialized_end=291
-  _globals['_WORKERCARD']._serialized_start=293
-  _globals['_WORKERCARD']._serialized_end=387
-  _globals['_CONTROLLERCARD']._serialized_start=389
-  _globals['_CONTROLLERCARD']._serialized_end=436
-  _globals['_OUTCOME']._serialized_start=439
-  _globals['_OUTCOME']._serialized_end=601
-  _globals['_OVERRIDE']._serialized_start=603
-  _globals['_OVERRIDE']._serialized_end=647
-  _globals['_DECISIONEVENT']._serialized_start=650
-  _globals['_DECISIONEVENT']._serialized_end=897
-  _globals['_DECIDED']._serialized_start=900
-  _globals['_DECIDED']._serialized_end=1245
-  _globals['_ANSWERED']._serialized_start=1247
-  _globals['_ANSWERED']._serialized_end=1357
-  _globals['_MEASURED']._serialized_start=1359
-  _globals['_MEASURED']._serialized_end=1433
+  _globals['_JOB']._serialized_start=176
+  _globals['_JOB']._serialized_end=313
+  _globals['_WORKERCARD']._serialized_start=315
+  _globals['_WORKERCARD']._serialized_end=409
+  _globals['_CONTROLLERCARD']._serialized_start=411
+  _globals['_CONTROLLERCARD']._serialized_end=458
+  _globals['_OUTCOME']._serialized_start=461
+  _globals['_OUTCOME']._serialized_end=623
+  _globals['_OVERRIDE']._serialized_start=625
+  _globals['_OVERRIDE']._serialized_end=669
+  _globals['_DECISIONEVENT']._serialized_start=672
+  _globals['_DECISIONEVENT']._serialized_end=919
+  _globals['_DECIDED']._serialized_start=922
+  _globals['_DECIDED']._serialized_end=1267
+  _globals['_ANSWERED']._serialized_start=1269
+  _globals['_ANSWERED']._serialized_end=1379
+  _globals['_MEASURED']._serialized_start=1381
+  _globals['_MEASURED']._serialized_end=1455
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class LogLevel(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOG_LEVEL_UNSPECIFIED: _ClassVar[LogLevel]
+    LOG_LEVEL_DEBUG: _ClassVar[LogLevel]
+    LOG_LEVEL_INFO: _ClassVar[LogLevel]
+    LOG_LEVEL_WARNING: _ClassVar[LogLevel]
+    LOG_LEVEL_ERROR: _ClassVar[LogLevel]
+    LOG_LEVEL_CONFIGURED: _ClassVar[LogLevel]
+
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MODE_UNSPECIFIED: _ClassVar[Mode]
@@ -26,6 +35,12 @@ class DecisionOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DECISION_OUTCOME_SENT: _ClassVar[DecisionOutcome]
     DECISION_OUTCOME_APPLIED: _ClassVar[DecisionOutcome]
     DECISION_OUTCOME_REFUSED: _ClassVar[DecisionOutcome]
+LOG_LEVEL_UNSPECIFIED: LogLevel
+LOG_LEVEL_DEBUG: LogLevel
+LOG_LEVEL_INFO: LogLevel
+LOG_LEVEL_WARNING: LogLevel
+LOG_LEVEL_ERROR: LogLevel
+LOG_LEVEL_CONFIGURED: LogLevel
 MODE_UNSPECIFIED: Mode
 MODE_OFF: Mode
 MODE_ADVISORY: Mode
@@ -36,6 +51,40 @@ DECISION_OUTCOME_ADVISED: DecisionOutcome
 DECISION_OUTCOME_SENT: DecisionOutcome
 DECISION_OUTCOME_APPLIED: DecisionOutcome
 DECISION_OUTCOME_REFUSED: DecisionOutcome
+
+class SetLogLevelRequest(_message.Message):
+    __slots__ = ("level", "process", "duration_ms")
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    level: LogLevel
+    process: str
+    duration_ms: int
+    def __init__(self, level: _Optional[_Union[LogLevel, str]] = ..., process: _Optional[str] = ..., duration_ms: _Optional[int] = ...) -> None: ...
+
+class SetLogLevelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListLogLevelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListLogLevelsResponse(_message.Message):
+    __slots__ = ("orders",)
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
+    orders: _containers.RepeatedCompositeFieldContainer[LogLevelOrder]
+    def __init__(self, orders: _Optional[_Iterable[_Union[LogLevelOrder, _Mapping]]] = ...) -> None: ...
+
+class LogLevelOrder(_message.Message):
+    __slots__ = ("process", "level", "until")
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    process: str
+    level: LogLevel
+    until: _timestamp_pb2.Timestamp
+    def __init__(self, process: _Optional[str] = ..., level: _Optional[_Union[LogLevel, str]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
     __slots__ = ("only_here",)

@@ -79,6 +79,16 @@ class OperatorServiceStub:
                 request_serializer=kvpilot_dot_v1_dot_operator__pb2.SetModeRequest.SerializeToString,
                 response_deserializer=kvpilot_dot_v1_dot_operator__pb2.SetModeResponse.FromString,
                 _registered_method=True)
+        self.SetLogLevel = channel.unary_unary(
+                '/kvpilot.v1.OperatorService/SetLogLevel',
+                request_serializer=kvpilot_dot_v1_dot_operator__pb2.SetLogLevelRequest.SerializeToString,
+                response_deserializer=kvpilot_dot_v1_dot_operator__pb2.SetLogLevelResponse.FromString,
+                _registered_method=True)
+        self.ListLogLevels = channel.unary_unary(
+                '/kvpilot.v1.OperatorService/ListLogLevels',
+                request_serializer=kvpilot_dot_v1_dot_operator__pb2.ListLogLevelsRequest.SerializeToString,
+                response_deserializer=kvpilot_dot_v1_dot_operator__pb2.ListLogLevelsResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -154,6 +164,27 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetLogLevel(self, request, context):
+        """Sets from which level on processes log, for a while or until it is set again. It reaches all processes that share the
+        job store, front doors and workers of other controllers included, within a few seconds, and holds for those that
+        start later.
+
+        Errors: INVALID_ARGUMENT for LOG_LEVEL_UNSPECIFIED or a negative time; UNAVAILABLE while the job store is out of
+        reach; FAILED_PRECONDITION where this controller has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLogLevels(self, request, context):
+        """Lists what SetLogLevel has set and still holds.
+
+        Errors: UNAVAILABLE and FAILED_PRECONDITION as SetLogLevel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -191,6 +222,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.SetMode,
                     request_deserializer=kvpilot_dot_v1_dot_operator__pb2.SetModeRequest.FromString,
                     response_serializer=kvpilot_dot_v1_dot_operator__pb2.SetModeResponse.SerializeToString,
+            ),
+            'SetLogLevel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLogLevel,
+                    request_deserializer=kvpilot_dot_v1_dot_operator__pb2.SetLogLevelRequest.FromString,
+                    response_serializer=kvpilot_dot_v1_dot_operator__pb2.SetLogLevelResponse.SerializeToString,
+            ),
+            'ListLogLevels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLogLevels,
+                    request_deserializer=kvpilot_dot_v1_dot_operator__pb2.ListLogLevelsRequest.FromString,
+                    response_serializer=kvpilot_dot_v1_dot_operator__pb2.ListLogLevelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -392,6 +433,60 @@ class OperatorService:
             '/kvpilot.v1.OperatorService/SetMode',
             kvpilot_dot_v1_dot_operator__pb2.SetModeRequest.SerializeToString,
             kvpilot_dot_v1_dot_operator__pb2.SetModeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLogLevel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpilot.v1.OperatorService/SetLogLevel',
+            kvpilot_dot_v1_dot_operator__pb2.SetLogLevelRequest.SerializeToString,
+            kvpilot_dot_v1_dot_operator__pb2.SetLogLevelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLogLevels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpilot.v1.OperatorService/ListLogLevels',
+            kvpilot_dot_v1_dot_operator__pb2.ListLogLevelsRequest.SerializeToString,
+            kvpilot_dot_v1_dot_operator__pb2.ListLogLevelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -94,21 +94,23 @@ class RequestEpoch(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("sequence_number", "time", "worker", "requests", "ended_request_ids")
+    __slots__ = ("sequence_number", "time", "worker", "requests", "ended_request_ids", "preempted_request_ids")
     SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     ENDED_REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTED_REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
     sequence_number: int
     time: _timestamp_pb2.Timestamp
     worker: WorkerState
     requests: _containers.RepeatedCompositeFieldContainer[RequestState]
     ended_request_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sequence_number: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., worker: _Optional[_Union[WorkerState, _Mapping]] = ..., requests: _Optional[_Iterable[_Union[RequestState, _Mapping]]] = ..., ended_request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    preempted_request_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sequence_number: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., worker: _Optional[_Union[WorkerState, _Mapping]] = ..., requests: _Optional[_Iterable[_Union[RequestState, _Mapping]]] = ..., ended_request_ids: _Optional[_Iterable[str]] = ..., preempted_request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("running", "waiting", "tiers", "step_ms", "tokens_per_s", "preemptions", "audits", "audits_skipped", "audit_ms", "signal_ms", "decode_ms", "sessions", "recalls")
+    __slots__ = ("running", "waiting", "tiers", "step_ms", "tokens_per_s", "preemptions", "audits", "audits_skipped", "audit_ms", "signal_ms", "decode_ms", "sessions", "recalls", "decode_steps", "evacuations", "lent_layers", "disk", "formats")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +124,11 @@ class WorkerState(_message.Message):
     DECODE_MS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     RECALLS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    EVACUATIONS_FIELD_NUMBER: _ClassVar[int]
+    LENT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
+    FORMATS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tiers: _containers.RepeatedCompositeFieldContainer[TierUse]
@@ -135,7 +142,36 @@ class WorkerState(_message.Message):
     decode_ms: float
     sessions: ParkedSessions
     recalls: Recalls
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., step_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., audits: _Optional[int] = ..., audits_skipped: _Optional[int] = ..., audit_ms: _Optional[float] = ..., signal_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., sessions: _Optional[_Union[ParkedSessions, _Mapping]] = ..., recalls: _Optional[_Union[Recalls, _Mapping]] = ...) -> None: ...
+    decode_steps: int
+    evacuations: int
+    lent_layers: int
+    disk: DiskUse
+    formats: _containers.RepeatedCompositeFieldContainer[FormatUse]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., step_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., audits: _Optional[int] = ..., audits_skipped: _Optional[int] = ..., audit_ms: _Optional[float] = ..., signal_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., sessions: _Optional[_Union[ParkedSessions, _Mapping]] = ..., recalls: _Optional[_Union[Recalls, _Mapping]] = ..., decode_steps: _Optional[int] = ..., evacuations: _Optional[int] = ..., lent_layers: _Optional[int] = ..., disk: _Optional[_Union[DiskUse, _Mapping]] = ..., formats: _Optional[_Iterable[_Union[FormatUse, _Mapping]]] = ...) -> None: ...
+
+class DiskUse(_message.Message):
+    __slots__ = ("written_bytes", "read_bytes", "write_ms", "read_ms", "damaged_blocks")
+    WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITE_MS_FIELD_NUMBER: _ClassVar[int]
+    READ_MS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    written_bytes: int
+    read_bytes: int
+    write_ms: float
+    read_ms: float
+    damaged_blocks: int
+    def __init__(self, written_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., write_ms: _Optional[float] = ..., read_ms: _Optional[float] = ..., damaged_blocks: _Optional[int] = ...) -> None: ...
+
+class FormatUse(_message.Message):
+    __slots__ = ("tier", "format", "bytes")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    format: str
+    bytes: int
+    def __init__(self, tier: _Optional[str] = ..., format: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Recalls(_message.Message):
     __slots__ = ("tiers", "moved", "read_blocks", "skipped_blocks")
@@ -204,7 +240,7 @@ class TierUse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ...) -> None: ...
 
 class RequestState(_message.Message):
-    __slots__ = ("request_id", "epoch", "session_id", "scenario", "objective", "pinned", "pipeline", "prompt_tokens", "generated_tokens", "max_tokens", "kept_tokens", "cache", "signals", "loss_class", "last_switch", "prefilling", "prompt", "audits", "recalls")
+    __slots__ = ("request_id", "epoch", "session_id", "scenario", "objective", "pinned", "pipeline", "prompt_tokens", "generated_tokens", "max_tokens", "kept_tokens", "cache", "signals", "loss_class", "last_switch", "prefilling", "prompt", "audits", "recalls", "trace_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +260,7 @@ class RequestState(_message.Message):
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     AUDITS_FIELD_NUMBER: _ClassVar[int]
     RECALLS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     session_id: str
@@ -243,7 +280,8 @@ class RequestState(_message.Message):
     prompt: PromptStatistics
     audits: _containers.RepeatedCompositeFieldContainer[Audit]
     recalls: Recalls
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pinned: _Optional[bool] = ..., pipeline: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept_tokens: _Optional[float] = ..., cache: _Optional[_Union[_common_pb2.CacheBytes, _Mapping]] = ..., signals: _Optional[_Union[Signals, _Mapping]] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., last_switch: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., prefilling: _Optional[bool] = ..., prompt: _Optional[_Union[PromptStatistics, _Mapping]] = ..., audits: _Optional[_Iterable[_Union[Audit, _Mapping]]] = ..., recalls: _Optional[_Union[Recalls, _Mapping]] = ...) -> None: ...
+    trace_id: str
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., session_id: _Optional[str] = ..., scenario: _Optional[_Union[_common_pb2.Scenario, str]] = ..., objective: _Optional[_Union[_common_pb2.Objective, _Mapping]] = ..., pinned: _Optional[bool] = ..., pipeline: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept_tokens: _Optional[float] = ..., cache: _Optional[_Union[_common_pb2.CacheBytes, _Mapping]] = ..., signals: _Optional[_Union[Signals, _Mapping]] = ..., loss_class: _Optional[_Union[_common_pb2.LossClass, str]] = ..., last_switch: _Optional[_Union[_common_pb2.Switch, _Mapping]] = ..., prefilling: _Optional[bool] = ..., prompt: _Optional[_Union[PromptStatistics, _Mapping]] = ..., audits: _Optional[_Iterable[_Union[Audit, _Mapping]]] = ..., recalls: _Optional[_Union[Recalls, _Mapping]] = ..., trace_id: _Optional[str] = ...) -> None: ...
 
 class PromptStatistics(_message.Message):
     __slots__ = ("distinct_share", "repeated_share", "unigram_entropy", "turns")
@@ -344,7 +382,7 @@ class Welcome(_message.Message):
     def __init__(self, controller: _Optional[str] = ..., report_interval_tokens: _Optional[int] = ..., default_pipeline: _Optional[str] = ..., version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., workers: _Optional[int] = ...) -> None: ...
 
 class Directive(_message.Message):
-    __slots__ = ("nonce", "epoch", "request_id", "pipeline", "reason", "bundle", "deadline_token", "ordered_by")
+    __slots__ = ("nonce", "epoch", "request_id", "pipeline", "reason", "bundle", "deadline_token", "ordered_by", "cause")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -353,6 +391,7 @@ class Directive(_message.Message):
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ORDERED_BY_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
     nonce: str
     epoch: int
     request_id: str
@@ -361,7 +400,8 @@ class Directive(_message.Message):
     bundle: str
     deadline_token: int
     ordered_by: _common_pb2.Orderer
-    def __init__(self, nonce: _Optional[str] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., bundle: _Optional[str] = ..., deadline_token: _Optional[int] = ..., ordered_by: _Optional[_Union[_common_pb2.Orderer, str]] = ...) -> None: ...
+    cause: _common_pb2.Cause
+    def __init__(self, nonce: _Optional[str] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., pipeline: _Optional[str] = ..., reason: _Optional[str] = ..., bundle: _Optional[str] = ..., deadline_token: _Optional[int] = ..., ordered_by: _Optional[_Union[_common_pb2.Orderer, str]] = ..., cause: _Optional[_Union[_common_pb2.Cause, str]] = ...) -> None: ...
 
 class Ack(_message.Message):
     __slots__ = ("nonce", "request_id", "applied", "epoch")

@@ -1,0 +1,54 @@
+"""From which level on processes log: what operators ordered, for every process that shares the job store."""
+
+from __future__ import annotations
+
+import time
+
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from kvpilot.bus import keys
+from kvpilot.bus.connection import Connection, translated_errors
+from kvpilot.bus.values import BusError
+from kvpilot.v1 import operator_pb2
+
+EVERYBODY = "*"
+
+
+class LevelBoard(Connection):
+    """The log levels' part of the bus."""
+
+    async def order_log_level(self, order: operator_pb2.LogLevelOrder) -> None:
+        """Keeps an order in place of an earlier one for the same process; CONFIGURED removes that. May be repeated.
+
+        Raises:
+            BusUnavailableError: Redis is out of reach.
+        """
+        field = order.process or EVERYBODY
+        with translated_errors():
+            if order.level == operator_pb2.LOG_LEVEL_CONFIGURED:
+                await self._client.hdel(keys.LOG_LEVELS, field)
+            else:
+                await self._client.hset(keys.LOG_LEVELS, field, order.SerializeToString())
+
+    async def log_levels(self) -> dict[str, operator_pb2.LogLevelOrder]:
+        """Returns the orders by process, ``""`` for all others; those whose time is over are removed.
+
+        Raises:
+            BusError: the key holds something else.
+            BusUnavailableError: Redis is out of reach.
+        """
+        with translated_errors():
+            found = await self._client.hgetall(keys.LOG_LEVELS)
+        try:
+            orders = [operator_pb2.LogLevelOrder.FromString(value) for value in found.values()]
+        except DecodeError as error:
+            raise BusError(f"{keys.LOG_LEVELS} holds no LogLevelOrder: {error}") from None
+        if over := [order.process or EVERYBODY for order in orders if is_over(order)]:
+            with translated_errors():
+                await self._client.hdel(keys.LOG_LEVELS, *over)
+        return {order.process: order for order in orders if not is_over(order)}
+
+
+def is_over(order: operator_pb2.LogLevelOrder) -> bool:
+    """Whether an order's time has passed, by this machine's clock."""
+    return order.HasField("until") and bool(order.until.ToNanoseconds() <= time.time_ns())

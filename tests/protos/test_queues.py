@@ -1,0 +1,77 @@
+"""What waits in the job store, as metrics tell it, and the orders of log levels there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from kvpilot.bus import Bus
+from kvpilot.bus.queues import Waiting
+from kvpilot.levels import level_for
+from kvpilot.log import LogLevel
+from kvpilot.v1 import operator_pb2
+from tests.engines import MODEL
+from tests.jobs_help import make_card, make_job, next_claims
+
+pytestmark = pytest.mark.anyio
+NOTHING = Waiting(0, 0.0)
+
+
+async def waiting(bus: Bus, priority: str = "normal") -> Waiting:
+    [queue] = await bus.queues()
+    assert queue.model == MODEL
+    return queue.waiting[priority]
+
+
+async def test_an_empty_store_has_no_queues(bus: Bus) -> None:
+    assert await bus.queues() == []
+
+
+async def test_jobs_wait_until_a_worker_takes_them_and_again_when_it_hands_them_back(bus: Bus) -> None:
+    await bus.heartbeat(make_card("w1"), [])
+    assert await waiting(bus) == NOTHING
+    for number in range(3):
+        await bus.submit(make_job(f"prompt {number}"))
+    await asyncio.sleep(0.02)  # so that there is an age
+    first = await waiting(bus)
+    assert first.jobs == 3
+    assert 0.02 <= first.oldest_s < 20
+    claims = await next_claims(bus, "w1", count=2)
+    assert (await waiting(bus)).jobs == 1
+    await bus.release(claims)
+    again = await waiting(bus)
+    assert again.jobs == 3
+    assert again.oldest_s > first.oldest_s  # counted from when the job came
+    taken: list[object] = []
+    while len(taken) < 3:
+        taken += await next_claims(bus, "w1")
+    assert await waiting(bus) == NOTHING
+    [queue] = await bus.queues()
+    assert queue.workers == 1
+    assert queue.waiting["high"] == queue.waiting["low"] == NOTHING
+
+
+async def test_turns_that_wait_for_their_worker_count(bus: Bus) -> None:
+    await bus.heartbeat(make_card("w1"), [])
+    await bus.submit(make_job("one", session_id="talk"))
+    await next_claims(bus, "w1")
+    await bus.submit(make_job("two", session_id="talk"))  # to the worker that had the turn before
+    assert (await waiting(bus)).jobs == 1
+
+
+async def test_orders_of_log_levels_are_kept_until_their_time_is_over(bus: Bus) -> None:
+    debug, error = operator_pb2.LOG_LEVEL_DEBUG, operator_pb2.LOG_LEVEL_ERROR
+    await bus.order_log_level(operator_pb2.LogLevelOrder(level=error))
+    short = operator_pb2.LogLevelOrder(process="w1", level=debug)
+    short.until.FromNanoseconds(time.time_ns() + 300_000_000)
+    await bus.order_log_level(short)
+    orders = await bus.log_levels()
+    assert (level_for(orders, "w1"), level_for(orders, "w2")) == (LogLevel.DEBUG, LogLevel.ERROR)
+    while level_for(orders, "w1") is LogLevel.DEBUG:  # of orders read before: its time ends without the store
+        await asyncio.sleep(0.01)
+    assert level_for(orders, "w1") is LogLevel.ERROR
+    assert list(await bus.log_levels()) == [""]
+    await bus.order_log_level(operator_pb2.LogLevelOrder(level=operator_pb2.LOG_LEVEL_CONFIGURED))
+    assert level_for(await bus.log_levels(), "w1") is None
