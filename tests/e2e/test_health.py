@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvpilot.process import read_ready_file
 from tests.e2e.serving import TIMEOUT_S, Running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(2 * TIMEOUT_S)]
@@ -28,7 +27,9 @@ async def test_each_role_of_the_controller_answers(shared: Running, service: str
 
 @pytest.mark.parametrize("service", ["", "kvpilot.v1.Worker"])
 async def test_the_worker_answers_at_its_own_address(shared: Running, service: str) -> None:
-    address = Path(shared.child("worker-0").ready_file).read_text().strip()
+    ready = read_ready_file(shared.child("worker-0").ready_file)
+    assert ready is not None
+    address = ready.address
     assert await _check(address, service) == SERVING
 
 
