@@ -39,7 +39,7 @@ async def test_generation_and_then_steering_outlive_the_controller(
     quick = {"reconnect_max_ms": 200}
     async with (
         serving(tiny_folder, tmp_path, worker=quick, device_budget=16 << 20, host_budget=16 << 20) as running,
-        AsyncClient(running.endpoint) as client,
+        AsyncClient(running.endpoint, Settings(retries=100)) as client,  # the controller is away for long
         operator_of(running) as operator,
     ):
         exact = {"ignore_eos": True, "scenario": "accuracy-critical"}

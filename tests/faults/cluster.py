@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cli.child import Child
+from kvpilot.process import read_ready_file
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc
 from tests.conftest import free_port
 from tests.e2e.serving import DEVICE_BYTES, HOST_BYTES, READY_S, TIMEOUT_S
@@ -85,11 +86,17 @@ class Cluster:
                 await child.stop(0)  # what is left is of no interest
 
     async def ready(self, name: str) -> bool:
-        """What a readiness probe of a worker hears."""
-        address = (self._folder / f"{name}.ready").read_text().strip()
-        async with grpc.aio.insecure_channel(address) as channel:
+        """What a readiness probe of a worker hears; a process that is gone is not ready."""
+        told = read_ready_file(self._folder / f"{name}.ready")
+        assert told is not None
+        async with grpc.aio.insecure_channel(told.address) as channel:
             check = health_pb2.HealthCheckRequest(service=HEALTH_SERVICE)
-            answer = await health_pb2_grpc.HealthStub(channel).Check(check)
+            try:
+                answer = await health_pb2_grpc.HealthStub(channel).Check(check)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def attached(self, controller: str) -> set[str]:

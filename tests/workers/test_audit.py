@@ -204,12 +204,12 @@ def test_requests_are_audited_in_turn_and_the_worker_counts() -> None:
 
 @pytest.mark.parametrize(("budget", "audits"), [(0.0, 0), (0.05, 10), (0.5, 100)])
 def test_the_budget_is_kept(budget: float, audits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on by 1 ms whenever somebody looks: decode steps and audits take 1 ms each."""
+    """By a clock that goes on by 1/1024 s whenever somebody looks, exactly: so long take decode steps and audits."""
     clock = itertools.count()
-    monkeypatch.setattr("workers.engine.audit.time.monotonic", lambda: next(clock) / 1e3)
+    monkeypatch.setattr("workers.engine.audit.time.monotonic", lambda: next(clock) / 1024)
     drive = Drive(tiny_engine(audit_every_tokens=1, audit_tokens=1, audit_budget=budget))
     auditor, decoded = drive.engine._auditor, drive.engine._auditor.decoded
-    monkeypatch.setattr(auditor, "decoded", lambda sequences, logits, _: decoded(sequences, logits, 1.0))
+    monkeypatch.setattr(auditor, "decoded", lambda sequences, logits, _: decoded(sequences, logits, 1e3 / 1024))
     drive.submit("job", IDS, 201, pipeline="kivi(bits=4)")
     drive.finish()
     reporter = drive.engine._reporter
