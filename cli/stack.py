@@ -97,7 +97,7 @@ class Stack:
 
     def _write_targets(self) -> None:
         """Tells Prometheus where to look. A restarted process may be at another port."""
-        targets = [{"targets": [address], "labels": {"process": name}} for name, address in self.metrics.items()]
+        targets = [{"targets": [address], "labels": {"name": name}} for name, address in self.metrics.items()]
         partial = self.targets_file.with_suffix(".partial")
         partial.write_text(json.dumps(targets, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.targets_file)

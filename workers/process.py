@@ -97,7 +97,7 @@ async def _work(
     """Serves jobs with a started engine until asked to stop or something fails."""
     loop = asyncio.get_running_loop()
     hello = engine.hello()
-    recorder = Recorder(instruments, hello)
+    recorder = Recorder(instruments, hello, settings.audit_budget)
     observers: list[JobObserver] = [recorder]
     if is_exporting():
         observers.append(JobTracer(settings.name))

@@ -113,9 +113,10 @@ class Recorder:
     Args:
         instruments: of the process.
         hello: what the worker is.
+        audit_budget: most time that its audits may take, as a share of decoding.
     """
 
-    def __init__(self, instruments: Instruments, hello: policy_pb2.Hello) -> None:
+    def __init__(self, instruments: Instruments, hello: policy_pb2.Hello, audit_budget: float) -> None:
         self._model = model = hello.model.name
         self._catalog = StageCatalog(hello.model.stages)
         self._family = lru_cache(maxsize=1024)(self._find_family)
@@ -145,6 +146,7 @@ class Recorder:
         self._switch_bytes = instruments.counter(metrics.SWITCH_BYTES)
         self._divergence = instruments.histogram(metrics.MEASURED_DIVERGENCE)
         instruments.gauge(metrics.WORKER_INFO).labels(model, hello.worker).set(1)
+        instruments.gauge(metrics.AUDIT_BUDGET).labels(model).set(audit_budget)
         for metric, look in _SHOWN.items():
             instruments.show(metric, partial(self._look, look))
         instruments.show(metrics.JOBS_HELD, lambda: [((model,), len(self._jobs))])

@@ -217,6 +217,7 @@ def _cost() -> tuple[Panel, ...]:
             "Share of decoding",
             "Time of audits and of signals over that of decode steps.",
             Query(_audit_share(), "audits"),
+            Query(f"max({select(metrics.AUDIT_BUDGET)})", "audit_budget"),
             Query(ratio(rate(metrics.SIGNAL_TIME), f"({rate(metrics.DECODE_TIME)} > 0)"), "signals"),
             unit=SHARE,
             width=6,

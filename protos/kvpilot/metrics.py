@@ -311,6 +311,9 @@ AUDITS_SKIPPED = Metric(
     _MODEL,
 )
 AUDIT_TIME = Metric("kvpilot_audit_seconds_total", _C, "Time that audits took: their cost.", _MODEL)
+AUDIT_BUDGET = Metric(
+    "kvpilot_audit_budget_ratio", _G, "Most of it that the worker's settings admit, as a share of decoding.", _MODEL
+)
 MEASURED_DIVERGENCE = Metric(
     "kvpilot_measured_divergence_nats",
     _H,

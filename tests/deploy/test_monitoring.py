@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.deploy.policy import violations
-from tests.deploy.rendering import CHART, ROOT, Object, find, helm, of_kind, read, rendered
+from tests.deploy.rendering import CHART, ROOT, Object, find, helm, of_kind, read, rendered, template
 from tests.deploy.schemas import VERSIONS, problems
 
 RULES = {
@@ -84,16 +84,43 @@ def test_the_projects_own_files_are_in_the_chart() -> None:
     assert len(of_kind(rendered("full"), "PrometheusRule")) == sum("groups" in file for file in files)
 
 
-def test_every_pod_with_metrics_is_scraped_at_the_port_that_it_serves() -> None:
-    (monitor,) = of_kind(rendered("full"), "PodMonitor")
-    wanted = monitor["spec"]["selector"]["matchLabels"]
-    (among,) = monitor["spec"]["selector"]["matchExpressions"]
-    for each in of_kind(rendered("full"), "Deployment"):
+def served(objects: list[Object]) -> list[tuple[dict[str, str], int]]:
+    """Labels of each Deployment's pods, and the port at which they serve metrics."""
+    found = []
+    for each in of_kind(objects, "Deployment"):
         template = each["spec"]["template"]
-        labels = template["metadata"]["labels"]
-        assert wanted.items() <= labels.items()
-        assert labels[among["key"]] in among["values"]
         container = template["spec"]["containers"][0]
         (port,) = (port["containerPort"] for port in container["ports"] if port["name"] == "metrics")
         listens = [each["value"] for each in container["env"] if each["name"].endswith("_METRICS_LISTEN")]
         assert listens == [f"0.0.0.0:{port}"]
+        found.append((template["metadata"]["labels"], port))
+    return found
+
+
+def test_every_pod_with_metrics_is_scraped_at_the_port_that_it_serves() -> None:
+    (monitor,) = of_kind(rendered("full"), "PodMonitor")
+    wanted = monitor["spec"]["selector"]["matchLabels"]
+    (among,) = monitor["spec"]["selector"]["matchExpressions"]
+    for labels, _ in served(rendered("full")):
+        assert wanted.items() <= labels.items()
+        assert labels[among["key"]] in among["values"]
+
+
+def test_through_a_service_too() -> None:
+    objects = rendered("service-monitor")
+    (monitor,) = of_kind(objects, "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    wanted = monitor["spec"]["selector"]["matchLabels"]
+    (service,) = (each for each in of_kind(objects, "Service") if wanted.items() <= each["metadata"]["labels"].items())
+    (port,) = service["spec"]["ports"]
+    assert port["name"] == port["targetPort"] == endpoint["port"] == "metrics"
+    for labels, serves in served(objects):
+        assert service["spec"]["selector"].items() <= labels.items()
+        assert port["port"] == serves
+
+
+def test_not_twice() -> None:
+    both = ("--set", "metrics.podMonitor.enabled=true,metrics.serviceMonitor.enabled=true")
+    done = template(*both)
+    assert done.returncode != 0
+    assert "metrics.serviceMonitor: with metrics.podMonitor each pod would be scraped twice" in done.stderr

@@ -255,8 +255,8 @@ async def test_every_metric_is_exposed_with_its_labels(stack: Running) -> None:
 
 async def test_prometheus_is_told_where_to_look(stack: Running) -> None:
     targets = json.loads(stack.stack.targets_file.read_text())
-    assert {entry["labels"]["process"] for entry in targets} == {"controller", "worker-0"}
+    assert {entry["labels"]["name"] for entry in targets} == {"controller", "worker-0"}
     for entry in targets:
         [address] = entry["targets"]
         page = await scrape(address)
-        assert page.named("kvpilot_build_info")[0].labels["process"] == entry["labels"]["process"]
+        assert page.named("kvpilot_build_info")[0].labels["process"] == entry["labels"]["name"]

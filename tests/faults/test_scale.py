@@ -1,7 +1,6 @@
 """Controllers and workers come and go under load, and no generation notices.
 
-The bounds of two seconds are the issue's. Where the test's machine is too slow for a process to be given a turn within
-them, they are missed: they are asserted of what is measured here, with a real kill, on two busy cores too.
+That it takes two seconds at most is part of what is promised, so it is asserted; the seconds that it took are printed.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def instruments() -> Instruments:
 def recorder(instruments: Instruments) -> Recorder:
     hello = policy_pb2.Hello(worker="w1", model=model())
     hello.tiers.add(name="device", budget_bytes=1000)
-    return Recorder(instruments, hello)
+    return Recorder(instruments, hello, audit_budget=0.01)
 
 
 def page(instruments: Instruments) -> Page:

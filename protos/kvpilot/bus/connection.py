@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -150,6 +150,20 @@ class Connection:
         if not found:
             await self.record(job_id)
         return found
+
+    async def _messages(self, channel: str) -> AsyncGenerator[bytes, None]:
+        """Yields what is said on a channel, once it is listened to. Ends with an exception when the connection does.
+
+        Raises:
+            BusUnavailableError: Redis is out of reach.
+        """
+        with translated_errors():
+            async with self._client.pubsub(ignore_subscribe_messages=True) as listened:
+                await listened.subscribe(channel)
+                while True:
+                    message = await listened.get_message(timeout=self.settings.block_s)
+                    if message is not None:
+                        yield message["data"]
 
     async def _page(self, job_id: str, offset: int) -> list[generation_pb2.GenerationEvent]:
         with translated_errors():

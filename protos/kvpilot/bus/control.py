@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Collection, Mapping
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -63,12 +64,9 @@ class ControlRoom(Connection):
         Raises:
             BusUnavailableError: Redis is out of reach.
         """
-        with translated_errors():
-            async with self._client.pubsub(ignore_subscribe_messages=True) as channel:
-                await channel.subscribe(keys.ORDERS_CHANGED)
-                while True:
-                    if await channel.get_message(timeout=self.settings.block_s) is not None:
-                        yield
+        async with contextlib.aclosing(self._messages(keys.ORDERS_CHANGED)) as messages:
+            async for _ in messages:
+                yield
 
     async def show_controller(self, card: job_pb2.ControllerCard, life_s: float) -> None:
         """Publishes a controller for ``life_s``; call it again before that is over.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
@@ -156,13 +157,9 @@ class PointerBoard(Connection):
         Raises:
             BusUnavailableError: Redis is out of reach.
         """
-        with translated_errors():
-            async with self._client.pubsub(ignore_subscribe_messages=True) as channel:
-                await channel.subscribe(keys.POINTERS_MOVED)
-                while True:
-                    message = await channel.get_message(timeout=self.settings.block_s)
-                    if message is not None:
-                        yield Pointer(message["data"].decode())
+        async with contextlib.aclosing(self._messages(keys.POINTERS_MOVED)) as messages:
+            async for message in messages:
+                yield Pointer(message.decode())
 
 
 def _write(state: PointerState, token: str) -> str:
