@@ -8,9 +8,8 @@ from typing import Any
 import grpc
 import structlog
 
-from controller.bundles import BundleHolder
-from controller.guard import Guard
 from controller.journal import OUTCOMES
+from controller.known_bundles import bundles_of, merged
 from controller.ledger import MODES, STEERING_MODES
 from controller.peers import Peers
 from controller.refusals import abort, bad_fields, problem_of
@@ -87,7 +86,14 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self, request: operator_pb2.ListBundlesRequest, context: grpc.aio.ServicerContext
     ) -> operator_pb2.ListBundlesResponse:
         """See ``operator.proto``."""
-        return operator_pb2.ListBundlesResponse(bundles=_bundles(self._steering.bundles, self._steering.guard))
+        own = bundles_of(self._steering.bundles, self._steering.guard)
+        response = operator_pb2.ListBundlesResponse(bundles=own)
+        if not request.only_here:
+            answers = await self._peers.ask("ListBundles", request, LIST_S)
+            others = {name: answer.bundles for name, answer in self._answered(answers, response).items()}
+            del response.bundles[:]
+            response.bundles.extend(merged(own, others))
+        return response
 
     async def OverridePipeline(  # noqa: N802
         self, request: operator_pb2.OverridePipelineRequest, context: grpc.aio.ServicerContext
@@ -190,11 +196,12 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
 
     async def _lists(self, method: str, request: Any, response: Any) -> list[Any]:
         """What the other controllers list; those that do not answer are named in the response."""
-        answers = await self._peers.ask(method, request, LIST_S)
-        response.silent_controllers.extend(
-            name for name, answer in answers.items() if isinstance(answer, grpc.aio.AioRpcError)
-        )
-        return [answer for answer in answers.values() if not isinstance(answer, grpc.aio.AioRpcError)]
+        return list(self._answered(await self._peers.ask(method, request, LIST_S), response).values())
+
+    def _answered(self, answers: dict[str, Any], response: Any) -> dict[str, Any]:
+        failed = {name for name, answer in answers.items() if isinstance(answer, grpc.aio.AioRpcError)}
+        response.silent_controllers.extend(sorted(failed))
+        return {name: answer for name, answer in answers.items() if name not in failed}
 
     async def _elsewhere(self, method: str, request: Any, context: Any, not_live: RequestNotLiveError) -> Any:
         """The answer of the controller that has the request."""
@@ -219,31 +226,6 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
 
 def _attached_at(worker: operator_pb2.Worker) -> tuple[int, int]:
     return worker.attach_time.seconds, worker.attach_time.nanos
-
-
-def _bundles(holder: BundleHolder | None, guard: Guard | None) -> list[operator_pb2.Bundle]:
-    """Each bundle once: the active one, the shadow, those refused, and then those that were active before."""
-    if holder is None or guard is None:
-        return []
-    held = {predictor.version: predictor for predictor in (holder.active, holder.shadow) if predictor is not None}
-    audited = {version for version, _ in guard.audits}
-    bundles = []
-    for version in dict.fromkeys([*held, *sorted(holder.refused), *sorted(audited)]):
-        bundle = operator_pb2.Bundle(
-            version=version,
-            active=holder.active is not None and holder.active.version == version,
-            shadow=holder.shadow is not None and holder.shadow.version == version,
-            refusal=holder.refused.get(version, ""),
-            audits=sum(count for (of, _), count in guard.audits.items() if of == version),
-            exceeded=sum(count for (of, _), count in guard.exceeded.items() if of == version),
-            alarms=guard.alarms[version],
-            drifts=guard.drifts[version],
-            mean_log_residual=guard.residual(version),
-        )
-        if version in held:
-            bundle.alpha = held[version].alpha
-        bundles.append(bundle)
-    return bundles
 
 
 def _decision(record: DecisionRecord | None) -> operator_pb2.Decision | None:

@@ -100,6 +100,9 @@ async def test_a_controller_that_does_not_answer_is_named(bus: Bus) -> None:
         await bus.show_controller(dead, 60.0)
         listed = await operator.ListWorkers(operator_pb2.ListWorkersRequest())
         assert list(listed.silent_controllers) == ["dead"]
+        assert list((await operator.ListBundles(operator_pb2.ListBundlesRequest())).silent_controllers) == ["dead"]
+        here = await operator.ListBundles(operator_pb2.ListBundlesRequest(only_here=True))
+        assert not here.silent_controllers
         with pytest.raises(grpc.aio.AioRpcError) as missing:
             await operator.ReleasePipeline(operator_pb2.ReleasePipelineRequest(request_id="job-1"))
         assert missing.value.code() is grpc.StatusCode.UNAVAILABLE

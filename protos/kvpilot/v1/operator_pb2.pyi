@@ -195,14 +195,18 @@ class ReleasePipelineResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ListBundlesRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("only_here",)
+    ONLY_HERE_FIELD_NUMBER: _ClassVar[int]
+    only_here: bool
+    def __init__(self, only_here: _Optional[bool] = ...) -> None: ...
 
 class ListBundlesResponse(_message.Message):
-    __slots__ = ("bundles",)
+    __slots__ = ("bundles", "silent_controllers")
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    SILENT_CONTROLLERS_FIELD_NUMBER: _ClassVar[int]
     bundles: _containers.RepeatedCompositeFieldContainer[Bundle]
-    def __init__(self, bundles: _Optional[_Iterable[_Union[Bundle, _Mapping]]] = ...) -> None: ...
+    silent_controllers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, bundles: _Optional[_Iterable[_Union[Bundle, _Mapping]]] = ..., silent_controllers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Bundle(_message.Message):
     __slots__ = ("version", "active", "shadow", "refusal", "alpha", "audits", "exceeded", "alarms", "drifts", "mean_log_residual")
