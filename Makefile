@@ -6,7 +6,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Not compiled: of twenty thousand modules a few are ever imported, and Python compiles those as it meets them.
+INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile
 # Processes that tests run in, one per core, each with a few GiB of memory at most. In one: make test PYTEST_WORKERS=0
 PYTEST_WORKERS ?= logical
 PYTEST := $(BIN)/pytest --numprocesses $(PYTEST_WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -27,8 +28,8 @@ $(READY): pyproject.toml
 		{ echo "\`$(PYTHON)\` cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH)
-	$(PIP) install -e '.[dev]'
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -e '.[dev]'
 	@touch $(READY)
 
 model: $(READY) ## fetch the small model that the demo and the tests use
@@ -37,7 +38,8 @@ model: $(READY) ## fetch the small model that the demo and the tests use
 demo: model ## start the whole stack, run a handful of jobs and watch their caches being steered
 	$(BIN)/kvpilot demo
 
-test: lint model ## everything CI checks: lint, types, stubs, protos, all tests
+test: $(READY) ## everything CI checks: lint, types, stubs, protos, all tests
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint model
 	$(PYTEST)
 
 test-fast: $(READY) ## the tests that need neither the model nor patience

@@ -58,12 +58,13 @@ def expected(smollm2: Path, prompts: dict[str, list[int]]) -> dict[str, list[int
     return {name: reference(model, ids, ANSWER_TOKENS) for name, ids in prompts.items()}
 
 
-@pytest.mark.parametrize(("step_tokens", "device_mib"), [(512, 768), (170, 160)])
-def test_greedy_equals_generate(loaded, prompts, expected, step_tokens: int, device_mib: int) -> None:
-    """All five at once, in two chunk sizes; the second time in too little memory for all of them."""
+@pytest.mark.parametrize(("step_tokens", "device_mib", "count"), [(512, 768, len(LENGTHS)), (170, 90, 4)])
+def test_greedy_equals_generate(loaded, prompts, expected, step_tokens: int, device_mib: int, count: int) -> None:
+    """All at once, in two chunk sizes; the second time in too little memory for all of them."""
     served = engine(loaded, step_tokens=step_tokens, device_budget_bytes=device_mib << 20)
-    outcomes = run(served, prompts, max_tokens=ANSWER_TOKENS, pipeline="full")
-    assert {name: outcome.token_ids for name, outcome in outcomes.items()} == expected
+    asked = dict(list(prompts.items())[:count])
+    outcomes = run(served, asked, max_tokens=ANSWER_TOKENS, pipeline="full")
+    assert {name: outcome.token_ids for name, outcome in outcomes.items()} == {name: expected[name] for name in asked}
     moved = [outcome for outcome in outcomes.values() if outcome.switches or outcome.finished.usage.preemptions]
     assert bool(moved) == (device_mib < 768)
 
@@ -110,10 +111,10 @@ def test_int4_and_back_restores_the_logits_bit_for_bit(loaded, prompts) -> None:
 
 
 def test_divergence_of_int8_and_int4(loaded, text_ids: list[int], record_property) -> None:
-    """Mean KL to the full cache's next-token distribution over the last third of 900 tokens, teacher-forced."""
+    """Mean KL to the full cache's next-token distribution over the last quarter of 800 tokens, teacher-forced."""
     served = engine(loaded)
     cache, runner = served.cache, served._runner
-    ids, start = text_ids[500:1400], 600
+    ids, start = text_ids[500:1300], 600
     pipelines = [build(text, served.shape) for text in ("full", "kivi(bits=8)", "kivi(bits=4)")]
     sequences = []
     for pipeline in pipelines:
