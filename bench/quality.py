@@ -23,6 +23,7 @@ from importlib import import_module
 from itertools import groupby, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numba
 import torch
@@ -259,7 +260,7 @@ def measure(
 def write(report: Report, files: Files) -> None:
     """Writes what is asked for."""
     if files.json is not None:
-        files.json.write_text(json.dumps(report.document(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        files.json.write_text(_json(report.document()), encoding="utf-8")
     if files.html is None and files.plot is None:
         return
     from bench.quality_page import page
@@ -270,6 +271,13 @@ def write(report: Report, files: Files) -> None:
         files.plot.write_bytes(picture)
     if files.html is not None:
         files.html.write_text(page(report, picture), encoding="utf-8")
+
+
+def _json(document: dict[str, Any]) -> str:
+    """As JSON, with one row a line, so that two runs can be compared by line."""
+    rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in document["rows"])
+    head = json.dumps(document | {"rows": []}, indent=1, allow_nan=False)
+    return head.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n"
 
 
 def _profiled(loaded: LoadedModel, folder: Path, said: Console) -> LoadedModel:
