@@ -119,6 +119,19 @@ def test_through_a_service_too() -> None:
         assert port["port"] == serves
 
 
+def test_runbooks_are_linked_to_where_the_repository_is() -> None:
+    given = "metrics.rules.enabled=true,metrics.rules.repository=https://git.example.com/kvpilot/blob/main/"
+    done = template("--set", given)
+    assert done.returncode == 0, done.stderr
+    (made,) = of_kind(read(done.stdout), "PrometheusRule")
+    rules = [rule for group in made["spec"]["groups"] for rule in group["rules"] if "alert" in rule]
+    assert len(rules) > 20
+    for rule in rules:
+        anchor = rule["alert"].lower()
+        link = f"https://git.example.com/kvpilot/blob/main/deploy/runbooks.md#{anchor}"
+        assert rule["annotations"]["runbook_url"] == link
+
+
 def test_not_twice() -> None:
     both = ("--set", "metrics.podMonitor.enabled=true,metrics.serviceMonitor.enabled=true")
     done = template(*both)
