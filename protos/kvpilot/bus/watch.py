@@ -18,7 +18,8 @@ Entry: TypeAlias = tuple[int, bytes]
 """Offset of an event and its serialised form."""
 
 MAX_WAITING_ENTRIES = 1024
-"""Entries kept for a reader that does not keep up; beyond it the reader goes back to reading by itself."""
+"""Entries kept for a reader that does not keep up; beyond it the watch is over, and the reader reads by itself until it
+has caught up and begins another."""
 _BATCH = 256
 _FIRST_BACKOFF_S = 0.05
 _LAST_BACKOFF_S = 1.0
@@ -119,11 +120,13 @@ class Watcher:
                 backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
 
     async def _read(self) -> None:
-        """One blocking read of everything watched."""
-        names = {keys.events(job_id): job_id for job_id in self._watches}
+        """One blocking read of everything watched, but for whom it is too much already: it would return at once."""
+        names: dict[str, str] = {}
         after: dict[Any, Any] = {self._wake_key: self._last_wake}
-        for name, job_id in names.items():
-            after[name] = f"{min(watch.next_offset for watch in self._watches[job_id])}-0"
+        for job_id, watches in self._watches.items():
+            if offsets := [watch.next_offset for watch in watches if not watch.overflowed]:
+                names[keys.events(job_id)] = job_id
+                after[keys.events(job_id)] = f"{min(offsets)}-0"
         with translated_errors():
             reply = await self._client.xread(after, count=_BATCH, block=self._block_ms)
         for name, entries in read_streams(reply):
