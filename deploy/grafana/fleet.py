@@ -72,7 +72,7 @@ def _now() -> tuple[Panel, ...]:
         ),
         figure(
             "Waiting",
-            "Jobs that no worker took yet.",
+            "Jobs that no live worker has.",
             Query(shared(metrics.QUEUE_JOBS)),
             COUNT,
             ((1, YELLOW), (100, RED)),
@@ -125,7 +125,7 @@ def _work() -> tuple[Panel, ...]:
         ),
         lines(
             "Queued jobs",
-            "Jobs that no worker took yet.",
+            "Jobs that no live worker has.",
             Query(shared(metrics.QUEUE_JOBS, ("model", "priority")), "{{model}} {{priority}}"),
             unit=COUNT,
             stacked=True,

@@ -352,8 +352,8 @@ STREAMS_OPEN = Metric("kvpilot_streams_open", _G, "Clients' event streams under 
 QUEUE_JOBS = Metric(
     "kvpilot_queue_jobs",
     _G,
-    "Jobs that no worker has, by priority (high, normal, low), read from the job store at each scrape. All front doors"
-    " say the same: take the max.",
+    "Jobs that no live worker has, by priority (high, normal, low), read from the job store at each scrape. All front"
+    " doors say the same: take the max.",
     ("model", "priority"),
     part=_DOOR,
 )

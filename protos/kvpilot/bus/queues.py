@@ -17,6 +17,8 @@ local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local function age_ms(entry) return now_ms - tonumber(string.match(entry, '^%d+')) end
 
+local function live(worker) return redis.call('EXISTS', 'kvpilot:worker:' .. worker) end
+
 local function look(queue)
   if redis.call('EXISTS', queue) == 0 then return 0, 0 end
   local pending = redis.call('XPENDING', queue, 'workers')
@@ -30,10 +32,10 @@ local function look(queue)
     local first = redis.call('XRANGE', queue, '(' .. delivered, '+', 'COUNT', 1)[1]
     if first then oldest = age_ms(first[1]) end
   end
-  for _, consumer in ipairs(pending[4] or {}) do  -- handed back, and not taken again yet
-    if consumer[1] == 'released' then
+  for _, consumer in ipairs(pending[4] or {}) do
+    if live(consumer[1]) == 0 then  -- 'released', who has what was handed back, or a worker that was lost
       jobs = jobs + tonumber(consumer[2])
-      oldest = math.max(oldest, age_ms(redis.call('XPENDING', queue, 'workers', '-', '+', 1, 'released')[1][1]))
+      oldest = math.max(oldest, age_ms(redis.call('XPENDING', queue, 'workers', '-', '+', 1, consumer[1])[1][1]))
     end
   end
   return jobs, oldest
@@ -41,9 +43,9 @@ end
 
 local workers, answer = redis.call('HGETALL', 'kvpilot:workers'), {}
 for _, model in ipairs(redis.call('HKEYS', 'kvpilot:models')) do
-  local live, found = 0, {}
+  local serving, found = 0, {}
   for i = 1, #workers, 2 do
-    if workers[i + 1] == model then live = live + redis.call('EXISTS', 'kvpilot:worker:' .. workers[i]) end
+    if workers[i + 1] == model then serving = serving + live(workers[i]) end
   end
   for _, suffix in ipairs(ARGV) do
     local jobs, oldest = look('kvpilot:jobs:' .. model .. suffix)
@@ -56,7 +58,7 @@ for _, model in ipairs(redis.call('HKEYS', 'kvpilot:models')) do
     found[#found + 1] = jobs
     found[#found + 1] = oldest
   end
-  answer[#answer + 1] = {model, live, unpack(found)}
+  answer[#answer + 1] = {model, serving, unpack(found)}
 end
 return answer
 """
@@ -64,7 +66,7 @@ return answer
 
 @dataclass(frozen=True)
 class Waiting:
-    """Jobs of one priority that no worker has.
+    """Jobs of one priority that no live worker has: queued, handed back, or left behind by a worker that was lost.
 
     Attributes:
         jobs: how many.
