@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+import redis
+
 from kvpilot.bus import Bus, BusSettings, Claim
 from kvpilot.bus.front import new_job_id
 from kvpilot.result import Result
@@ -107,3 +109,8 @@ async def until_offset(bus: Bus, job_id: str, next_offset: int) -> None:
         async for event in bus.events(job_id):
             if event.offset + 1 >= next_offset:
                 return
+
+
+def blocked_reads(client: redis.Redis) -> list[int]:
+    """Ids of the connections that wait for entries of streams."""
+    return [int(entry["id"]) for entry in client.client_list() if entry["cmd"] == "xread" and "b" in entry["flags"]]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -27,14 +28,16 @@ from kvpilot.bus import (
     scripts,
     watch,
 )
+from kvpilot.bus.connection import STORE_COUNTS, read_streams, translated_errors
 from kvpilot.bus.front import digest_of, new_job_id
 from kvpilot.v1 import generation_pb2, job_pb2
-from kvpilot.v1.operator_pb2 import Mode
+from kvpilot.v1.operator_pb2 import LOG_LEVEL_DEBUG, LogLevelOrder, Mode
 from tests.conftest import RedisProcess, free_port
 from tests.engines import MODEL
 from tests.jobs_help import (
     FAST_BUS,
     TIMEOUT_S,
+    blocked_reads,
     connected,
     finished_event,
     make_card,
@@ -195,6 +198,37 @@ async def test_a_reader_that_falls_behind_loses_nothing(bus: Bus, monkeypatch: p
     await status(bus, claim, finished_event())
     rest = [await reading] + [event async for event in stream]
     assert [event.offset for event in rest] == list(range(1, 302))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["same job", "another job"])
+async def test_a_reader_that_stops_costs_no_reads(bus: Bus, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    monkeypatch.setattr(watch, "MAX_WAITING_ENTRIES", 4)
+    answered: list[list[str]] = []  # of each read that did not end empty: which streams had entries
+    read = bus._client.xread
+
+    async def noted(*arguments: Any, **options: Any) -> Any:
+        reply = await read(*arguments, **options)
+        if streams := [name for name, _ in read_streams(reply)]:
+            answered.append(streams)
+        return reply
+
+    monkeypatch.setattr(bus._client, "xread", noted)
+    stalled, other = make_job(), make_job()
+    for job in (stalled, other):
+        await bus.submit(job)
+    claims = await bus.claim("w1", MODEL, 2)
+    followed = stalled if shared else other
+    async with bus._watcher.watch(stalled.job_id, 1) as left, bus._watcher.watch(followed.job_id, 1) as taken:
+        for number in range(watch.MAX_WAITING_ENTRIES + 1):
+            await status(bus, claims[0], tokens_event(number, 1))
+            if shared:
+                assert len(await taken.take(TIMEOUT_S)) == 1
+        await until(lambda: left.overflowed)
+        answered.clear()
+        for number in range(20):
+            await status(bus, claims[0 if shared else 1], tokens_event(number, 1))
+            assert len(await taken.take(TIMEOUT_S)) == 1
+    assert answered == [[keys.events(followed.job_id)]] * 20
 
 
 async def test_one_connection_follows_many_jobs(bus: Bus, store: str) -> None:
@@ -516,6 +550,103 @@ async def test_a_bus_opens_before_its_store_is_there(forgetful_redis: RedisProce
 async def test_a_store_that_is_not_there() -> None:
     with pytest.raises(BusUnavailableError):
         await Bus.connect(f"redis://127.0.0.1:{free_port()}/0", BusSettings(retries=0, timeout_s=1.0))
+
+
+async def read_notices(bus: Bus) -> None:
+    await anext(bus.cancellations("w1"))
+
+
+async def watch_nothing(bus: Bus) -> None:
+    async with bus._watcher.watch("job-1", 0):
+        pass
+
+
+async def commit_late(bus: Bus) -> None:
+    """A transaction that the store takes command by command, and as a whole no more."""
+    with translated_errors():
+        async with bus._client.client() as connection:
+            await connection.execute_command("MULTI")
+            await connection.execute_command("SET", "key", "value")
+            await bus._client.config_set("min-replicas-to-write", 1)
+            await connection.execute_command("EXEC")
+
+
+CALLS: dict[str, Callable[[Bus], Awaitable[Any]]] = {
+    "script": lambda bus: bus.submit(make_job()),
+    "transaction": lambda bus: bus.keep_orders(Mode.MODE_OFF, {}),
+    "pipeline": watch_nothing,
+    "command": lambda bus: bus.order_log_level(LogLevelOrder(level=LOG_LEVEL_DEBUG)),
+    "read": lambda bus: bus.models(),
+}
+
+
+async def assert_waits(bus: Bus, call: Callable[[Bus], Awaitable[Any]], words: str) -> None:
+    """A call that cannot be done now says so, and counts as such."""
+    unavailable, refused = STORE_COUNTS.unavailable, STORE_COUNTS.refused
+    with pytest.raises(BusUnavailableError, match=words):
+        await call(bus)
+    assert STORE_COUNTS.unavailable > unavailable
+    assert STORE_COUNTS.refused == refused
+
+
+@pytest.mark.parametrize("call", ["script", "transaction", "pipeline", "command"])
+async def test_a_store_without_enough_replicas_is_unavailable(forgetful_redis: RedisProcess, call: str) -> None:
+    async with connected(forgetful_redis.url) as bus:
+        await bus._client.config_set("min-replicas-to-write", 1)
+        await assert_waits(bus, CALLS[call], "NOREPLICAS")
+        await bus._client.config_set("min-replicas-to-write", 0)
+        await CALLS[call](bus)
+
+
+async def test_a_transaction_that_comes_too_late_is_unavailable(forgetful_redis: RedisProcess) -> None:
+    async with connected(forgetful_redis.url) as bus:
+        await assert_waits(bus, commit_late, "NOREPLICAS")
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_store_that_is_busy_with_a_script_is_unavailable(forgetful_redis: RedisProcess, call: str) -> None:
+    with redis.Redis.from_url(forgetful_redis.url) as client:
+        client.config_set("busy-reply-threshold", 1)
+    async with connected(forgetful_redis.url) as bus, asyncio.TaskGroup() as tasks:
+        tasks.create_task(asyncio.to_thread(run_until_killed, forgetful_redis.url))
+        await until(lambda: is_busy(forgetful_redis.url))
+        await assert_waits(bus, CALLS[call], "BUSY")
+        await bus._client.script_kill()
+
+
+def run_until_killed(url: str) -> None:
+    with redis.Redis.from_url(url) as client, pytest.raises(redis.ResponseError, match="killed"):
+        client.eval("while true do end", 0)
+
+
+def is_busy(url: str) -> bool:
+    with redis.Redis.from_url(url) as client:
+        try:
+            return not client.ping()
+        except redis.ResponseError:
+            return True
+
+
+async def test_a_primary_that_becomes_a_replica_is_unavailable(forgetful_redis: RedisProcess) -> None:
+    async with connected(forgetful_redis.url) as bus:
+        with redis.Redis.from_url(forgetful_redis.url) as client:
+            waiting = asyncio.create_task(assert_waits(bus, read_notices, "UNBLOCKED"))
+            await until(lambda: bool(blocked_reads(client)))
+            client.replicaof("127.0.0.1", free_port())
+            await waiting
+            for call in ("script", "transaction", "pipeline", "command"):
+                await assert_waits(bus, CALLS[call], "read only replica")
+            client.config_set("replica-serve-stale-data", "no")
+            await assert_waits(bus, CALLS["read"], "Link with MASTER is down")
+            client.replicaof("no", "one")
+        await bus.submit(make_job())
+
+
+async def test_what_will_never_work_is_refused(bus: Bus) -> None:
+    await bus._client.xgroup_create("stream", "group", mkstream=True)
+    with pytest.raises(BusError, match="BUSYGROUP") as caught, translated_errors():
+        await bus._client.xgroup_create("stream", "group")
+    assert not isinstance(caught.value, BusUnavailableError)
 
 
 async def test_kill_minus_nine_loses_no_accepted_job_and_no_event(durable_redis: RedisProcess) -> None:

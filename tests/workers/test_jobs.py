@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import redis
 
 from kvpilot.bus import Bus
+from kvpilot.bus.connection import STORE_COUNTS
 from kvpilot.result import FinishReason, Result
 from kvpilot.v1 import generation_pb2
-from tests.conftest import RedisProcess
+from tests.conftest import RedisProcess, free_port
 from tests.engines import MODEL, REFUSED_PROMPT, ScriptedEngine, scripted_text, scripted_tokens
 from tests.jobs_help import (
     FAST_JOBS,
     TIMEOUT_S,
+    blocked_reads,
     connected,
     make_card,
     make_job,
@@ -283,6 +286,40 @@ async def test_without_redis_a_generation_goes_on_and_is_delivered_later(durable
             await reader
     assert Result.of(events).token_ids == scripted_tokens("hello", 40)
     assert engine.submissions == [(job.job_id, ())]
+
+
+async def test_a_worker_outlives_a_failover(forgetful_redis: RedisProcess) -> None:
+    async with connected(forgetful_redis.url) as bus:
+        running, queued = make_job("hello", max_tokens=6), make_job("queued")
+        engine = ScriptedEngine(steps=2)
+        await bus.submit(running)
+        async with working(bus, engine, "w1"):
+            await until_offset(bus, running.job_id, 2)
+            with redis.Redis.from_url(forgetful_redis.url) as client:
+                await until(lambda: len(blocked_reads(client)) >= 2)  # for jobs and for notices
+                client.replicaof("127.0.0.1", free_port())
+                engine.allow(100)
+                unavailable = STORE_COUNTS.unavailable
+                await until(lambda: STORE_COUNTS.unavailable >= unavailable + 3)
+                client.replicaof("no", "one")
+            await bus.submit(queued)
+            for job in (running, queued):
+                result = await result_of(bus, job.job_id)
+                assert result.token_ids == scripted_tokens(job.request.prompt, job.request.sampling.max_tokens)
+
+
+async def test_a_worker_goes_on_after_its_blocked_reads_were_ended(bus: Bus, redis_url: str) -> None:
+    async with working(bus, ScriptedEngine(), "w1"):
+        with redis.Redis.from_url(redis_url) as client:
+            await until(lambda: end_reads(client) > 0)
+        job = make_job()
+        await bus.submit(job)
+        assert (await result_of(bus, job.job_id)).finish_reason is FinishReason.LENGTH
+
+
+def end_reads(client: redis.Redis) -> int:
+    """Ends blocked reads as a failover does; returns how many still were."""
+    return sum(client.client_unblock(connection, error=True) for connection in blocked_reads(client))
 
 
 async def test_jobs_are_not_taken_over_right_after_an_outage(durable_redis: RedisProcess) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,12 +15,14 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
     BusyLoadingError,
+    ClusterDownError,
     ConnectionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
     ResponseError,
     TimeoutError,
+    TryAgainError,
 )
 
 from kvpilot.bus import keys
@@ -31,7 +34,13 @@ STATES = {
     b"running": generation_pb2.JOB_STATE_RUNNING,
     b"finished": generation_pb2.JOB_STATE_FINISHED,
 }
-_UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OutOfMemoryError)
+_OUT_OF_REACH = (ConnectionError, TimeoutError, BusyLoadingError)
+_NOT_NOW = (ReadOnlyError, OutOfMemoryError, ClusterDownError, TryAgainError)  # ClusterDownError: MASTERDOWN too
+_NOT_NOW_CODES = {"MISCONF", "NOREPLICAS", "UNBLOCKED", "BUSY", "READONLY", "OOM", "MASTERDOWN"}
+"""Codes of errors that pass, where the client gives no class of its own: it has none for the first four (UNBLOCKED ends
+the blocking reads of a primary that becomes a replica), and a transaction's error only quotes the others."""
+_CODE = re.compile(r"(?:.* of pipeline caused error: \(?['\"]?|.* discarded because of: )?([A-Z]+)\b", re.DOTALL)
+"""The code that an error begins with, or the one that it quotes."""
 _PAGE = 256
 
 
@@ -42,7 +51,7 @@ class StoreCounts:
     connects: int = 0
     """Connections opened."""
     unavailable: int = 0
-    """Calls that failed since the store was out of reach."""
+    """Calls that failed since the store was out of reach, or could not do them then."""
     refused: int = 0
     """Calls that it refused, or answered with what nobody understands."""
 
@@ -204,15 +213,20 @@ def translated_errors() -> Iterator[None]:
         finally:
             if task is not None and task.cancelling() > before:
                 raise asyncio.CancelledError
-    except _UNAVAILABLE as error:
+    except _OUT_OF_REACH as error:
         STORE_COUNTS.unavailable += 1
         raise BusUnavailableError(f"the job store is out of reach: {error}") from error
     except ResponseError as error:
-        if str(error).startswith(("MISCONF", "LOADING", "OOM", "CLUSTERDOWN", "MASTERDOWN")):
+        if isinstance(error, _NOT_NOW) or _code(error) in _NOT_NOW_CODES:
             STORE_COUNTS.unavailable += 1
-            raise BusUnavailableError(f"the job store cannot write now: {error}") from error
+            raise BusUnavailableError(f"the job store cannot do this now: {error}") from error
         STORE_COUNTS.refused += 1
         raise BusError(f"the job store refused: {error}") from error
     except RedisError as error:
         STORE_COUNTS.refused += 1
         raise BusError(f"the job store failed: {error}") from error
+
+
+def _code(error: ResponseError) -> str:
+    found = _CODE.match(str(error))
+    return found[1] if found else ""

@@ -49,7 +49,7 @@ class BusError(Exception):
 
 
 class BusUnavailableError(BusError):
-    """Redis is out of reach, or cannot write now; trying again later may help."""
+    """Redis is out of reach, or cannot do a call now; trying again later may help."""
 
 
 class JobNotFoundError(BusError):
