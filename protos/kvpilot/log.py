@@ -62,9 +62,11 @@ def configure_logging(
     console = log_format is LogFormat.CONSOLE or (log_format is LogFormat.AUTO and out.isatty())
     final: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if console:
-        final.append(structlog.dev.ConsoleRenderer(colors=out.isatty()))
+        final.append(
+            structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        )
     else:
-        final += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        final += [_dict_tracebacks, structlog.processors.JSONRenderer()]
 
     handler = logging.StreamHandler(out)
     handler.setFormatter(
@@ -96,6 +98,12 @@ def configure_logging(
 def set_level(level: LogLevel) -> None:
     """From now on events less severe than this are not written."""
     logging.getLogger().setLevel(level.value.upper())
+
+
+# Tracebacks in neither format show local variables: they hold URLs with passwords, and what clients wrote.
+_dict_tracebacks = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
 
 
 def _add_trace(logger: object, method: str, event: EventDict) -> EventDict:

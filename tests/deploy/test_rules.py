@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shlex
 import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import typer
 import yaml
 
 from cli.main import app
+from kvpilot.bus import BusError
+from kvpilot.bus.connection import STORE_COUNTS
+from tests.conftest import RedisProcess
 from tests.deploy.prometheus import needs_prometheus
 from tests.deploy.promql import TARGET_LABELS, known_series, labels_of
 from tests.deploy.sources import DEPLOY, RULES, alerts, labels_named, recorded, rules
+from tests.jobs_help import connected, make_job
 
 CASES = DEPLOY.parent / "tests" / "deploy" / "rules_test.yaml"
 RUNBOOKS = DEPLOY / "runbooks.md"
@@ -91,6 +100,48 @@ def runbook(alert: str) -> str:
     _, _, rest = RUNBOOKS.read_text(encoding="utf-8").partition(f"\n## {alert}\n")
     assert rest, f"{RUNBOOKS.name} has no section {alert}"
     return rest.partition("\n## ")[0]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("command", "code", "alert"),
+    [
+        ("CONFIG SET maxmemory 1", "OOM", "KvpilotJobStoreUnavailable"),
+        ("REPLICAOF 127.0.0.1 1", "READONLY", "KvpilotJobStoreUnavailable"),
+        ("SET kvpilot:jobs: text", "WRONGTYPE", "KvpilotJobStoreRefuses"),
+        ("ACL SETUSER default -evalsha", "NOPERM", "KvpilotJobStoreRefuses"),
+    ],
+)
+async def test_what_the_job_store_says_is_in_the_runbook_of_the_alert_that_comes_of_it(
+    forgetful_redis: RedisProcess, command: str, code: str, alert: str
+) -> None:
+    async with connected(forgetful_redis.url) as bus:
+        with redis.Redis.from_url(forgetful_redis.url) as client:
+            client.execute_command(*command.split())
+        before = replace(STORE_COUNTS)
+        with pytest.raises(BusError):
+            await bus.submit(make_job(model_name=""))
+    counted = {
+        "KvpilotJobStoreUnavailable": STORE_COUNTS.unavailable - before.unavailable,
+        "KvpilotJobStoreRefuses": STORE_COUNTS.refused - before.refused,
+    }
+    assert [name for name, rise in counted.items() if rise] == [alert]
+    assert f"`{code}`" in runbook(alert)
+
+
+@pytest.mark.parametrize("program", ["workers", "controller"])
+def test_runbook_says_how_a_process_logs_that_the_job_store_refuses(
+    forgetful_redis: RedisProcess, tmp_path: Path, program: str
+) -> None:
+    with redis.Redis.from_url(forgetful_redis.url) as client:
+        client.execute_command("ACL", "SETUSER", "default", "-ping")
+    arguments = {"workers": ["--model", str(tmp_path)], "controller": ["--roles", "generation"]}[program]
+    command = [sys.executable, "-m", program, *arguments, "--redis-url", forgetful_redis.url, "--log-format", "json"]
+    done = subprocess.run(command, cwd=DEPLOY.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    last = json.loads((done.stdout + done.stderr).splitlines()[-1])
+    assert "has no permissions" in json.dumps(last), "Redis' words"
+    assert f"`{last['event']}`" in runbook("KvpilotJobStoreRefuses")
 
 
 def test_runbooks_name_commands_that_exist() -> None:

@@ -53,7 +53,19 @@ def _refused(tmp_path: Path, values: dict[str, Any]) -> str:
         ),
         ({"podSecurityContext": {"runAsUser": 0}}, "/podSecurityContext/runAsUser"),
         ({"gateway": {"enabled": True}}, "gateway.parentRefs"),
-        ({"gateway": {"enabled": True, "create": {"enabled": True}}}, "gateway.create.className"),
+        (
+            {"gateway": {"enabled": True, "create": {"enabled": True}}, "networkPolicy": {"enabled": False}},
+            "gateway.create.className",
+        ),
+        ({"gateway": {"enabled": True, "parentRefs": [{"name": "public"}]}}, "networkPolicy.clients"),
+        (
+            {
+                "gateway": {"enabled": True, "parentRefs": [{"name": "public"}], "exposeOperator": True},
+                "networkPolicy": {"clients": [{"podSelector": {}}]},
+            },
+            "networkPolicy.operators",
+        ),
+        ({"gateway": {"hostnames": ["a.example.com", "a.example.com"]}}, "/gateway/hostnames"),
         ({"certificate": {"enabled": True}}, "gateway.hostnames"),
         (
             {

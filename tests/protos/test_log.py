@@ -52,6 +52,24 @@ def test_exceptions_stay_on_one_line() -> None:
         assert json.loads(line)["exception"][0]["exc_value"] == "bad"
 
 
+@pytest.mark.parametrize("log_format", [LogFormat.JSON, LogFormat.CONSOLE])
+def test_tracebacks_show_no_variables(log_format: LogFormat) -> None:
+    """There are passwords in them, in URLs of the job store, and prompts."""
+
+    def connect(url: str) -> None:
+        raise ConnectionError("refused")
+
+    out = io.StringIO()
+    configure_logging(LogLevel.INFO, log_format, out)
+    try:
+        connect("redis://user:" + "hush".upper() + "@store")
+    except ConnectionError:
+        structlog.get_logger().exception("failed")
+        logging.getLogger("foreign").exception("failed too")
+    assert out.getvalue().count("in connect") == 2 or out.getvalue().count('"name": "connect"') == 2
+    assert "HUSH" not in out.getvalue()
+
+
 def test_a_second_call_replaces_the_first() -> None:
     first, second = io.StringIO(), io.StringIO()
     configure_logging(LogLevel.INFO, LogFormat.CONSOLE, first)

@@ -1,8 +1,14 @@
 {{/* A pool's ScaledObject. Takes a dictionary: root, pool, values.
 
 Jobs lie in one stream a priority until they have ended. Those that wait are the lag of its consumer group, those that wait
-or run its length. The highest wish of all triggers counts, so running jobs keep their replicas. A priority that was never
-used has no stream yet: its length and its lag are then 0, where its pending entries would be an error.
+or run its length. The highest wish of all triggers counts, so running jobs keep their replicas.
+
+What KEDA (2.17 and newer) does with a redis-streams trigger: with `consumerGroup` it reads the lag if `lagCount` is there,
+else the group's pending entries, and takes no notice of `streamLength`. So triggers of length name no group. A stream that
+is not there has length 0 and lag 0; where pending entries were asked for, it would be an error. While Redis cannot tell
+the lag (NULL: an entry behind the last delivered one was deleted, as when a queued job is cancelled), KEDA takes it for -1,
+before 2.18 for 0, and the trigger asks for nothing. Length is always known: by it a pool at 0 replicas starts all the same,
+for a trigger without an activation value is active above 0.
 */}}
 {{- define "kvpilot.scaledObject" -}}
 {{- $root := .root -}}
@@ -45,11 +51,10 @@ spec:
       metadata:
         address: {{ $address | quote }}
         stream: {{ $queue | quote }}
-        consumerGroup: {{ include "kvpilot.group" $root | quote }}
-        {{ $measure }}: {{ $jobs | quote }}
         {{- if eq $measure "lagCount" }}
-        activationLagCount: "0"
+        consumerGroup: {{ include "kvpilot.group" $root | quote }}
         {{- end }}
+        {{ $measure }}: {{ $jobs | quote }}
         databaseIndex: {{ $keda.databaseIndex | quote }}
         enableTLS: {{ $keda.enableTLS | quote }}
       {{- if $secret.name }}
