@@ -215,7 +215,9 @@ class Ledger:
                 async for _ in bus.order_changes():
                     self._stale = True
                     self._news.set()
-            except BusError:
+            except Exception as error:  # whatever it is, changes must not go unheard from then on
+                if not isinstance(error, BusError):
+                    log.exception("listening for orders failed; it is tried again")
                 await asyncio.sleep(_LAST_BACKOFF_S)
                 self._stale = True
                 self._news.set()

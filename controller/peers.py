@@ -58,8 +58,9 @@ class Peers:
         while True:
             try:
                 await bus.show_controller(self._card, LIFE_S)
-            except BusError as error:
-                log.warning("other controllers may not find this one", error=str(error))
+            except Exception as error:  # whatever it is, the next try may succeed
+                unforeseen = not isinstance(error, BusError)
+                log.warning("other controllers may not find this one", error=str(error), exc_info=unforeseen)
             await asyncio.sleep(RENEW_S)
 
     async def ask(self, method: str, request: Any, timeout_s: float) -> dict[str, Any]:

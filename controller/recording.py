@@ -27,6 +27,21 @@ QUEUES_TIMEOUT_S = 2.0
 """Longest that a scrape waits for the job store; its figures are then left out."""
 _QUEUES_HOLD_S = 0.5
 """One scrape's metrics share a look at the queues."""
+_NACKS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.INTERNAL,
+)
+"""Codes with which workers refuse directives."""
+_ANSWERS = (
+    ("ack", grpc.StatusCode.OK),
+    ("none", grpc.StatusCode.DEADLINE_EXCEEDED),
+    *(("nack", code) for code in _NACKS),
+)
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -120,6 +135,8 @@ class SteeringRecorder:
         self._decisions = instruments.counter(metrics.DECISIONS)
         self._directives = instruments.counter(metrics.DIRECTIVES)
         self._answers = instruments.counter(metrics.ANSWERS)
+        for answer, code in _ANSWERS:  # from 0 on, or the first burst would be missed
+            self._answers.labels(answer, code.name)
         self._answer_s = instruments.histogram(metrics.ANSWER_TIME)
         self._predicted = instruments.histogram(metrics.PREDICTED_DIVERGENCE)
 

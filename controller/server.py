@@ -160,17 +160,20 @@ class ControllerServer:
 
     async def _stop_serving(self, server: grpc.aio.Server, grace_s: float) -> None:
         await self._health.enter_graceful_shutdown()
-        await self._peers.stop()
         if self.generation is not None:
             self.generation.drain()
+        # At once: a job store that hangs keeps the one for many seconds, and the grace period runs meanwhile.
+        await asyncio.gather(self._peers.stop(), self._end_calls(server, grace_s))
+        if self.steering is not None:
+            await self.steering.ledger.stop()  # after the last operator's call
+        log.info("stopped", address=self.address)
+
+    async def _end_calls(self, server: grpc.aio.Server, grace_s: float) -> None:
         if self.steering is not None:
             await self.steering.stop()
         if self.bundles is not None:
             await self.bundles.stop()
         await server.stop(grace_s)
-        if self.steering is not None:
-            await self.steering.ledger.stop()  # after the last operator's call
-        log.info("stopped", address=self.address)
 
 
 def _instruments(settings: ControllerSettings) -> Instruments:

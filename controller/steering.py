@@ -315,10 +315,10 @@ class SteeringService(policy_pb2_grpc.SteeringServiceServicer):
                     await self._wake.wait()
             except TimeoutError:
                 for stream in self._streams.values():
-                    stream.dirty = self._worth_a_look(stream)
+                    stream.dirty |= self._worth_a_look(stream)  # news may have come in the same turn of the loop
             else:
                 await asyncio.sleep(self._settings.coalesce_ms / 1e3)
-            self._wake.clear()
+            self._wake.clear()  # before the look, and nothing is awaited until all are seen: no news falls between
             for stream in list(self._streams.values()):
                 if stream.dirty:
                     stream.dirty = False

@@ -159,7 +159,7 @@ class Recorder:
 
     def claimed(self, claim: Claim) -> None:
         """See JobObserver."""
-        fresh = claim.attempts == 1
+        fresh = claim.epoch == 1  # attempts do not count claims that were handed back
         self._jobs[claim.job.job_id] = _Job(claim.job.create_time.ToNanoseconds() / 1e9, fresh)
         self._claimed.labels(self._model, "fresh" if fresh else "again").inc()
 

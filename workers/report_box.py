@@ -6,13 +6,19 @@ from kvpilot.v1 import policy_pb2
 
 
 class ReportBox:
-    """Reports not sent yet, newest state of each request only, so that a slow or lost stream costs bounded memory."""
+    """Reports not sent yet, newest state of each request only, so that a slow or lost stream costs bounded memory.
+
+    Requests that end while there is no stream are forgotten: the next Hello does not name them.
+    """
 
     def __init__(self) -> None:
         self._worker: policy_pb2.WorkerState | None = None
         self._newest: policy_pb2.Report | None = None  # the last report put in, until its news are taken
         self._news: dict[str, policy_pb2.RequestState] = {}
-        self._ended: dict[str, None] = {}
+        self._streaming = False
+        self._ended: dict[str, None] = {}  # to be told on the present stream
+        self._offered: frozenset[str] = frozenset()  # named by the Hello of a stream that is being opened
+        self._ended_since: dict[str, None] = {}  # those of them that have ended since
         self._latest: dict[str, policy_pb2.RequestState] = {}
 
     def put(self, report: policy_pb2.Report) -> None:
@@ -27,22 +33,43 @@ class ReportBox:
                 state.signals.CopyFrom(measured)
             self._news[state.request_id] = self._latest[state.request_id] = state
             self._ended.pop(state.request_id, None)
+            self._ended_since.pop(state.request_id, None)
         for request_id in report.ended_request_ids:
             self._news.pop(request_id, None)
             self._latest.pop(request_id, None)
-            self._ended[request_id] = None
+            if self._streaming:
+                self._ended[request_id] = None
+            if request_id in self._offered:
+                self._ended_since[request_id] = None
+
+    def offer(self, hello: policy_pb2.Hello) -> None:
+        """Notes that a stream is being opened with this Hello, in place of an earlier one that came to nothing.
+
+        Those of its requests that end before :meth:`restart` are news to the new stream, whatever the old one is told.
+        """
+        self._offered = frozenset(entry.request_id for entry in hello.epochs)
+        self._ended_since.clear()
 
     def restart(self, hello: policy_pb2.Hello) -> None:
         """Prepares for a new stream: the last known state of all that Hello names as alive is news again.
 
         A state from before the epoch that Hello gives is left out; the engine's next report brings the present one.
+        What has ended since Hello was offered is told as ended.
         """
         epochs = {entry.request_id: entry.epoch for entry in hello.epochs}
-        self._ended.clear()
+        self._streaming = True
+        self._ended = {request_id: None for request_id in self._ended_since if request_id in epochs}
+        self._offered = frozenset()
+        self._ended_since.clear()
         self._latest = {request_id: state for request_id, state in self._latest.items() if request_id in epochs}
         self._news = {
             request_id: state for request_id, state in self._latest.items() if state.epoch == epochs[request_id]
         }
+
+    def stop(self) -> None:
+        """The stream has ended, and there is no other yet."""
+        self._streaming = False
+        self._ended.clear()
 
     def take(self) -> policy_pb2.Report | None:
         """All news as one report, without its number; None if there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ FALL_OVER_S = 0.1
 """Longest wait, by chance, before another controller is tried where a stream ended: not all workers at once."""
 _LOAD_S = 1.0
 _RESOLVE_S = 2.0
+_UNFORESEEN = 8
+"""An error that nobody foresaw is waited for as long as this many failures in a row: it may well come again."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,11 @@ class SteeringClient:
                 self._log.warning("controller lost", address=lost.target if lost else "", why=str(error))
                 alone = error.replaced or len(self._known) < 2
                 wait_s = self._back_off_s(1) if alone else self._chance.uniform(0, FALL_OVER_S)
+            except Exception:  # whatever it is, a new stream may do without it
+                self._log.exception("steering failed; the stream is made anew", address=lost.target if lost else "")
+                wait_s = self._back_off_s(_UNFORESEEN)
             finally:
+                self._box.stop()
                 self.attached = False
                 self._engine.steered(False)
 
@@ -128,13 +135,23 @@ class SteeringClient:
             why = "no address is known"
             for address in sorted(addresses, key=lambda one: one == lost):
                 try:
-                    return await SteeringStream.open(address, self._engine.hello(), self._settings.waits)
+                    return await self._open(address)
                 except StreamError as error:
                     why = f"{address.target}: {error}"
             failures += 1
             if failures in (1, 10) or failures % 100 == 0:
                 self._log.warning("no controller", tried=len(addresses), failures=failures, why=why)
             wait_s = self._back_off_s(failures)
+
+    async def _open(self, address: Address) -> SteeringStream:
+        """A stream to a controller that takes us on.
+
+        Raises:
+            StreamError: it does not.
+        """
+        hello = self._engine.hello()
+        self._box.offer(hello)
+        return await SteeringStream.open(address, hello, self._settings.waits)
 
     async def _ranked(self) -> list[Address]:
         """Where controllers may be now; as known before, where the names cannot be looked up."""
@@ -165,7 +182,7 @@ class SteeringClient:
             if better is None:
                 continue
             try:
-                return await SteeringStream.open(better, self._engine.hello(), self._settings.waits)
+                return await self._open(better)
             except StreamError as error:
                 self._log.warning("cannot move to a controller", controller=better.target, why=str(error))
 
@@ -207,25 +224,53 @@ class SteeringClient:
                 await better.result().close()
 
     async def _exchange(self, stream: SteeringStream) -> None:
-        """Sends and receives until the stream ends.
+        """Sends and receives until the stream ends, or either fails.
 
         Raises:
             StreamError: its end.
         """
+        tasks = [
+            asyncio.create_task(self._receive(stream), name="steering directives"),
+            asyncio.create_task(self._send(stream), name="steering reports"),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in tasks:
+                if task in done:
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _receive(self, stream: SteeringStream) -> None:
+        """Has directives carried out as they come.
+
+        Raises:
+            StreamError: the stream has ended.
+        """
         directives: set[asyncio.Task[None]] = set()
-        sending = asyncio.create_task(self._send(stream), name="steering reports")
         try:
             while True:
                 task = asyncio.create_task(self._carry_out(await stream.read()))
                 directives.add(task)
                 task.add_done_callback(directives.discard)
         finally:
-            for task in (sending, *directives):
+            for task in directives:
                 task.cancel()  # an unanswered directive is settled by the epochs of the next Hello
-            await asyncio.gather(sending, *directives, return_exceptions=True)
+            await asyncio.gather(*directives, return_exceptions=True)
 
     async def _send(self, stream: SteeringStream) -> None:
-        """Writes answers and reports as they come; ``write`` waits where the stream is slow, and reports merge."""
+        """Sends what there is until the stream ends; why it did, :meth:`_receive` is told."""
+        with contextlib.suppress(StreamError):
+            await self._send_news(stream)
+
+    async def _send_news(self, stream: SteeringStream) -> None:
+        """Writes answers and reports as they come; ``write`` waits where the stream is slow, and reports merge.
+
+        Raises:
+            StreamError: the stream has ended.
+        """
         sequence_number = 0
         while True:
             self._wake.clear()

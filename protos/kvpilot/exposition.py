@@ -72,9 +72,9 @@ class Instruments:
         """Has a gauge or counter made at each scrape of what ``look`` finds then.
 
         Raises:
-            ValueError: it is a histogram, or was made before.
+            ValueError: it is a histogram, or was made or shown before.
         """
-        if metric.kind is Kind.HISTOGRAM or self._made.get(self._ours(metric)):
+        if metric.kind is Kind.HISTOGRAM or self._ours(metric) in self._made:
             raise ValueError(f"metric {metric.name}: a gauge or counter that was not made yet is needed")
         self._made[metric] = None
         self.registry.register(_Shown(metric, look))
@@ -87,7 +87,10 @@ class Instruments:
     def _make(self, metric: Metric, kind: Kind) -> Counter | Gauge | Histogram:
         if metric.kind is not kind:
             raise ValueError(f"metric {metric.name} is a {metric.kind}, no {kind}")
-        if made := self._made.get(self._ours(metric)):
+        if self._ours(metric) in self._made:
+            made = self._made[metric]
+            if made is None:
+                raise ValueError(f"metric {metric.name} is made at each scrape already")
             return made
         name, said, labels, registry = metric.name, metric.help, metric.labels, self.registry
         match kind:

@@ -37,9 +37,10 @@ async def follow_log_levels(bus: Bus, process: str, configured: LogLevel, poll_s
     while True:
         try:
             orders, failed = await bus.log_levels(), False
-        except BusError as error:
+        except Exception as error:  # whatever it is, later orders are to be heard
             if not failed:
-                log.debug("log levels cannot be read", error=str(error))
+                write = log.debug if isinstance(error, BusError) else log.exception
+                write("log levels cannot be read", error=str(error))
             failed = True
         wanted = level_for(orders, process) or configured
         if wanted is not in_force:

@@ -351,3 +351,27 @@ async def test_entries_that_cannot_be_read_keep_nobody_from_serving(bus: Bus) ->
         async with running(bus) as (_, operator):
             assert await operator.mode() == Mode.MODE_ACTIVE
     assert any("MODE_WARP" in one.get("error", "") for one in logs)
+
+
+async def test_an_error_that_nobody_foresaw_does_not_end_the_listening(
+    bus: Bus, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen, failures = bus.order_changes, []
+
+    async def fails_once() -> AsyncIterator[None]:
+        if not failures:
+            failures.append(True)
+            raise RuntimeError("nobody foresaw this")
+        async for _ in listen():
+            yield
+
+    monkeypatch.setattr(ledger, "_LAST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(bus, "order_changes", fails_once)
+    with structlog.testing.capture_logs() as logs:
+        async with running(bus) as (server, _), connected(redis_url, FAST_BUS) as another:
+            for mode, meant in ((Mode.MODE_ADVISORY, SteeringMode.ADVISORY), (Mode.MODE_OFF, SteeringMode.OFF)):
+                await another.keep_orders(mode, {})
+                await until(lambda meant=meant: server.steering is not None and server.steering.mode is meant)
+    assert [entry["event"] for entry in logs if entry.get("exc_info")] == [
+        "listening for orders failed; it is tried again"
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 
 from controller.peers import reachable
 from controller.server import ControllerServer
@@ -149,6 +150,27 @@ async def test_a_controller_that_stops_leaves_the_list(bus: Bus) -> None:
     async with asyncio.timeout(10):
         while await bus.controllers():
             await asyncio.sleep(0.01)
+
+
+async def test_an_error_that_nobody_foresaw_does_not_end_the_publishing(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show, failures = bus.show_controller, []
+
+    async def fails_once(card: job_pb2.ControllerCard, life_s: float) -> None:
+        if not failures:
+            failures.append(True)
+            raise RuntimeError("nobody foresaw this")
+        await show(card, life_s)
+
+    monkeypatch.setattr("controller.peers.RENEW_S", 0.01)
+    monkeypatch.setattr(bus, "show_controller", fails_once)
+    with structlog.testing.capture_logs() as logs:
+        async with controller(bus, name="a"), asyncio.timeout(10):
+            while not await bus.controllers():
+                await asyncio.sleep(0.01)
+    [seen] = [entry for entry in logs if entry.get("exc_info")]
+    assert (seen["event"], seen["error"]) == ("other controllers may not find this one", "nobody foresaw this")
 
 
 def test_the_address_that_others_are_told() -> None:

@@ -21,6 +21,7 @@ from tests.controller.scripted import ScriptedWorker, hello, request_state, unti
 from tests.engines import MODEL
 from tests.jobs_help import connected, make_card
 from tests.scraping import scrape
+from workers import errors
 
 pytestmark = pytest.mark.anyio
 STEERING = frozenset({Role.STEERING, Role.OPERATOR})
@@ -93,6 +94,7 @@ async def test_what_bundles_predict_and_audits_measure() -> None:
 async def test_nacks_and_directives_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("controller.steering.ANSWER_TIMEOUT_S", 0.05)
     async with controller(tick_ms=10.0) as server, ScriptedWorker.attach(server.address) as worker:
+        unused = await scrape(server.metrics_address)
         await worker.report(request_state(scenario=Scenario.SCENARIO_LONG_CONTEXT))
         await worker.nack(await worker.directive(), code=8)
         assert server.steering is not None
@@ -105,6 +107,13 @@ async def test_nacks_and_directives_without_an_answer(monkeypatch: pytest.Monkey
         await until(lambda: live.sent is None)
         second = await scrape(server.metrics_address)
     name = "kvpilot_directive_answers_total"
+    assert {
+        (one.labels["answer"], one.labels["code"]): one.value for one in unused.named(name)
+    } == {  # `increase` sees the first of each
+        ("ack", "OK"): 0,
+        ("none", "DEADLINE_EXCEEDED"): 0,
+        **{("nack", word): 0 for word, code in vars(errors).items() if isinstance(code, int)},
+    }
     assert first.value(name, answer="nack", code="RESOURCE_EXHAUSTED") == first.value(name) == 1
     assert second.value(name, answer="none", code="DEADLINE_EXCEEDED") == 1
     assert second.value("kvpilot_directive_answer_seconds_count") == 1

@@ -15,9 +15,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from controller.server import ControllerServer
 from controller.settings import ControllerSettings, Role, SteeringMode
+from kvpilot.bus import BusSettings
 from kvpilot.v1 import generation_pb2, generation_pb2_grpc, operator_pb2, operator_pb2_grpc
 from tests.conftest import RedisProcess, free_port
-from tests.controller.scripted import ScriptedWorker, controller, request_state, until
+from tests.controller.scripted import WAIT_S, ScriptedWorker, controller, request_state, until
+from tests.jobs_help import connected, make_card
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -47,6 +49,31 @@ async def test_health_says_when_it_stops() -> None:
         stopping = asyncio.create_task(server.stop(10))
         assert (await watch.read()).status == NOT_SERVING
         watch.cancel()
+        await stopping
+
+
+@pytest.mark.anyio
+async def test_a_store_that_hangs_does_not_hold_up_the_end_of_the_open_streams(forgetful_redis: RedisProcess) -> None:
+    patient = BusSettings(timeout_s=60.0)
+    async with (
+        connected(forgetful_redis.url, patient) as bus,
+        controller(bus, roles="generation,steering,operator") as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+        ScriptedWorker.attach(server.address) as worker,
+    ):
+        await bus.heartbeat(make_card("w1"), [])
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        stream = stub.Generate(generation_pb2.GenerateRequest(prompt="hello"))
+        await stream.read()
+        forgetful_redis.pause()
+        try:
+            stopping = asyncio.create_task(server.stop(0))
+            async with asyncio.timeout(WAIT_S):
+                assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+            assert await worker.ended_with() is grpc.StatusCode.UNAVAILABLE
+            assert not stopping.done()  # it still waits to be taken off the list of controllers
+        finally:
+            forgetful_redis.resume()
         await stopping
 
 

@@ -7,6 +7,7 @@ import asyncio
 import grpc
 import pytest
 
+from controller.planner import Decision, WorkerView
 from controller.settings import SteeringMode
 from controller.state import Outcome
 from kvpilot.v1 import operator_pb2, operator_pb2_grpc, policy_pb2, policy_pb2_grpc
@@ -241,3 +242,45 @@ async def test_a_failing_planner_ends_nothing() -> None:
         await worker.report(request_state(scenario=99, pipeline="no-such-stage"))
         await worker.report(request_state("job-2"))
         assert (await worker.directive()).request_id == "job-2"
+
+
+class Counting:
+    """A planner that decides nothing."""
+
+    def __init__(self) -> None:
+        self.plans = 0
+
+    def prepare(self, view: WorkerView) -> None: ...
+
+    def plan(self, view: WorkerView) -> list[Decision]:
+        self.plans += 1
+        return []
+
+
+async def test_news_that_comes_as_a_tick_ends_is_planned_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    clock, ahead_s, tick_s = loop.time, 0.0, 600.0
+    monkeypatch.setattr(loop, "time", lambda: clock() + ahead_s)
+    planner = Counting()
+    async with controller(tick_ms=1e3 * tick_s) as server, ScriptedWorker.attach(server.address):
+        assert server.steering is not None
+        steering = server.steering
+        steering._planner = planner
+
+        async def pass_a_tick(news: bool) -> None:
+            """Has the loop see the tick's end late, and in the same turn, behind it, news where there are any."""
+            nonlocal ahead_s
+            passed: asyncio.Future[None] = loop.create_future()
+            if news:
+                loop.call_at(loop.time() + tick_s, steering._replan, "w0")
+            loop.call_at(loop.time() + tick_s, passed.set_result, None)
+            ahead_s += 2 * tick_s
+            await passed
+            await until(lambda: not steering._wake.is_set())
+
+        await pass_a_tick(news=False)  # the first plan
+        assert planner.plans == 1
+        await pass_a_tick(news=False)
+        assert planner.plans == 1
+        await pass_a_tick(news=True)
+        assert planner.plans == 2

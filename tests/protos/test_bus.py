@@ -375,6 +375,7 @@ async def test_released_jobs_go_on_at_once_and_before_queued_ones(bus: Bus) -> N
     await bus.release([second])
     claims = await bus.claim("w2", MODEL, 8)
     assert [(claim.job.job_id, claim.attempts) for claim in claims] == [(jobs[1].job_id, 1), (jobs[2].job_id, 1)]
+    assert [claim.epoch for claim in (first, second, *claims)] == [1, 1, 3, 1]  # 1 at a job's first claim alone
     assert await status(bus, second, tokens_event(0, 1)) is AppendStatus.FENCED
     assert await status(bus, first, tokens_event(0, 1)) is AppendStatus.STORED
     await bus.release([second])  # lost claims are left alone

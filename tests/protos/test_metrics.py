@@ -59,6 +59,17 @@ def test_a_part_has_its_own_metrics_alone() -> None:
     assert metrics.REQUESTS_RUNNING.name in instruments.unused
 
 
+def test_a_metric_is_made_in_one_place() -> None:
+    instruments = Instruments(Part.WORKER)
+    instruments.show(metrics.REQUESTS_RUNNING, list)
+    instruments.gauge(metrics.WORKER_INFO)
+    for metric in (metrics.REQUESTS_RUNNING, metrics.WORKER_INFO):
+        with pytest.raises(ValueError, match="not made yet"):
+            instruments.show(metric, list)
+    with pytest.raises(ValueError, match="kvpilot_requests_running is made at each scrape"):
+        instruments.gauge(metrics.REQUESTS_RUNNING)
+
+
 @pytest.mark.anyio
 async def test_the_page_shows_what_was_recorded_and_survives_a_look_that_fails() -> None:
     instruments = Instruments(Part.WORKER)

@@ -6,8 +6,8 @@ import asyncio
 import random
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -16,7 +16,7 @@ import pytest
 from controller.server import ControllerServer
 from kvpilot.v1 import policy_pb2, policy_pb2_grpc
 from tests.conftest import free_port
-from tests.controller.scripted import ScriptedWorker, controller, hello, request_state, until
+from tests.controller.scripted import WAIT_S, ScriptedWorker, controller, hello, request_state, until
 from tests.workers.test_steering import BookkeepingEngine, attached, state_at
 from workers.controllers import Address, Load, choose, rank, resolve
 from workers.steering import SteeringSettings
@@ -186,6 +186,63 @@ async def test_a_closed_port_costs_no_wait() -> None:
         async with attached(engine, [*closed, server.address], SteeringSettings(connect_timeout_ms=60_000)):
             await until(lambda: engine.attachments == [True])
         assert asyncio.get_running_loop().time() - begun < 5.0
+
+
+class Told(policy_pb2_grpc.SteeringServiceServicer):
+    """A controller that keeps what it is told."""
+
+    def __init__(self, name: str, workers: int, before_welcome: Callable[[], Awaitable[None]] | None = None) -> None:
+        self.reports: asyncio.Queue[policy_pb2.Report] = asyncio.Queue()
+        self.hello = policy_pb2.Hello()
+        self._load = policy_pb2.GetLoadResponse(controller=name, workers=workers)
+        self._before_welcome = before_welcome
+
+    async def Steer(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+        async for request in request_iterator:
+            if request.HasField("hello"):
+                self.hello = request.hello
+                if self._before_welcome is not None:
+                    await self._before_welcome()
+                welcome = policy_pb2.Welcome(controller=self._load.controller, protocol_version=1)
+                await context.write(policy_pb2.SteerResponse(welcome=welcome))
+            elif request.HasField("report"):
+                self.reports.put_nowait(request.report)
+
+    async def GetLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._load
+
+    @asynccontextmanager
+    async def serving(self, address: str) -> AsyncIterator[None]:
+        server = grpc.aio.server()
+        policy_pb2_grpc.add_SteeringServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+        server.add_insecure_port(address)
+        await server.start()
+        try:
+            yield
+        finally:
+            await server.stop(0)
+
+    async def until_ended(self, request_id: str) -> None:
+        """Waits until a report says that a request has ended."""
+        async with asyncio.timeout(WAIT_S):
+            while request_id not in (await self.reports.get()).ended_request_ids:
+                pass
+
+
+async def test_a_request_that_ends_while_its_worker_moves_is_told_to_both() -> None:
+    engine = NamedEngine("w0", request_state(generated_tokens=0))
+
+    async def end() -> None:
+        engine.end("job-1")
+        await old.until_ended("job-1")  # the new one is not told by what the old one leaves
+
+    old, new = Told("old", workers=8), Told("new", workers=0, before_welcome=end)
+    targets = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    async with attached(engine, targets, QUICK), old.serving(targets[0]):
+        await until(lambda: engine.attachments == [True])
+        async with new.serving(targets[1]):
+            await new.until_ended("job-1")
+    assert [entry.request_id for entry in new.hello.epochs] == ["job-1"]
 
 
 # ---- the release before

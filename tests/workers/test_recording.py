@@ -41,9 +41,9 @@ def page(instruments: Instruments) -> Page:
     return Page(generate_latest(instruments.registry).decode())
 
 
-def claim_of(job: job_pb2.Job, attempts: int = 1) -> Claim:
+def claim_of(job: job_pb2.Job, epoch: int = 1, attempts: int = 1) -> Claim:
     job.create_time.FromNanoseconds(int(T0 * 1e9))
-    return Claim(job, "w1", attempts, attempts, False, Result(job.job_id, 7), 1)
+    return Claim(job, "w1", epoch, attempts, False, Result(job.job_id, 7), 1)
 
 
 def started(prompt_tokens: int = 5) -> generation_pb2.GenerationEvent:
@@ -85,9 +85,12 @@ def test_latencies_are_those_of_the_events(instruments: Instruments, recorder: R
     assert seen.value("kvpilot_jobs_held") == 0
 
 
-def test_a_job_taken_over_says_nothing_of_queue_and_first_token(instruments: Instruments, recorder: Recorder) -> None:
+@pytest.mark.parametrize(("epoch", "attempts"), [(2, 2), (3, 1)], ids=["lost", "handed back"])
+def test_a_job_taken_over_says_nothing_of_queue_and_first_token(
+    instruments: Instruments, recorder: Recorder, epoch: int, attempts: int
+) -> None:
     job = make_job()
-    recorder.claimed(claim_of(job, attempts=2))
+    recorder.claimed(claim_of(job, epoch, attempts))
     recorder.happened(T0 + 60, [(job.job_id, started())])
     recorder.happened(T0 + 61, [(job.job_id, tokens_event(40, 1))])
     assert page(instruments).value("kvpilot_jobs_held") == 1

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from controller.server import ControllerServer
 from kvpilot.v1 import common_pb2, job_pb2, policy_pb2, policy_pb2_grpc
@@ -111,6 +112,15 @@ class BookkeepingEngine:
             for state in self.states.values():
                 state.generated_tokens += tokens
                 report.requests.add().CopyFrom(state)
+        self._report(report)
+
+    def end(self, request_id: str) -> None:
+        """Ends a request."""
+        with self._lock:
+            del self.states[request_id]
+        self._report(policy_pb2.Report(worker=worker_state(), ended_request_ids=[request_id]))
+
+    def _report(self, report: policy_pb2.Report) -> None:
         thread = threading.Thread(target=self._on_report, args=(report,))
         thread.start()
         thread.join()
@@ -222,6 +232,27 @@ async def test_a_second_worker_of_the_same_name_takes_over() -> None:
             await until(lambda: newer.attachments == [True])
 
 
+async def test_a_sender_that_fails_is_seen_and_the_stream_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FailsOnce(ReportBox):
+        def take(self) -> policy_pb2.Report | None:
+            if self._news and not failures:
+                failures.append(True)
+                raise RuntimeError("nobody foresaw this")
+            return super().take()
+
+    failures: list[bool] = []
+    monkeypatch.setattr("workers.steering.ReportBox", FailsOnce)
+    engine = BookkeepingEngine(request_state(generated_tokens=0))
+    with capture_logs() as logs:
+        async with controller() as server, attached(engine, [server.address]):
+            await until(lambda: engine.attachments == [True])
+            engine.generate(16)
+            await until(lambda: engine.attachments == [True, False, True])
+            await until(lambda: state_at(server) is not None)
+    [seen] = [entry for entry in logs if entry.get("exc_info")]
+    assert seen["event"] == "steering failed; the stream is made anew"
+
+
 async def test_no_targets_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one"):
         SteeringClient(BookkeepingEngine(), [])
@@ -258,6 +289,7 @@ def test_measured_signals_survive_a_report_without_any() -> None:
 
 def test_ended_requests_leave_no_state_behind() -> None:
     box = ReportBox()
+    box.restart(hello())
     box.put(report(request_state()))
     box.put(report(ended=["job-1"]))
     taken = box.take()
@@ -274,3 +306,38 @@ def test_a_new_stream_begins_with_what_is_alive_and_current() -> None:
     assert taken is not None
     assert [state.request_id for state in taken.requests] == ["current"]
     assert not taken.ended_request_ids
+
+
+def ended_in(box: ReportBox) -> list[str]:
+    taken = box.take()
+    return list(taken.ended_request_ids) if taken is not None else []
+
+
+def test_what_ends_without_a_stream_is_not_kept() -> None:
+    box = ReportBox()
+    for number in range(3):
+        box.put(report(ended=[f"before-{number}"]))
+    assert ended_in(box) == []
+    box.restart(hello())
+    box.put(report(ended=["told"]))
+    assert ended_in(box) == ["told"]
+    box.put(report(ended=["as it was lost"]))
+    box.stop()
+    box.put(report(ended=["after"]))
+    assert ended_in(box) == []
+
+
+def test_what_ends_behind_hello_is_told_on_the_new_stream_whatever_the_old_one_was_told() -> None:
+    box = ReportBox()
+    box.restart(hello())
+    box.offer(hello(epochs={"ends too early": 0}))  # of a stream that was not to be had
+    box.put(report(ended=["ends too early"]))
+    offered = hello(epochs={"ends": 1, "stays": 0, "comes back": 0})
+    box.offer(offered)
+    box.put(report(ended=["ends", "comes back", "unnamed"]))
+    assert ended_in(box) == ["ends too early", "ends", "comes back", "unnamed"]
+    box.put(report(request_state("comes back")))
+    box.restart(offered)
+    assert ended_in(box) == ["ends"]
+    box.restart(offered)
+    assert ended_in(box) == []
