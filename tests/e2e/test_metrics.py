@@ -67,7 +67,7 @@ async def test_numbers_equal_what_happened(stack: Running) -> None:
     before = await worker_page(stack)
     async with AsyncClient(stack.endpoint) as client, operator_of(stack) as operator:
         plain = await client.complete(PROMPT, max_tokens=40, ignore_eos=True)
-        job = Following(client.generate(PROMPT * 4, max_tokens=300, ignore_eos=True, pipeline=QUANTISED))
+        job = Following(client.generate(PROMPT * 4, max_tokens=900, ignore_eos=True, pipeline=QUANTISED))
         await job.more(80)  # an audit begins within 32 tokens, where the job's name says, and takes 32 at most
         acks = [
             await operator.override(job.job_id, text)
