@@ -144,7 +144,7 @@ async def _collect(endpoint: str, settings: CliSettings, order: Order, console: 
     async with AsyncClient(endpoint) as client:
         model = _pick(await client.models(), order.model)
         catalog = StageCatalog(model.stages)
-        given = CANDIDATES if order.candidates is None else read_candidates(order.candidates)
+        given = _default(catalog, console) if order.candidates is None else read_candidates(order.candidates)
         asked = Asked(model.name, check_candidates(given, catalog), order.options.horizon_tokens)
         folder = Folder(order.out or store.cache_folder() / "datasets" / model.name, asked)
         skipped = Skipped()
@@ -172,6 +172,14 @@ async def _collect(endpoint: str, settings: CliSettings, order: Order, console: 
             folder.write_manifest(order.document(), skipped.reasons)
         print(folder.path)
         _judge(collector.collected)
+
+
+def _default(catalog: StageCatalog, console: Console) -> tuple[str, ...]:
+    """Those the planner chooses from, which leaves out what a model cannot be served with, too."""
+    known = tuple(text for text in CANDIDATES if catalog.knows(text))
+    if left_out := [text for text in CANDIDATES if text not in known]:
+        console.print(f"not measured, the model is not served with them: {', '.join(left_out)}", markup=False)
+    return known
 
 
 def _pick(models: list[generation_pb2.Model], wanted: str | None) -> generation_pb2.Model:

@@ -17,6 +17,7 @@ from models.features import F64, NAMES, REQUEST_FEATURES, Candidate, Family, Fea
 from models.footprint import estimate_many
 from models.predictor import Predictor
 from models.scenarios import fill_objective, scenario_word
+from models.trees import join_rows
 
 log = structlog.get_logger()
 
@@ -53,7 +54,7 @@ class RequestNumbers:
         self.block: F64 = np.empty((0, 0))
         self.long_range_need = math.nan
         self._table = table
-        self._rows: F64 = np.empty((0, 0))  # [C, F]
+        self._parts: F64 = np.empty((0, 0))  # [C, candidate features]
         self._own_row: F64 = np.empty(0)
         self._predictor: Predictor | None = None
         self._predicted_for = ""
@@ -90,16 +91,18 @@ class RequestNumbers:
 
     def row(self, column: int) -> F64:
         """The feature row of a column, [features]."""
-        return np.asarray(self._rows[column] if column < len(self._table) else self._own_row)
+        if column < len(self._table):
+            return np.concatenate([self.state_row, self._parts[column]])
+        return self._own_row
 
     def predicted_by(self, predictor: Predictor) -> bool:
         """Whether the block is of this predictor and of the pipeline in force."""
         return self._predictor is predictor and self._predicted_for == self.off_list
 
-    def take(self, predictor: Predictor, block: F64, rows: F64, own_row: F64 | None, full_bytes: float) -> None:
+    def take(self, predictor: Predictor, block: F64, parts: F64, own_row: F64 | None, full_bytes: float) -> None:
         """Takes what was predicted."""
         self._predictor, self._predicted_for = predictor, self.off_list
-        self.block, self._rows = block, rows
+        self.block, self._parts = block, parts
         if own_row is not None:
             self._own_row = own_row
         self.facts = (*self.facts[:3], full_bytes, self.facts[4])
@@ -177,7 +180,7 @@ class WorkerDesk:
         states = np.stack([numbers.state_row for numbers in stale])
         seen = np.array([max(1, numbers.seen) for numbers in stale], np.int64)
         candidates = [self._builder.describe(pipeline, seen) for pipeline in self.table.pipelines]
-        rows = self._builder.fill(states, seen, candidates)  # [N, C, F]
+        parts = self._builder.candidate_part(states, seen, candidates)
         block = np.full((count, len(NUMBERS), columns + 1), np.nan)
         block[:, 1] = np.inf
         block[:, 2:] = 0.0
@@ -192,17 +195,18 @@ class WorkerDesk:
             priced = block[group, :, columns]
             _price(priced, candidate)
             block[group, :, columns] = priced
-        needs = self._fill_predictions(block, rows, own_rows, stale, predictor)
+        needs = self._fill_predictions(block, states, parts, own_rows, stale, predictor)
         full = estimate_many((("full", ()),), seen, self._layout)
         assert full is not None
         for row, numbers in enumerate(stale):
-            numbers.take(predictor, block[row], rows[row], own_rows.get(row), float(full.device_bytes[row]))
+            numbers.take(predictor, block[row], parts[row], own_rows.get(row), float(full.device_bytes[row]))
             numbers.long_range_need = float(needs[row])
 
     def _fill_predictions(
         self,
         block: F64,
-        rows: F64,
+        states: F64,
+        parts: F64,
         own_rows: dict[int, F64],
         stale: Sequence[RequestNumbers],
         predictor: Predictor,
@@ -225,9 +229,10 @@ class WorkerDesk:
         families += [stale[row].own_family for row in own]
         if not families:
             return needs
-        flat = rows.reshape(-1, rows.shape[2])[np.flatnonzero(wanted)]
+        flat = np.empty((len(families), states.shape[1] + parts.shape[2]))
+        join_rows(states, parts, asked, columns, flat)
         if own:
-            flat = np.concatenate([flat, np.array([own_rows[row] for row in own])])
+            flat[len(asked) :] = [own_rows[row] for row in own]
         found = predictor.predict(flat, families)
         for number, values in enumerate((found.divergence, found.bound)):
             if values.shape != (len(families),):

@@ -23,12 +23,22 @@ import numpy.typing as npt
 from kvpilot.catalog import PipelineKey, StageCatalog
 from kvpilot.v1 import policy_pb2
 from kvpilot.v1.common_pb2 import Scenario
-from models.footprint import BLOCK_TOKENS, I64, CacheLayout, estimate_many
+from models.footprint import (
+    BLOCK_TOKENS,
+    CODECS,
+    FIXED_EVICTORS,
+    HEAVY_HITTERS,
+    I64,
+    SHARE_EVICTORS,
+    CacheLayout,
+    code_bits,
+    estimate_many,
+)
 from models.scenarios import PRESETS, effective_scenario, scenario_word
 
 F64: TypeAlias = npt.NDArray[np.float64]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 HORIZONS_TOKENS = (32, 64, 128, 256, 512, 1024)
 """Horizons of ``Signals.far_mass`` that the schema knows; a worker that measures others gives NaN here."""
 DEPTHS = 4
@@ -37,6 +47,8 @@ KEPT_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of ``Signals.dropped_votes`` and ``missed_votes``, rising."""
 _PERCENT = tuple(int(100 * share) for share in KEPT_SHARES)
 _RAW_BITS = 16
+METHODS = (*SHARE_EVICTORS, *FIXED_EVICTORS, "turboquant")
+"""Stages that lose otherwise than their family's others with the same figures."""
 AUDIT_FLOOR = 1e-6
 """Nats; audits below it count as this much."""
 
@@ -159,6 +171,7 @@ CANDIDATE_FEATURES: tuple[Feature, ...] = (
     _candidate("bytes_share", "share", 0, _INF, "device bytes over those of a full cache"),
     _candidate("recoverable", "flag", 0, 1, "whether a shadow is kept"),
     *(_candidate(f"family_{family.value.replace('+', '_')}", "flag", 0, 1, "its family") for family in Family),
+    *(_candidate(f"has_{method}", "flag", 0, 1, "whether it has this stage") for method in METHODS),
     _candidate("mass_beyond", "share", 0, 1, "far mass at the last token that it surely keeps, between horizons"),
     _candidate("mass_beyond_max", "share", 0, 1, "the same, largest head"),
     _candidate("mass_beyond_last", "share", 0, 1, "the same, last step looked at"),
@@ -194,6 +207,7 @@ class Candidate:
 
     family: Family
     recoverable: bool
+    methods: frozenset[str]
     bits: float
     kept_tokens: F64
     recent_tokens: F64
@@ -259,14 +273,19 @@ class FeatureBuilder:
 
     def fill(self, states: F64, seen: I64, candidates: Sequence[Candidate]) -> F64:
         """:meth:`matrix` of candidates that were described for ``seen`` [R], each 1 or more."""
-        full = estimate_many(_FULL, seen, self._layout)
-        assert full is not None
         rows = np.empty((len(states), len(candidates), len(FEATURES)))
         rows[:, :, : states.shape[1]] = states[:, None]
-        columns = _candidate_columns(states, seen, candidates, full.device_bytes)
-        for place, column in enumerate(columns, states.shape[1]):
-            rows[:, :, place] = column
+        rows[:, :, states.shape[1] :] = self.candidate_part(states, seen, candidates)
         return rows
+
+    def candidate_part(self, states: F64, seen: I64, candidates: Sequence[Candidate]) -> F64:
+        """What rows of :meth:`fill` hold behind the requests' own features, [R, C, candidate features]."""
+        full = estimate_many(_FULL, seen, self._layout)
+        assert full is not None
+        part = np.empty((len(states), len(candidates), len(FEATURES) - states.shape[1]))
+        for place, column in enumerate(_candidate_columns(states, seen, candidates, full.device_bytes)):
+            part[:, :, place] = column
+        return part
 
     def describe(self, pipeline: str, seen: I64) -> Candidate:
         """What a pipeline does to caches of ``seen`` [R] tokens.
@@ -366,6 +385,7 @@ def _candidate_columns(
         of("device_bytes") / full_bytes[:, None],
         np.array([candidate.recoverable for candidate in candidates]),
         *(np.array([one is family for one in families]) for family in Family),
+        *(np.array([method in candidate.methods for candidate in candidates]) for method in METHODS),
     ]
     # Where nothing is dropped nothing is lost by it; what an unknown stage drops is not known.
     otherwise = np.where([family is Family.OTHER for family in families], math.nan, 0.0)
@@ -396,22 +416,25 @@ def describe(key: PipelineKey, seen: I64, layout: CacheLayout) -> Candidate:
     """What a pipeline does to caches of ``seen`` [R] tokens; NaN where a stage is not known to the estimate."""
     given = {name: dict(parameters) for name, parameters in key}
     shadows = [parameters["shadow"] is True for parameters in given.values() if "shadow" in parameters]
-    recoverable = bool(shadows) and all(shadows)
+    recoverable, methods = bool(shadows) and all(shadows), frozenset(METHODS).intersection(given)
     footprint = estimate_many(key, seen, layout)
     if footprint is None:
         unknown = np.full(len(seen), math.nan)
-        return Candidate(Family.OTHER, recoverable, math.nan, *[unknown] * 7)
+        return Candidate(Family.OTHER, recoverable, methods, math.nan, *[unknown] * 7)
     tokens, kept = seen.astype(np.float64), footprint.kept_tokens.astype(np.float64)
     recent = tokens
     if "window" in given:
         recent = np.minimum(tokens, float(given["window"]["recent"]))
     elif "snapkv" in given:
         recent = np.where(kept < tokens, 2.0 * BLOCK_TOKENS, tokens)
-    elif "h2o" in given:
+    elif not given.keys().isdisjoint(HEAVY_HITTERS):
         recent = np.where(kept < tokens, kept / 2, tokens)
+    elif not given.keys().isdisjoint((*SHARE_EVICTORS, *FIXED_EVICTORS)):
+        recent = np.where(kept < tokens, float(BLOCK_TOKENS), tokens)
     return Candidate(
         family=family_of(key),
         recoverable=recoverable,
+        methods=methods,
         bits=_bits(key),
         kept_tokens=kept,
         recent_tokens=recent,
@@ -423,7 +446,11 @@ def describe(key: PipelineKey, seen: I64, layout: CacheLayout) -> Candidate:
     )
 
 
-_KINDS = {"window": "window", "h2o": "scored", "snapkv": "scored", "kivi": "quantise", "int8": "quantise"}
+_KINDS = (
+    {"window": "window"}
+    | dict.fromkeys((*SHARE_EVICTORS, *FIXED_EVICTORS), "scored")
+    | dict.fromkeys(CODECS, "quantise")
+)
 _LOSSLESS = ("full", "host")
 
 
@@ -440,10 +467,7 @@ def family_of(key: PipelineKey) -> Family:
 
 def _bits(key: PipelineKey) -> float:
     """Bits of an older block's number."""
-    for name, parameters in key:
-        if name in ("kivi", "int8"):
-            return float(dict(parameters).get("bits", 8))
-    return float(_RAW_BITS)
+    return float(code_bits(key) or _RAW_BITS)
 
 
 def _by_share(values: Sequence[float], parts: int = 1) -> list[float]:

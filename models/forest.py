@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from models.features import F64, REQUEST_FEATURES, SIGNAL_FEATURES
-from models.trees import Trees
+from models.trees import Trees, begins_run
 
 Index: TypeAlias = npt.NDArray[np.intp]
 STATE_FEATURES = len(REQUEST_FEATURES) + len(SIGNAL_FEATURES)
@@ -67,7 +67,5 @@ class Models:
 
 def _requests(states: F64) -> tuple[Index, Index]:
     """First rows of runs of equal rows in ``states`` [N, features], and each row's run."""
-    bits = states.view(np.int64)  # NaN equals NaN
-    new = np.ones(len(states), bool)
-    new[1:] = (bits[1:] != bits[:-1]).any(axis=1)
+    new = begins_run(states.view(np.int64))  # as bits: NaN equals NaN
     return np.flatnonzero(new), np.cumsum(new) - 1

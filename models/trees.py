@@ -192,3 +192,44 @@ def _walk(
 
 
 _descend = numba.njit(_walk, cache=True, nogil=True, error_model="numpy")
+
+
+def _differs(rows: Any) -> Any:
+    new = np.ones(len(rows), np.bool_)
+    for row in range(1, len(rows)):
+        new[row] = False
+        for column in range(rows.shape[1]):
+            if rows[row, column] != rows[row - 1, column]:
+                new[row] = True
+                break
+    return new
+
+
+_differs_fast = numba.njit(_differs, cache=True, nogil=True, error_model="numpy")
+
+
+def begins_run(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of ``rows`` [N, columns] differ from the one before, [N]; the first one does."""
+    return np.asarray(_differs_fast(rows))
+
+
+def _join(states: Any, parts: Any, request: Any, candidate: Any, out: Any) -> None:
+    known = states.shape[1]
+    for row in range(len(request)):
+        for column in range(known):
+            out[row, column] = states[request[row], column]
+        for column in range(parts.shape[2]):
+            out[row, known + column] = parts[request[row], candidate[row], column]
+
+
+_join_fast = numba.njit(_join, cache=True, nogil=True, error_model="numpy")
+
+
+def join_rows(states: F64, parts: F64, request: Any, candidate: Any, out: F64) -> None:
+    """Writes whole rows: those of requests, ``states`` [R, S], before those of their candidates, ``parts`` [R, C, K].
+
+    Args:
+        request, candidate: [N] of which each row is.
+        out: [N or more, S + K] takes them.
+    """
+    _join_fast(states, parts, request, candidate, out)

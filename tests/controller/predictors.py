@@ -22,11 +22,13 @@ LOSSES: Mapping[Family, float] = {
     Family.OTHER: 1.0,
 }
 _BITS, _KEPT, _SEEN = NAMES.index("bits"), NAMES.index("kept_share"), NAMES.index("log2_seen")
+_TURBO = NAMES.index("has_turboquant")
 
 
 @dataclass
 class FakePredictor:
-    """Divergence by family, more where fewer bits or tokens are kept; the bound is twice that, times ``caution``.
+    """Divergence by family, more where fewer bits or tokens are kept, and of one codec; the bound is twice that, times
+    ``caution``.
 
     Its long-range need is a hundredth of the logarithm of a request's tokens.
     """
@@ -42,7 +44,8 @@ class FakePredictor:
         assert len(rows) == len(families)
         self.calls.append(len(rows))
         base = np.array([self.losses[family] for family in families])
-        divergence = base * (4 / np.maximum(4, rows[:, _BITS])) ** 2 + 0.02 * (1 - rows[:, _KEPT])
+        codes = (4 / np.maximum(4, rows[:, _BITS])) ** 2 * np.where(rows[:, _TURBO], 6, 1)
+        divergence = base * codes + 0.02 * (1 - rows[:, _KEPT])
         divergence = np.where(base > 0, divergence, 0.0)
         return Prediction(divergence, 2 * self.caution * divergence, rows[:, _SEEN] / 100)
 

@@ -23,6 +23,18 @@ QUIET = (0.30, 0.15, 0.05, 0.03, 0.02, 0.01)
 LOUD = (0.70, 0.60, 0.50, 0.45, 0.40, 0.30)
 """Far masses of one that looks far back."""
 WAIT_S = 10.0
+SHARES = (
+    "expected_attention",
+    "hashevict",
+    "keydiff",
+    "knorm",
+    "kvzip",
+    "merge",
+    "nacl",
+    "qhitter",
+    "scissorhands",
+)
+"""Evictors that keep a share, beside those with parameters of their own."""
 
 
 def stages() -> list[generation_pb2.StageInfo]:
@@ -41,7 +53,11 @@ def stages() -> list[generation_pb2.StageInfo]:
         stage("window", "evict", recoverable, sinks=("int", "4"), recent=("int", "512"), shadow=shadow),
         stage("h2o", "evict", recoverable, keep=("float", "0.5"), shadow=shadow),
         stage("snapkv", "evict", recoverable, keep=("float", "0.5"), pool=("int", "5"), shadow=shadow),
+        *(stage(name, "evict", recoverable, keep=("float", "0.5"), shadow=shadow) for name in SHARES),
+        *(stage(name, "evict", recoverable, size=("int", "512"), shadow=shadow) for name in ("morphkv", "tova")),
         stage("int8", "compress", recoverable, shadow=shadow),
+        stage("fp8", "compress", recoverable, shadow=shadow),
+        stage("turboquant", "compress", recoverable, bits=("int", "4"), shadow=shadow),
         stage("kivi", "compress", recoverable, bits=("int", "4"), shadow=shadow),
         stage("host", "offload", exact, recent=("int", "256")),
     ]

@@ -179,7 +179,7 @@ async def test_an_override_of_a_request_that_ends_is_not_found() -> None:
     [
         ("", "expected a stage name"),
         ("window(recent=", "expected a value"),
-        ("telepathy", "unknown stage 'telepathy'; known are full, h2o, host"),
+        ("telepathy", "unknown stage 'telepathy'; known are expected_attention, fp8, full, h2o"),
         ("window(width=3)", "unknown parameter 'width'"),
         ("window(recent=0.5)", "not of type int"),
         ("kivi(bits=true)", "not of type int"),

@@ -51,6 +51,11 @@ PIPELINES = (
     "snapkv(keep=0.3, shadow=false) | kivi(bits=4)",
     "h2o(keep=0.05) | int8 | host(recent=64)",
     "h2o(keep=1)",
+    "qhitter(keep=0.4, shadow=false)",
+    "merge(keep=0.02)",
+    "knorm(keep=0.61) | fp8",
+    "nacl(keep=0.2) | turboquant(bits=3, shadow=false) | host(recent=64)",
+    "tova(size=96)",
     *UNKNOWN,
 )
 STATE_FEATURES = len(REQUEST_FEATURES) + len(SIGNAL_FEATURES)
@@ -108,16 +113,19 @@ def test_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- the reference ---------------------------------------------------------------------------------------------------
 
+SHARES = ("h2o", "merge", "qhitter", "snapkv", "kvzip", "nacl", "hashevict", "keydiff", "knorm", "scissorhands")
+SHARES += ("expected_attention",)
+SIZES = ("morphkv", "tova")  # they keep so many
+CODE_BITS = {"kivi": 4, "turboquant": 4, "int8": 8, "fp8": 8}
 DEFAULTS: dict[str, dict[str, float]] = {
     "window": {"sinks": 4, "recent": 512},
-    "h2o": {"keep": 0.5},
-    "snapkv": {"keep": 0.5},
-    "kivi": {"bits": 4},
-    "int8": {"bits": 8},
+    **{name: {"keep": 0.5} for name in SHARES},
+    **{name: {"size": 512} for name in SIZES},
+    **{name: {"bits": bits} for name, bits in CODE_BITS.items()},
     "host": {"recent": 256},
     "full": {},
 }
-GROUPS = {"window": "window", "h2o": "scored", "snapkv": "scored", "kivi": "quantise", "int8": "quantise"}
+GROUPS = {"window": "window"} | dict.fromkeys([*SHARES, *SIZES], "scored") | dict.fromkeys(CODE_BITS, "quantise")
 
 
 def expected_state(state: policy_pb2.RequestState, horizons: Sequence[int]) -> dict[str, float]:
@@ -191,14 +199,17 @@ def expected_state(state: policy_pb2.RequestState, horizons: Sequence[int]) -> d
     return row
 
 
-def block_bytes(bits: float) -> int:
+def block_bytes(bits: float, codec: str = "") -> int:
     """Of one block of one head."""
     if bits == 16:
         payload = sum(LAYOUT.raw_dtype_bytes for _ in ("key", "value") for _ in range(32 * LAYOUT.head_dim))
+    elif codec == "turboquant":
+        payload = sum(math.ceil(LAYOUT.head_dim * bits / 8) + 2 for _ in ("key", "value") for _ in range(32))
     else:
+        each = 2 if codec == "fp8" else 2 * 2  # a scale of two bytes, and mostly a zero
         payload = 2 * 32 * LAYOUT.head_dim * int(bits) // 8
-        payload += LAYOUT.head_dim * 2 * 2  # a scale and a zero of two bytes: for each key channel ...
-        payload += 32 * math.ceil(LAYOUT.head_dim / 32) * 2 * 2  # ... and for each 32 channels of each token's value
+        payload += LAYOUT.head_dim * each  # for each key channel ...
+        payload += 32 * math.ceil(LAYOUT.head_dim / 32) * each  # ... and for each 32 channels of each token's value
     return math.ceil(payload / 256) * 256
 
 
@@ -215,6 +226,9 @@ def expected_candidate(pipeline: str, seen: int, state: dict[str, float]) -> dic
         groups = "other"
     for family in Family:
         row[f"family_{family.value.replace('+', '_')}"] = float(family.value == groups)
+    for name in NAMES[STATE_FEATURES:]:
+        if name.startswith("has_"):
+            row[name] = float(name.removeprefix("has_") in given)
     if groups == "other":
         return {name: row.get(name, math.nan) for name in NAMES[STATE_FEATURES:]}
 
@@ -222,12 +236,15 @@ def expected_candidate(pipeline: str, seen: int, state: dict[str, float]) -> dic
     if "window" in given:
         kept = min(seen, given["window"]["sinks"] + given["window"]["recent"] + 32)
         recent = min(seen, given["window"]["recent"])
-    for name in ("h2o", "snapkv"):
-        if name in given:
-            kept = min(seen, max(96, math.floor(given[name]["keep"] * seen)))
-            if kept < seen:
-                recent = 64 if name == "snapkv" else kept / 2
-    bits = given["kivi"]["bits"] if "kivi" in given else 8 if "int8" in given else 16
+    for name, stage in given.items():
+        if "keep" in stage:
+            kept = min(seen, max(96 if name == "snapkv" else 64, math.ceil(stage["keep"] * seen)))
+        elif "size" in stage:
+            kept = min(seen, stage["size"])
+        if ("keep" in stage or "size" in stage) and kept < seen:
+            recent = kept / 2 if name in ("h2o", "qhitter", "merge") else 64 if name == "snapkv" else 32
+    codec = next((name for name in given if name in CODE_BITS), "")
+    bits = given[codec].get("bits", CODE_BITS[codec]) if codec else 16
     on_device = given["host"]["recent"] if "host" in given else kept
     coded_tokens = host_tokens = device_bytes = 0
     for end in range(32, kept + 32, 32):  # a block ends before this token
@@ -235,7 +252,7 @@ def expected_candidate(pipeline: str, seen: int, state: dict[str, float]) -> dic
         host = end <= kept - on_device
         coded_tokens += 32 * coded
         host_tokens += 32 * host
-        device_bytes += 0 if host else block_bytes(bits if coded else 16)
+        device_bytes += 0 if host else block_bytes(bits if coded else 16, codec)
     row |= {
         "kept_share": kept / seen,
         "log2_kept": math.log(kept, 2),
@@ -523,7 +540,9 @@ def test_a_request_without_tokens_has_rows_too() -> None:
     ("evictor", "codec", "placer"),
     list(
         itertools.product(
-            ("", "window", "h2o", "snapkv"), ("", "kivi(bits=2)", "kivi(bits=4, shadow=false)", "int8"), ("", "host")
+            ("", "window", "h2o", "snapkv", "nacl", "tova(size=128)"),
+            ("", "kivi(bits=2)", "kivi(bits=4, shadow=false)", "int8", "turboquant(bits=3)"),
+            ("", "host"),
         )
     ),
 )
@@ -536,7 +555,7 @@ def test_families_of_all_that_is_built_in(evictor: str, codec: str, placer: str)
         (False, True, False): Family.SCORED,
         (True, False, True): Family.WINDOW_QUANTISE,
         (False, True, True): Family.SCORED_QUANTISE,
-    }[evictor == "window", evictor in ("h2o", "snapkv"), bool(codec)]
+    }[evictor == "window", evictor not in ("", "window"), bool(codec)]
     assert family_of(CATALOG.key(pipeline)) is expected
     assert builder().describe(pipeline, np.array([1000])).family is expected
 
