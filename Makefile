@@ -6,11 +6,13 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Not compiled: of twenty thousand modules a few are ever imported, and Python compiles those as it meets them.
-INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile
+INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install
 # Processes that tests run in, one per core, each with a few GiB of memory at most. In one: make test PYTEST_WORKERS=0
 PYTEST_WORKERS ?= logical
 PYTEST := $(BIN)/pytest --numprocesses $(PYTEST_WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# Where it is set, each of the many processes that tests start would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model demo test test-fast test-deploy lint bench-serve bench-decode bench-kernels bench-quality protos fmt clean

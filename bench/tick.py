@@ -21,10 +21,13 @@ from models.features import DEPTHS, HORIZONS_TOKENS, KEPT_SHARES, SCHEMA_HASH
 from models.footprint import CacheLayout
 from models.predictor import Predictor
 from models.scenarios import PRESETS
+from workers.profile.profile import KINDS
 from workers.stages.registry import catalog, describe
 
 REQUESTS = 256
 _SHAPE = CacheShape(layers=30, kv_heads=3, query_heads=9, head_dim=64, dtype=torch.float32)
+PROFILED = frozenset(KINDS)
+"""The worker has found all that stages need to know of its model, so that it knows every candidate."""
 _BANDWIDTH = 1e10
 """Bytes per second of both tiers; the time does not depend on it."""
 
@@ -43,7 +46,7 @@ def tick_ms(predictor: Predictor, requests: int = REQUESTS, times: int = 21) -> 
 def crowded_worker(requests: int, seed: int = 0) -> WorkerView:
     """A worker with so many requests of all scenarios and lengths, its device tier nearly full."""
     rng = np.random.default_rng(seed)
-    stages = catalog(_SHAPE)
+    stages = catalog(_SHAPE, PROFILED)
     layout = CacheLayout.of(_SHAPE.layers, _SHAPE.kv_heads, _SHAPE.head_dim, "float32")
     row_bytes = layout.heads * layout.block_bytes(None)
     states = [_request(number, rng, row_bytes) for number in range(requests)]
@@ -51,7 +54,7 @@ def crowded_worker(requests: int, seed: int = 0) -> WorkerView:
     tiers = {"device": int(used / 0.9), "host": 2 * used}
     hello = policy_pb2.Hello(
         worker="made-of-messages",
-        model=generation_pb2.Model(name="smollm2-135m-instruct", stages=describe(_SHAPE)),
+        model=generation_pb2.Model(name="smollm2-135m-instruct", stages=describe(_SHAPE, PROFILED)),
         layers=_SHAPE.layers,
         kv_heads=_SHAPE.kv_heads,
         query_heads=_SHAPE.query_heads,

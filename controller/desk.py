@@ -17,7 +17,6 @@ from models.features import F64, NAMES, REQUEST_FEATURES, Candidate, Family, Fea
 from models.footprint import estimate_many
 from models.predictor import Predictor
 from models.scenarios import fill_objective, scenario_word
-from models.trees import join_rows
 
 log = structlog.get_logger()
 
@@ -229,6 +228,8 @@ class WorkerDesk:
         families += [stale[row].own_family for row in own]
         if not families:
             return needs
+        from models.trees import join_rows  # with Numba, which a controller loads with its first predictor
+
         flat = np.empty((len(families), states.shape[1] + parts.shape[2]))
         join_rows(states, parts, asked, columns, flat)
         if own:
