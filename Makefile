@@ -47,8 +47,8 @@ test: $(READY) ## everything CI checks: lint, types, stubs, protos, all tests
 test-fast: $(READY) ## the tests that need neither the model nor patience
 	$(PYTEST) -m "not slow and not model"
 
-test-deploy: $(READY) ## the images' steps, the chart, its manifests, rules and dashboards (a part of `make test`)
-	$(PYTEST) tests/deploy
+test-deploy: model ## images' steps, chart, rules, dashboards, metrics, traces, processes that come and go (part of `make test`)
+	$(PYTEST) tests/deploy tests/faults $(patsubst %,tests/e2e/test_%.py,metrics traces log_levels bench)
 
 lint: $(READY) ## style, types, and whether the checked-in stubs, table of metrics and dashboards are fresh
 	$(BIN)/ruff check .
