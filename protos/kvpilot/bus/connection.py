@@ -166,13 +166,14 @@ class Connection:
         Raises:
             BusUnavailableError: Redis is out of reach.
         """
-        with translated_errors():
-            async with self._client.pubsub(ignore_subscribe_messages=True) as listened:
+        async with self._client.pubsub(ignore_subscribe_messages=True) as listened:
+            with translated_errors():
                 await listened.subscribe(channel)
-                while True:
+            while True:
+                with translated_errors():  # around each call: a cancellation that one forgot must not wait for another
                     message = await listened.get_message(timeout=self.settings.block_s)
-                    if message is not None:
-                        yield message["data"]
+                if message is not None:
+                    yield message["data"]
 
     async def _page(self, job_id: str, offset: int) -> list[generation_pb2.GenerationEvent]:
         with translated_errors():
