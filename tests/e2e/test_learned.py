@@ -247,9 +247,11 @@ async def test_a_bundle_that_was_tampered_with_is_refused_and_the_active_one_sta
 
     await bus.move_pointer(Pointer.ACTIVE, "broken", "past the command that checks")
     log = running.folder / "logs" / "controller.log"
-    job, _ = streaming(client)
-    await job.until(lambda: why in log.read_text())
+    async with asyncio.timeout(TIMEOUT_S):
+        while why not in log.read_text():
+            await asyncio.sleep(0.02)
     await operator.set_mode(Mode.MODE_ACTIVE)
+    job, _ = streaming(client)  # only now: it has all its tokens left in which to be switched
     await switched_by(job, "usual")
     await job.cancel(client)
 
