@@ -240,6 +240,8 @@ async def test_a_bundle_that_was_tampered_with_is_refused_and_the_active_one_sta
     client: AsyncClient, operator: Operator, kvpilot_models: Commands, bus: Bus, store: Registry, running: Running
 ) -> None:
     await kvpilot_models("promote", "usual")
+    job, _ = streaming(client)
+    await decided_by(job, operator, "usual")  # the controller has it, or what came along would stay active below
     (Path(store.url) / "broken" / PREDICTOR).write_bytes(b"something else")
     why = f"bundle broken: {PREDICTOR} does not have the checksum"
     assert why in await kvpilot_models("promote", "broken", code=1)
@@ -247,11 +249,8 @@ async def test_a_bundle_that_was_tampered_with_is_refused_and_the_active_one_sta
 
     await bus.move_pointer(Pointer.ACTIVE, "broken", "past the command that checks")
     log = running.folder / "logs" / "controller.log"
-    async with asyncio.timeout(TIMEOUT_S):
-        while why not in log.read_text():
-            await asyncio.sleep(0.02)
+    await job.until(lambda: why in log.read_text())
     await operator.set_mode(Mode.MODE_ACTIVE)
-    job, _ = streaming(client)  # only now: it has all its tokens left in which to be switched
     await switched_by(job, "usual")
     await job.cancel(client)
 

@@ -170,7 +170,7 @@ class Connection:
             with translated_errors():
                 await listened.subscribe(channel)
             while True:
-                with translated_errors():  # around each call: a cancellation that one forgot must not wait for another
+                with translated_errors():  # each call, lest the loop outlive a forgotten cancellation
                     message = await listened.get_message(timeout=self.settings.block_s)
                 if message is not None:
                     yield message["data"]
