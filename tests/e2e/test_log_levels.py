@@ -34,8 +34,9 @@ async def stack(
 
 
 def lines(stack: Running, process: str) -> list[dict[str, object]]:
+    """What a process has logged, whose last line may be under way."""
     text = (stack.folder / "logs" / f"{process}.log").read_text()
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line[0] == "{" and line[-1] == "\n"]
 
 
 def said(stack: Running, process: str, event: str) -> list[dict[str, object]]:
@@ -87,10 +88,10 @@ async def test_levels_change_while_processes_run(stack: Running) -> None:
 
 
 async def test_an_order_for_a_time_ends_by_itself(stack: Running) -> None:
+    back = len([line for line in said(stack, "controller", "log level") if line["now"] == "warning"])
     code, answer = await command(stack, "debug", "--for", "4s", "--process", "controller")
     assert (code, answer) == (0, "controller: debug for 4s\n")
     assert (await command(stack))[1].startswith("controller: debug until ")
-    back = len([line for line in said(stack, "controller", "log level") if line["now"] == "warning"])
     await until_level(stack, "controller", "warning", back + 1)
     assert await command(stack) == (0, "every process logs as it was configured\n")
 

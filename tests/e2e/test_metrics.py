@@ -81,11 +81,13 @@ async def test_numbers_equal_what_happened(stack: Running) -> None:
         cancelled = await gone.cancel(client)
     results = (plain, steered, cancelled)
 
-    async def all_over() -> bool:
-        page = await worker_page(stack)
-        return page.value("kvpilot_requests_total") - before.value("kvpilot_requests_total") == 3 and not page.value(
-            "kvpilot_requests_running"
-        )
+    calls = {"service": "kvpilot.v1.GenerationService", "method": "Generate"}
+
+    async def all_over() -> bool:  # for the worker, and for the front door, which may know it after its client
+        page, door = await worker_page(stack), await controller_page(stack)
+        ended = page.value("kvpilot_requests_total") - before.value("kvpilot_requests_total")
+        answered = door.value("kvpilot_grpc_calls_total", **calls)
+        return (ended, page.value("kvpilot_requests_running"), answered) == (3, 0, 3)
 
     await until(all_over)
     worker, controller = await worker_page(stack), await controller_page(stack)
@@ -130,7 +132,6 @@ async def test_numbers_equal_what_happened(stack: Running) -> None:
     assert rose("kvpilot_audit_seconds_total") > 0
     assert worker.value("kvpilot_requests_by_pipeline") == 0
 
-    calls = {"service": "kvpilot.v1.GenerationService", "method": "Generate"}
     assert controller.value("kvpilot_grpc_calls_total", **calls, code="OK") == 3
     assert controller.value("kvpilot_grpc_call_seconds_count", **calls) == 3
     assert controller.value("kvpilot_grpc_calls_open", **calls) == 0
