@@ -59,7 +59,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Takes modules and tests, which stay, out of what the garbage collector looks at.
 
     It looks at all objects only once a quarter of them is new. Engines are few objects, but cycles that hold a hundred
-    MiB and more: behind a million objects that stay, that was late enough for processes of 9 GiB.
+    MiB and more: behind 800,000 objects that stay, that was late enough for processes of 9 GiB.
     """
     gc.collect()
     gc.freeze()

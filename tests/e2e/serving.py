@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -49,6 +50,11 @@ class Running:
 
     def child(self, name: str) -> Child:
         return next(child for child in self.stack.children if child.name == name)
+
+    def logged(self, name: str) -> list[dict[str, Any]]:
+        """What a process has logged as JSON; its last line may be under way, and is left out then."""
+        text = (self.folder / "logs" / f"{name}.log").read_text()
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line[0] == "{" and line[-1] == "\n"]
 
     async def kill(self, name: str) -> None:
         """SIGKILL; nothing brings the process back but :meth:`restart`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -33,14 +32,8 @@ async def stack(
         yield running
 
 
-def lines(stack: Running, process: str) -> list[dict[str, object]]:
-    """What a process has logged, whose last line may be under way."""
-    text = (stack.folder / "logs" / f"{process}.log").read_text()
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line[0] == "{" and line[-1] == "\n"]
-
-
 def said(stack: Running, process: str, event: str) -> list[dict[str, object]]:
-    return [line for line in lines(stack, process) if line["event"] == event]
+    return [line for line in stack.logged(process) if line["event"] == event]
 
 
 async def until_level(stack: Running, process: str, now: str, times: int = 1) -> None:

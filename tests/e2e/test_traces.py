@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -102,11 +101,10 @@ def attributes(span: Span) -> dict[str, Any]:
     return found
 
 
-def logged(file: Path, job_id: str) -> list[dict[str, Any]]:
-    """What a process has written of a request, whose last line may be under way."""
-    whole = (line for line in file.read_text().splitlines(keepends=True) if line[:1] == "{" and line[-1:] == "\n")
-    lines = [json.loads(line) for line in whole]
-    return [line for line in lines if line.get("request") == job_id and not line["event"].startswith(FORGOTTEN)]
+def logged(traced: Running, process: str, job_id: str) -> list[dict[str, Any]]:
+    """What a process has logged of a request that was live."""
+    lines = [line for line in traced.logged(process) if line.get("request") == job_id]
+    return [line for line in lines if not line["event"].startswith(FORGOTTEN)]
 
 
 async def test_one_trace_from_client_to_worker(traced: Running, collector: tuple[Collector, str]) -> None:
@@ -177,17 +175,16 @@ async def test_one_trace_from_client_to_worker(traced: Running, collector: tuple
     assert attributes(spans[door])["rpc.grpc.status_code"] == 0
 
     trace_id = root.trace_id.hex()
-    logs = traced.folder / "logs"
     events = {
         "controller": ("job accepted", "decision"),
         "worker-0": ("job claimed", "switched", "job finished"),
     }
     for process, named in events.items():
         async with asyncio.timeout(TIMEOUT_S):
-            lines = logged(logs / f"{process}.log", job_id)
+            lines = logged(traced, process, job_id)
             while not set(named) <= {line["event"] for line in lines}:
                 await asyncio.sleep(0.02)
-                lines = logged(logs / f"{process}.log", job_id)
+                lines = logged(traced, process, job_id)
         for line in lines:
             assert (line.get("trace_id"), line["process"]) == (trace_id, process), line
             assert line["event"] == "job accepted" or line["worker"] == "worker-0"
